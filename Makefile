@@ -1,0 +1,60 @@
+# One command does all its set-up: `make demo`, `make test`. Needs Python 3.11 or newer and a package index.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# The first Python that is new enough; PYTHON=... overrides.
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
+            $(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
+PIP     = $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PYTEST_ARGS ?=
+# Small tensors, and threads that spin: with other work on two cores, one thread took tests/compat from minutes to 20 s.
+test test-slow: export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test test-slow lint types imports format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## virtual environment with everything the demo and the tests need
+
+$(STAMP): pyproject.toml constraints.txt
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed and was not found; set PYTHON=/path/to/python3" >&2; exit 2; }
+	@[ -x $(BIN)/python ] || { echo "setup: $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "setup: packages (minutes the first time)"
+	@$(PIP) torch
+	@$(PIP) --editable '.[dev,compat]'
+	@# Other people's networks, for tests/compat: see the extra "compat" in pyproject.toml
+	@$(PIP) --no-deps torchvision timm
+	@touch $@
+
+demo: $(STAMP)  ## train three defenses on the digits, attack all three, print them side by side
+	@$(BIN)/learn2perturb demo
+
+# Cheapest first, so that a failure is seen early.
+test: lint types imports  ## lint, types, import contract, then every test that is not slow
+	@$(BIN)/python -m pytest -m "not slow" --durations=10 $(PYTEST_ARGS)
+
+test-slow: $(STAMP)  ## the tests that take minutes
+	@$(BIN)/python -m pytest -m slow --durations=10 $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy
+	@$(BIN)/mypy
+
+imports: $(STAMP)  ## import-linter: the layers of the package
+	@$(BIN)/lint-imports --no-logo
+
+format: $(STAMP)  ## ruff: format and mend what it can
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment and every cache; data and runs stay
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

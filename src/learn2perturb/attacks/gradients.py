@@ -1,0 +1,94 @@
+"""The gradient of a loss with respect to images, averaged over the draws of a stochastic model (EOT)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from learn2perturb.attacks.losses import Loss
+from learn2perturb.errors import InputError
+
+Average = Literal["loss", "probability", "logits"]
+AVERAGES: tuple[Average, ...] = ("loss", "probability", "logits")
+
+_LARGEST_WEIGHT = 1e30  # of one draw against the mean probability; only keeps inf * 0 out of the gradient
+
+
+def input_gradient(
+    logits_of: Callable[[Tensor], Tensor], loss: Loss, x: Tensor, y: Tensor, *, eot: int = 1, average: Average = "loss"
+) -> Tensor:
+    """Return the gradient with respect to ``x`` (N, C, H, W) of the expected loss, estimated from ``eot`` draws.
+
+    ``average`` says what is averaged over the K draws: the loss, ``(1/K) sum_k grad L(f_k(x), y)``; or the
+    probabilities or the logits, ``grad L((1/K) sum_k a_k(x), y)`` with ``a = softmax f`` (given to the loss as
+    log-probabilities) or ``a = f``, which attacks a predictor that averages so. These cost K forward passes more:
+    K draws give the mean and ``v = dL/d mean``, then K *further* draws give ``(1/K) sum_k J_k^T v``. Every draw is a
+    forward pass of its own whose graph is freed before the next: memory does not grow with K. With ``eot=1`` the three
+    are the same.
+
+    Gradients must be enabled. Athalye et al., Obfuscated gradients give a false sense of security, 2018.
+
+    Raises:
+        InputError: the logits do not depend on ``x`` through differentiable operations.
+    """
+    if eot == 1:
+        return _one_draw(lambda logits: loss(logits, y).sum(), logits_of, x)
+    objective = _objective(logits_of, loss, x, y, eot, average)
+    total = torch.zeros_like(x)
+    for _ in range(eot):
+        total.add_(_one_draw(objective, logits_of, x))
+    return total.div_(eot)
+
+
+def _one_draw(objective: Callable[[Tensor], Tensor], logits_of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    logits = logits_of(leaf)
+    gradient = torch.autograd.grad(objective(logits), leaf, allow_unused=True)[0] if logits.requires_grad else None
+    if gradient is None:
+        raise InputError(
+            "the logits have no gradient with respect to x: the model must not use no_grad, detach, numpy or argmax on "
+            "the way from x to its logits; use an attack that needs no gradient if it must"
+        )
+    return gradient
+
+
+def _objective(
+    logits_of: Callable[[Tensor], Tensor], loss: Loss, x: Tensor, y: Tensor, eot: int, average: Average
+) -> Callable[[Tensor], Tensor]:
+    """Return the scalar function of one draw's logits whose mean gradient over draws is the wanted one."""
+    if average == "loss":
+        return lambda logits: loss(logits, y).sum()
+    with torch.no_grad():
+        mean = mean_logits(logits_of, x, eot, average)
+    mean.requires_grad_()
+    (sensitivity,) = torch.autograd.grad(loss(mean, y).sum(), mean)
+    mean = mean.detach()
+    if average == "logits":
+        return lambda logits: (sensitivity * logits).sum()
+
+    def probability(logits: Tensor) -> Tensor:
+        # d log(mean p) = sum_k (p_k / mean p) d log p_k / K. Written with log p, since p itself underflows where a
+        # confident model is wrong, and there its gradient would vanish.
+        log_p = torch.log_softmax(logits, dim=1)
+        weight = (log_p.detach() - mean).exp().clamp_max(_LARGEST_WEIGHT)
+        return (sensitivity * weight * log_p).sum()
+
+    return probability
+
+
+def mean_logits(logits_of: Callable[[Tensor], Tensor], x: Tensor, draws: int, average: Average) -> Tensor:
+    """Return the logits averaged over ``draws`` forward passes; for ``"probability"``, the log of the mean softmax."""
+    total: Tensor | None = None
+    for _ in range(draws):
+        logits = logits_of(x)
+        if average == "probability":
+            logits = torch.log_softmax(logits, dim=1)
+            total = logits if total is None else torch.logaddexp(total, logits)
+        else:
+            total = logits if total is None else total + logits
+    assert total is not None  # draws >= 1 is checked by the attack's spec
+    return total - math.log(draws) if average == "probability" else total / draws

@@ -1,0 +1,44 @@
+"""What an attack maximises: losses of each example, from logits (N, K) and labels (N,), larger = more wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from learn2perturb.errors import InputError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Return ``-log softmax(z)_y`` of each row, shape (N,)."""
+    return functional.cross_entropy(logits, y, reduction="none")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Return ``max_{j != y} z_j - z_y`` of each row, shape (N,): positive exactly where the prediction is not y."""
+    column = y.unsqueeze(1)
+    others = logits.scatter(1, column, -torch.inf).max(dim=1).values
+    return others - logits.gather(1, column).squeeze(1)
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the difference-of-logits ratio ``(max_{j != y} z_j - z_y) / (z_(1) - z_(3))`` of each row, shape (N,).
+
+    ``z_(i)`` is the i-th largest logit; the value does not change when the logits are shifted or scaled.
+    Croce, Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks,
+    2020, equation 6.
+
+    Raises:
+        InputError: fewer than 3 classes, for which the ratio is not defined.
+    """
+    if logits.shape[1] < 3:
+        raise InputError(f"loss 'dlr' needs at least 3 classes, got {logits.shape[1]}; use loss='margin'")
+    largest = logits.topk(3, dim=1).values
+    return margin(logits, y) / (largest[:, 0] - largest[:, 2] + 1e-12)
+
+
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}

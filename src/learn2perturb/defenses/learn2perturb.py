@@ -1,0 +1,160 @@
+"""Learn2Perturb (Jeddi et al. 2020): learned feature noise, trained by alternating back-propagation.
+
+``h <- h + theta * eps`` in training and inference (eqs. 3 to 5); the loss of eq. 11; the regulariser
+``R = -(gamma / tau) sum sqrt(theta)`` (eqs. 7 and 8) keeps theta from shrinking to zero; theta is projected to at
+least ``minimum`` (algorithm 1).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from learn2perturb.defenses.base import ALTERNATIONS, Alternation, Clock, Defense, check_choice
+from learn2perturb.defenses.settings import Settings
+from learn2perturb.errors import ConfigError
+from learn2perturb.noise import Perturbation, noise_modules, noise_parameters, perturb, set_noise
+
+PLACEMENTS = ("block_ends", "every_convolution")
+TAUS = ("harmonic", "released")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learn2Perturb(Defense):
+    """Learned noise with alternating back-propagation. Each field is one choice that paper and code leave open.
+
+    Args:
+        gamma: weight of the regulariser.
+        noise_from_loss: whether theta sees the gradient of the loss; False is Learn2Perturb-R (section 4.1), whose
+            noise follows the regulariser alone: a schedule, not learned.
+        noise_delay: epoch s at which the noise starts; before it, noise is off and theta frozen.
+        theta_step: ``combined`` (algorithm 1), ``sequential`` (section 3.2) or ``released`` (the released code's order).
+        weight_steps: weight steps in a sequential iteration.
+        noise_steps: theta steps in a sequential iteration.
+        gamma_through_optimizer: scale the regulariser's gradient by the learning rate and let it join the momentum;
+            False subtracts it as it is (algorithm 1 read literally).
+        tau: ``harmonic`` is H_{e-s+1}; ``released`` is H_{e-s}, with 1 where that is 0 (the released code divides by it).
+        init: first value of every theta.
+        minimum: lower bound of theta.
+        sharing: ``per_example`` draws, or ``per_batch`` as the released code.
+        granularity: theta per ``element``, ``channel`` or ``layer``.
+        distribution: ``gaussian``, ``laplace`` or ``uniform``.
+        placement: ``block_ends`` (appendix A.1 and the code) or ``every_convolution`` (section 3.3).
+        sites: glob or list of names in place of ``placement``.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+
+    gamma: float = 1e-4
+    noise_from_loss: bool = True
+    noise_delay: int = 20
+    theta_step: str = "combined"
+    weight_steps: int = 1
+    noise_steps: int = 1
+    gamma_through_optimizer: bool = True
+    tau: str = "harmonic"
+    init: float = 0.25
+    minimum: float = 0.01
+    sharing: str = "per_example"
+    granularity: str = "element"
+    distribution: str = "gaussian"
+    placement: str = "block_ends"
+    sites: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("theta_step", self.theta_step, ALTERNATIONS)
+        check_choice("tau", self.tau, TAUS)
+        check_choice("placement", self.placement, PLACEMENTS)
+        if not self.gamma >= 0:
+            raise ConfigError(f"gamma is {self.gamma!r}; it must be at least 0 (the paper has 1e-4)")
+        if self.noise_delay < 0:
+            raise ConfigError(f"noise_delay is {self.noise_delay!r}; it must be an epoch, at least 0")
+        if self.weight_steps < 1 or self.noise_steps < 1:
+            raise ConfigError(
+                f"weight_steps : noise_steps is {self.weight_steps} : {self.noise_steps}; both must be at least 1"
+            )
+        if self.theta_step != "sequential" and (self.weight_steps, self.noise_steps) != (1, 1):
+            raise ConfigError("weight_steps and noise_steps need theta_step='sequential'; the other orders make one of each")
+        # The noise module knows which of its own values are allowed; ask it before any work is done.
+        Perturbation(
+            (1,), site="", granularity=self.granularity, sharing=self.sharing, distribution=self.distribution,
+            init=self.init, minimum=self.minimum,
+        )  # fmt: skip
+
+    def prepare(self, network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
+        """Insert the noise, in place."""
+        sites = self.sites
+        if sites is None and self.placement == "every_convolution":
+            sites = "@convolutions"
+        return perturb(
+            network, input_shape=input_shape, sites=sites, granularity=self.granularity,
+            distribution=self.distribution, sharing=self.sharing, init=self.init, minimum=self.minimum,
+        )  # fmt: skip
+
+    def alternation(self) -> Alternation:
+        """Return the chosen order of steps."""
+        return Alternation(
+            self.theta_step, self.weight_steps, self.noise_steps, self.noise_from_loss,
+            regulariser_through_optimizer=self.gamma_through_optimizer,
+        )  # fmt: skip
+
+    def begin_step(self, model: nn.Module, clock: Clock) -> None:
+        """Keep the noise off and theta frozen before ``noise_delay``."""
+        on = clock.epoch >= self.noise_delay
+        set_noise(model, on)
+        for parameter in noise_parameters(model):
+            parameter.requires_grad_(on)
+
+    def regulariser(self, model: nn.Module, clock: Clock) -> Tensor | None:
+        """Return ``-(gamma / tau) sum sqrt(theta)``, a sum over all elements of all sites (eqs. 7 and 8)."""
+        if clock.epoch < self.noise_delay or self.gamma == 0:
+            return None
+        roots = torch.stack([parameter.sqrt().sum() for parameter in noise_parameters(model)]).sum()
+        return -(self.gamma / self.tau_at(clock.epoch)) * roots
+
+    def tau_at(self, epoch: int) -> float:
+        """Return tau at an epoch: a harmonic number, so that the regulariser fades (eq. 9, mended).
+
+        As printed, eq. 9 sums 1 / (i - s - 1) from i = 1: terms are negative before s and infinite at i = s + 1.
+        """
+        terms = epoch - self.noise_delay + (1 if self.tau == "harmonic" else 0)
+        return math.fsum(1 / i for i in range(1, max(terms, 1) + 1))
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, clock: Clock) -> None:
+        """Project theta to at least its minimum (algorithm 1)."""
+        for module in noise_modules(model):
+            if isinstance(module, Perturbation) and module.learned:
+                module.theta.clamp_(min=module.minimum)
+
+    def schedule_only(self, settings: Settings, batches: int) -> Iterator[float] | None:
+        """Yield theta after each step if the regulariser alone moved it: Learn2Perturb-R.
+
+        All thetas start equal and see equal gradients, so they stay one number; to first order
+        ``theta^{3/2} = init^{3/2} + (3/4) sum lr gamma / ((1 - mu) tau)``. Here the optimiser's own recurrence is run.
+        """
+        factor = self.stages(settings)[0].factor
+        theta, velocity, started = self.init, 0.0, False
+        base, mu = settings.lr or 0.0, settings.momentum or 0.0
+        # The share of the regulariser's gradient in each step of theta's optimiser within one iteration.
+        shares = {"combined": [1.0], "sequential": [1.0] * self.noise_steps, "released": [1.0, 0.0]}[self.theta_step]
+        for epoch in itertools.count():
+            tau = self.tau_at(epoch)
+            for batch in range(batches):
+                lr = base * factor(Clock(epoch, batch, batches, stage_epoch=epoch))
+                for share in shares if epoch >= self.noise_delay else ():
+                    gradient = -share * self.gamma / (2 * tau * math.sqrt(theta))
+                    if self.gamma_through_optimizer:
+                        velocity = mu * velocity + gradient if started else gradient
+                        started = True
+                        theta -= lr * (gradient + mu * velocity if settings.nesterov else velocity)
+                    else:
+                        theta -= gradient
+                    theta = max(theta, self.minimum)
+                yield theta

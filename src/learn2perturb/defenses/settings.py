@@ -1,0 +1,108 @@
+"""The numbers of a training that every defense shares. Knows no torch, so that the command line starts fast."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from learn2perturb.errors import ConfigError
+
+SCHEDULES = ("step", "one_cycle", "cosine", "constant")
+LABELS = ("predicted", "true")
+MODES = ("eval", "train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Epochs, optimiser, learning-rate schedule and training adversary. None means: as the recipe says.
+
+    Args:
+        epochs: passes over the training set.
+        batch_size: images in a step; the last, smaller batch of an epoch is trained on too.
+        lr: learning rate of weights and of theta, at its highest.
+        momentum: of both optimisers (SGD).
+        nesterov: whether that momentum is Nesterov's.
+        weight_decay: on the weights; theta has none.
+        schedule: ``step`` (times ``decay`` at each of ``milestones``), ``one_cycle``, ``cosine`` or ``constant``.
+        milestones: epochs at which ``step`` lowers the learning rate.
+        decay: what it is multiplied by there.
+        alpha: weight of the clean loss (eq. 11); 0 trains on adversarial examples only (eq. 10).
+        beta: weight of the adversarial loss (eq. 11).
+        eps: radius of the training adversary, l_inf, in [0, 1] pixel scale (8/255 is 0.0314).
+        attack_steps: PGD steps of the training adversary.
+        attack_step_size: its step, in [0, 1] pixel scale.
+        attack_eot: draws averaged in each of its gradients.
+        attack_labels: ``predicted`` (against label leaking, as the released code) or ``true``.
+        attack_mode: BatchNorm while it attacks: ``eval`` or ``train``.
+        adversarial_delay: epochs of clean training before the adversary starts.
+    """
+
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    momentum: float | None = None
+    nesterov: bool | None = None
+    weight_decay: float | None = None
+    schedule: str | None = None
+    milestones: list[int] | None = None
+    decay: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    eps: float | None = None
+    attack_steps: int | None = None
+    attack_step_size: float | None = None
+    attack_eot: int | None = None
+    attack_labels: str | None = None
+    attack_mode: str | None = None
+    adversarial_delay: int | None = None
+
+    def check(self) -> None:
+        """Check every value that is set.
+
+        Raises:
+            ConfigError: a value is not allowed; the message names it and what is.
+        """
+        for name, low in (("epochs", 0), ("batch_size", 1), ("attack_steps", 1), ("attack_eot", 1)):
+            _whole(name, getattr(self, name), low)
+        _whole("adversarial_delay", self.adversarial_delay, 0)
+        for name, low, high in (
+            ("lr", 0.0, math.inf), ("momentum", 0.0, 1.0), ("weight_decay", 0.0, math.inf), ("decay", 0.0, 1.0),
+            ("alpha", 0.0, math.inf), ("beta", 0.0, math.inf), ("eps", 0.0, 1.0), ("attack_step_size", 0.0, 1.0),
+        ):  # fmt: skip
+            _number(name, getattr(self, name), low, high)
+        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("attack_labels", self.attack_labels, LABELS)
+        one_of("attack_mode", self.attack_mode, MODES)
+        if self.alpha == 0 and self.beta == 0:
+            raise ConfigError("alpha and beta are both 0, so there is no loss; eq. 11 of the paper has 0.5 and 0.5")
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError("nesterov needs momentum above 0; set momentum 0.9 or nesterov false")
+
+    def missing(self) -> list[str]:
+        """Return the names of the settings that are still open; a recipe closes them all."""
+        return [item.name for item in fields(Settings) if getattr(self, item.name) is None]
+
+
+def _whole(name: str, value: Any, low: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number, at least {low}")
+
+
+def _number(name: str, value: Any, low: float, high: float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or value != value:
+        hint = "; it is in [0, 1] pixel scale: write 8/255 for eight grey levels" if high == 1 and "e" in name else ""
+        bound = f"between {low:g} and {high:g}" if math.isfinite(high) else f"at least {low:g}"
+        raise ConfigError(f"{name} is {value!r}; it must be a number {bound}{hint if name[:3] in ('eps', 'att') else ''}")
+
+
+def one_of(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    """Check a choice.
+
+    Raises:
+        ConfigError: ``value`` is set and not among ``allowed``.
+    """
+    if value is not None and value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")

@@ -1,0 +1,51 @@
+"""Standard normal numbers, fast and honest: independent over elements, rows, passes; no pool, no rolling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from learn2perturb.engine import gears
+
+# Below this many numbers, waking threads costs more than it gains (measured on two cores).
+_THREADED_FROM = 1 << 16
+_pool: ThreadPoolExecutor | None = None
+
+
+def _threaded_normal(flat: Tensor, threads: int) -> None:
+    """Fill ``flat`` (float32, contiguous, CPU): one generator a thread, each seeded from torch's default generator.
+
+    ``normal_`` runs on one thread and releases the interpreter's lock, so threads scale. Seeds come from the default
+    generator, so its state alone still decides every draw, and a resumed run repeats them.
+    """
+    global _pool
+    if _pool is None or _pool._max_workers < threads:
+        _pool = ThreadPoolExecutor(threads, thread_name_prefix="draws")
+    seeds = torch.randint(0, 2**63 - 1, (threads,)).tolist()
+    parts = flat.chunk(threads)
+    futures = [
+        _pool.submit(part.normal_, generator=torch.Generator().manual_seed(seed))
+        for part, seed in zip(parts, seeds, strict=False)
+    ]
+    for future in futures:
+        future.result()
+
+
+def standard_normal(shape: Sequence[int], device: torch.device, *, channels_last: bool = False) -> Tensor:
+    """Draw float32 numbers from N(0, 1) out of the default generator of ``device``.
+
+    ``channels_last`` fills memory in order and views it as NHWC: ``randn_like`` on such a tensor is several times slower.
+    """
+    layout = [shape[0], *shape[2:], shape[1]] if channels_last and len(shape) == 4 else list(shape)
+    numbers = torch.empty(layout, device=device)
+    threads = torch.get_num_threads()
+    threaded = gears.current().threaded_draws and device.type == "cpu" and threads > 1
+    if threaded and math.prod(shape) >= _THREADED_FROM:
+        _threaded_normal(numbers.view(-1), threads)
+    else:
+        numbers.normal_()
+    return numbers.permute(0, 3, 1, 2) if len(layout) == 4 and layout != list(shape) else numbers

@@ -1,0 +1,100 @@
+"""The gears of the engine: ``plain`` (eager float32, the reference) and ``fast``, held together by parity tests."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from learn2perturb.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Gear:
+    """One way to run passes.
+
+    Attributes:
+        name: ``plain`` or ``fast``.
+        dtype: the autocast type of convolutions and matrix products; None computes in float32.
+        channels_last: lay images and convolution weights out as NHWC in memory.
+        threaded_draws: draw noise on the CPU with one generator a thread.
+    """
+
+    name: str
+    dtype: torch.dtype | None = None
+    channels_last: bool = False
+    threaded_draws: bool = False
+
+    def place(self, network: nn.Module) -> nn.Module:
+        """Lay the weights of ``network`` out as this gear wants them; values do not change."""
+        return network.to(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+
+    def place_images(self, x: Tensor) -> Tensor:
+        """Lay a batch of images, (N, C, H, W), out as this gear wants it."""
+        return x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+
+
+PLAIN = Gear("plain")
+FAST = Gear("fast", dtype=torch.bfloat16, channels_last=True, threaded_draws=True)
+
+_current: contextvars.ContextVar[Gear] = contextvars.ContextVar("gear", default=PLAIN)
+
+
+def current() -> Gear:
+    """Return the gear that passes run in now."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def running(gear: Gear) -> Iterator[Gear]:
+    """Run all passes of the body in ``gear``."""
+    token = _current.set(gear)
+    try:
+        yield gear
+    finally:
+        _current.reset(token)
+
+
+def autocast(device_type: str) -> AbstractContextManager[None]:
+    """Return the autocast context of the current gear for passes on ``device_type``."""
+    dtype = current().dtype
+    if dtype is None:
+        return contextlib.nullcontext()
+    context: AbstractContextManager[None] = torch.autocast(device_type, dtype=dtype)
+    return context
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Tell whether ``device`` multiplies bfloat16 in hardware; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        try:
+            flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False
+
+
+def select(name: str, device: torch.device) -> Gear:
+    """Return the gear called ``name``; ``auto`` is ``fast`` where the hardware has bfloat16, else ``plain``.
+
+    Raises:
+        ConfigError: the name is not ``auto``, ``plain`` or ``fast``, or ``fast`` is not to be had on this device.
+    """
+    if name not in ("auto", "plain", "fast"):
+        raise ConfigError(f"engine is {name!r}; allowed: auto, plain, fast")
+    if name == "plain":
+        return PLAIN
+    if has_native_bfloat16(device):
+        return FAST
+    if name == "fast":
+        raise ConfigError(f"engine 'fast' needs bfloat16 in hardware, which {device} lacks; use engine 'auto' or 'plain'")
+    return PLAIN

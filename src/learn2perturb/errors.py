@@ -1,0 +1,61 @@
+"""The one family of errors: every message names the value received, what is allowed, and the mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class Learn2PerturbError(Exception):
+    """Base of every error this package raises on purpose; the command line prints it as one line and exits 2."""
+
+
+class ConfigError(Learn2PerturbError, ValueError):
+    """A setting has a value that is not allowed."""
+
+
+class UnknownNameError(ConfigError, KeyError):
+    """A name is in no registry; the message lists the nearest names."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would print the repr, quotes and all
+
+    @classmethod
+    def of(cls, kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
+        """Build the error for ``name``, unknown among ``known`` things of ``kind``, nearest names first."""
+        names = sorted(known)
+        near = difflib.get_close_matches(str(name), names, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        return cls(f"unknown {kind} {name!r}: {hint}known: {', '.join(names)}")
+
+
+class InputError(Learn2PerturbError, ValueError):
+    """Images, labels or logits do not have the type, shape or range that they must have."""
+
+
+class SiteError(Learn2PerturbError, ValueError):
+    """A submodule cannot be perturbed as asked."""
+
+
+class NoiseError(Learn2PerturbError, RuntimeError):
+    """Noise cannot be switched, replayed or removed in this state."""
+
+
+class DataError(Learn2PerturbError, ValueError):
+    """A data set is missing, damaged, or not of the expected layout."""
+
+
+class CheckpointError(Learn2PerturbError, RuntimeError):
+    """A run folder, checkpoint or record cannot be read or does not fit."""
+
+
+class TrainingError(Learn2PerturbError, RuntimeError):
+    """A training cannot go on."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss or a weight became NaN or infinite; the message names step, batch and the last good checkpoint."""
+
+
+class MissingDependencyError(Learn2PerturbError, ImportError):
+    """An optional package is needed; the message names the extra that installs it."""

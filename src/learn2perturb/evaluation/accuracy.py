@@ -1,0 +1,451 @@
+"""Accuracy of a classifier, clean and attacked, scored with repeated fresh draws that no attack has seen."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from learn2perturb.attacks import Attack
+from learn2perturb.data import make_source
+from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
+from learn2perturb.errors import ConfigError, DataError, InputError, UnknownNameError
+from learn2perturb.evaluation.intervals import majority
+from learn2perturb.evaluation.result import CLEAN, Evaluation, Row, statistics
+from learn2perturb.noise import is_stochastic, noise_disabled, noise_modules
+from learn2perturb.records import PackedIntegers, plain
+
+Model = Callable[[Tensor], Tensor]
+Progress = Callable[[int, int, str], object]
+
+PREDICTORS = ("single", "vote", "mean_probability", "mean_logits")
+# What the gradients of an attack on an ensemble are averaged over.  A vote has no gradient: it is attacked through the
+# mean probability and judged by the vote (SCIENCE, section 9).
+_AVERAGE = {"vote": "probability", "mean_probability": "probability", "mean_logits": "logits"}
+_CONFIDENCE = 0.95
+_RESAMPLES = 2000
+# Passes compared to tell whether an unknown model draws noise: several, because a rare draw may repeat once.
+_PROBES = 4
+
+
+def evaluate(
+    model: Model,
+    data: Any,
+    attacks: Mapping[str, Attack] | None = None,
+    *,
+    draws: int = 10,
+    predictor: str | Sequence[str] = "single",
+    members: int = 10,
+    eps: float | Sequence[float] | None = None,
+    noise_off: bool = True,
+    seed: int = 0,
+    batch_size: int = 256,
+    limit: int | None = None,
+    device: str | torch.device | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score ``model`` on clean and attacked images, each scored ``draws`` times with fresh draws of its noise.
+
+    A module is evaluated in eval mode, always, and gets its modes back; its noise stays on, and is switched off
+    only for the rows with ``noise=False``, which attack the noise-off network itself.  A model without noise is scored
+    once, and an attack's EOT, which would average equal gradients, is dropped.
+
+    Args:
+        model: any callable from images in [0, 1] (N, C, H, W) to logits (N, classes).
+        data: what ``learn2perturb.data.make_source`` takes: ImageData, (images, labels), Dataset, DataLoader.
+        attacks: name -> attack, untargeted; the clean rows come first in any case.
+        draws: scorings of the same images.
+        predictor: ``single`` (one draw decides; the headline), ``vote`` (majority of ``members`` fresh draws, ties to
+            the smallest class index), ``mean_probability`` or ``mean_logits`` of ``members`` draws, or a list of them.
+            An attack on an ensemble averages at least ``members`` draws of its probability or logits.
+        members: passes that make one scoring of a predictor other than ``single``.
+        eps: replaces the eps of every attack, [0, 1] pixel scale; a list gives one row for each.
+        noise_off: also give the rows of the same network with its noise switched off.
+        seed: of attacks and scoring; the same seed gives the same evaluation (and, for a model without noise and an
+            attack without a random start, for every batch size).
+        batch_size: images in one pass (a DataLoader keeps its own).
+        limit: evaluate the first ``limit`` images only.
+        device: where to evaluate; by default where the model is.
+        name: of the model, for the record.
+        progress: called with (images done, images in all, label of the row); an image counts once in each row.
+
+    Raises:
+        ConfigError: a setting is not allowed.
+        UnknownNameError: an unknown predictor.
+        InputError: the model's output is no finite (N, classes) tensor, or a label is beyond its classes.
+        DataError: there are no images.
+    """
+    for setting, value in (("draws", draws), ("members", members), ("batch_size", batch_size)):
+        _check_count(setting, value)
+    if limit is not None:
+        _check_count("limit", limit)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed is {seed!r}, must be a whole number >= 0; 0 is the default")
+    if not callable(model):
+        raise ConfigError(f"model is a {type(model).__name__}, must be callable: a network or a function")
+    predictors = _predictors(predictor)
+    table = [(CLEAN, None), *_expand(attacks, eps)]
+    place = _device(model, device)
+    source = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=limit)
+
+    labels: list[NDArray[np.int64]] = []
+    runs: list[_RowRun] = []
+    num_classes = done = 0
+    expected = source.num_examples if limit is None else min(limit, source.num_examples)
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    # One pass over the data, all rows on each batch: every row sees the same images even where the user's loader
+    # shuffles or augments in its own way.
+    with isolated_rng(), _eval_mode(model):
+        for index, (x, y) in enumerate(source.epoch(0)):
+            if limit is not None:
+                x, y = x[: limit - done], y[: limit - done]
+            x, y = x.to(place), y.to(place)
+            if not runs:
+                num_classes = _classes(model, x, seed)
+                runs = _plan(model, x, table, predictors, draws, members, noise_off, seed)
+            _check_labels(y, num_classes)
+            labels.append(y.cpu().numpy())
+            for number, run in enumerate(runs):
+                run.add(model, x, y, index)
+                if progress is not None:
+                    progress(done * len(runs) + (number + 1) * len(x), expected * len(runs), run.label)
+            done += len(x)
+            if limit is not None and done >= limit:
+                break
+    if not done:
+        raise DataError("the data hold no images; give at least one, and a limit of at least 1")
+    truth = np.concatenate(labels)
+    rows = [row for run in runs for row in run.rows(truth, num_classes)]
+    metadata = {
+        "model": name or getattr(model, "registered_name", None) or getattr(model, "__name__", type(model).__name__),
+        "data": getattr(data, "name", type(data).__name__),
+        "date": started,
+        "batch_size": batch_size,
+        "limit": limit,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(place),
+        "hardware": _hardware(place),
+    }
+    return Evaluation(tuple(rows), PackedIntegers.pack(truth), num_classes, seed, _CONFIDENCE, _RESAMPLES, metadata)
+
+
+@final
+class _RowRun:
+    """One row in the making: what to run on each batch, and what came out so far."""
+
+    def __init__(
+        self,
+        name: str,
+        attack: Attack | None,
+        *,
+        noise: bool,
+        switched: bool,
+        stochastic: bool,
+        predictors: tuple[str, ...],
+        draws: int,
+        members: int,
+        seed: int,
+    ) -> None:
+        self.name, self.noise, self.switched, self.stochastic, self.seed = name, noise, switched, stochastic, seed
+        # Without noise all predictors are one and the same, so one run serves the rows of all.
+        self.predictors = predictors
+        self.predictor = predictors[0]
+        self.draws = draws if stochastic else 1
+        self.members = members if stochastic and self.predictor != "single" else 1
+        self.attack = None if attack is None else _adapted(attack, self.predictor, self.members, stochastic)
+        self.pools = stochastic and self.predictor == "single" and self.draws > 1
+        self.predictions: list[NDArray[np.int64]] = []
+        self.pooled: list[NDArray[np.int64]] = []
+        self.totals = dict.fromkeys(("linf", "l2", "forward_passes", "backward_passes"), 0.0)
+        self.seconds = 0.0
+
+    @property
+    def label(self) -> str:
+        """What progress shows."""
+        eps = "" if self.attack is None else f" eps {self.attack.eps:.4g}"
+        return f"{self.name}{eps}{'' if self.noise else ', noise off'}, {self.predictor}"
+
+    def add(self, model: Model, x: Tensor, y: Tensor, batch: int) -> None:
+        """Attack and score one batch."""
+        quiet = noise_disabled(model) if self.switched and isinstance(model, nn.Module) else contextlib.nullcontext()
+        with quiet:
+            x_adv = x if self.attack is None else self._attacked(self.attack, model, x, y, batch)
+            with torch.no_grad():
+                self._score(model, x_adv, batch)
+
+    def _attacked(self, attack: Attack, model: Model, x: Tensor, y: Tensor, batch: int) -> Tensor:
+        own = derive_seed(self.seed, "attack", self.name, repr(attack.eps), batch)
+        result = dataclasses.replace(attack, seed=own).run(model, x, y)
+        self.totals["linf"] += result.linf.sum().item()
+        self.totals["l2"] += result.l2.sum().item()
+        self.totals["forward_passes"] += result.forward_passes * len(x)
+        self.totals["backward_passes"] += result.backward_passes * len(x)
+        self.seconds += result.seconds
+        return result.x_adv.to(x.dtype)
+
+    def _score(self, model: Model, x: Tensor, batch: int) -> None:
+        scorings = []
+        total: Tensor | None = None
+        eps = "" if self.attack is None else repr(self.attack.eps)
+        for draw in range(self.draws):
+            # Each scoring has a stream of its own, named so that no attack's stream can be the same.
+            seed_everything(self.seed, "score", self.name, eps, batch, draw)
+            passes = (_logits(model, x) for _ in range(self.members))
+            if self.predictor == "single" or self.members == 1:
+                logits = next(passes)
+                scorings.append(logits.argmax(dim=1).cpu().numpy())
+                if self.pools:
+                    total = logits.softmax(dim=1) + (0 if total is None else total)
+            else:
+                scorings.append(_ensemble(self.predictor, passes))
+        self.predictions.append(np.stack(scorings))
+        if total is not None:
+            self.pooled.append(total.argmax(dim=1).cpu().numpy())
+
+    def rows(self, labels: NDArray[np.int64], num_classes: int) -> Iterator[Row]:
+        """Give the finished rows: one, or one for each predictor that this run serves."""
+        predictions = np.concatenate(self.predictions, axis=1)
+        pooled = {}
+        if self.pools:
+            pooled = {"vote": majority(predictions, num_classes), "mean_probability": np.concatenate(self.pooled)}
+        found = statistics(
+            predictions,
+            labels,
+            pooled,
+            stochastic=self.stochastic,
+            seed=self.seed,
+            confidence=_CONFIDENCE,
+            resamples=_RESAMPLES,
+        )
+        parameters = {} if self.attack is None else plain(self.attack)
+        parameters.pop("seed", None)
+        size = len(labels)
+        for predictor in self.predictors:
+            yield Row(
+                attack=self.name,
+                attack_type=None if self.attack is None else type(self.attack).__name__,
+                parameters=parameters,
+                eps=None if self.attack is None else float(self.attack.eps),
+                noise=self.noise,
+                stochastic=self.stochastic,
+                predictor=predictor,
+                members=self.members,
+                seconds=self.seconds,
+                linf=self.totals["linf"] / size,
+                l2=self.totals["l2"] / size,
+                forward_passes=self.totals["forward_passes"] / size,
+                backward_passes=self.totals["backward_passes"] / size,
+                **found,
+            )
+
+
+def _plan(
+    model: Model,
+    x: Tensor,
+    table: list[tuple[str, Attack | None]],
+    predictors: tuple[str, ...],
+    draws: int,
+    members: int,
+    noise_off: bool,
+    seed: int,
+) -> list[_RowRun]:
+    """Return the rows to run: for each predictor clean and attacks, then the same with the noise switched off."""
+    ours = isinstance(model, nn.Module) and is_stochastic(model)
+    stochastic = ours or _passes_differ(model, x, seed)
+    modules = noise_modules(model) if isinstance(model, nn.Module) else []
+    if any(module.enabled and module.replay is not None for module in modules):
+        warnings.warn(
+            "the model's noise is being replayed (fixed_noise), so these scorings are of one fixed draw, which "
+            "says little about a random one; evaluate outside of fixed_noise",
+            stacklevel=3,
+        )
+    noise = not modules or any(module.enabled for module in modules)
+    groups = [(one,) for one in predictors] if stochastic else [predictors]
+    settings = {"draws": draws, "members": members, "seed": seed}
+    runs = [
+        _RowRun(row, attack, noise=noise, switched=False, stochastic=stochastic, predictors=group, **settings)
+        for group in groups
+        for row, attack in table
+    ]
+    if ours and noise_off and isinstance(model, nn.Module):
+        with noise_disabled(model):
+            rest = _passes_differ(model, x, seed)  # noise that is not ours, such as dropout that is always on
+        groups = [(one,) for one in predictors] if rest else [("single",)]
+        runs += [
+            _RowRun(row, attack, noise=False, switched=True, stochastic=rest, predictors=group, **settings)
+            for group in groups
+            for row, attack in table
+        ]
+    return runs
+
+
+def _adapted(attack: Attack, predictor: str, members: int, stochastic: bool) -> Attack:
+    """Return ``attack`` aimed at what will be scored: one draw, an ensemble, or a network without noise."""
+    names = {field.name for field in dataclasses.fields(attack)}
+    if "eot" not in names:
+        return attack
+    if not stochastic:
+        return dataclasses.replace(attack, eot=1)
+    if predictor == "single" or "eot_average" not in names:
+        return attack
+    return dataclasses.replace(attack, eot=max(attack.eot, members), eot_average=_AVERAGE[predictor])  # type: ignore[arg-type]
+
+
+def _ensemble(predictor: str, passes: Iterator[Tensor]) -> NDArray[np.int64]:
+    """Return the predictions (N) of one scoring made of several passes."""
+    if predictor == "vote":
+        logits = list(passes)
+        return majority(np.stack([one.argmax(dim=1).cpu().numpy() for one in logits]), logits[0].shape[1])
+    total: Tensor | None = None
+    for one in passes:
+        part = one.softmax(dim=1) if predictor == "mean_probability" else one
+        total = part if total is None else total + part
+    if total is None:
+        raise ConfigError("an ensemble needs members >= 1")
+    winners: NDArray[np.int64] = total.argmax(dim=1).cpu().numpy()
+    return winners
+
+
+def _logits(model: Model, x: Tensor) -> Tensor:
+    """Return the checked logits (N, classes) of one pass, float32 at least."""
+    # A copy: a model may work on its input in place, and the next draw must see the same images.
+    logits = model(x.clone())
+    if not isinstance(logits, Tensor):
+        mend = "; return its first element: lambda x: model(x)[0]" if isinstance(logits, (tuple, list)) else ""
+        raise InputError(f"the model returned a {type(logits).__name__}, must be logits of shape (N, classes){mend}")
+    if logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        raise InputError(
+            f"the model returned shape {tuple(logits.shape)} for {len(x)} images, must be ({len(x)}, classes >= 2)"
+        )
+    if not logits.is_floating_point():
+        raise InputError(f"the model returned {logits.dtype}, must be float logits; return them before the argmax")
+    if bool((logits.isnan() | logits.isposinf()).any()):
+        raise InputError("the model returned NaN or infinite logits; check its weights and its input scale, [0, 1]")
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _classes(model: Model, x: Tensor, seed: int) -> int:
+    """Return the number of classes; warn when the model gives probabilities instead of logits."""
+    if not len(x):
+        raise DataError("the data hold no images; give at least one")
+    seed_everything(seed, "probe", 0)
+    with torch.no_grad():
+        logits = _logits(model, x)
+    if bool((logits >= 0).all()) and bool(((logits.sum(dim=1) - 1).abs() < 1e-3).all()):
+        warnings.warn(
+            "the model's output looks like probabilities (rows >= 0 that sum to 1), but logits are expected: a softmax "
+            "inside the model weakens gradients, so that attacks look too weak; return the logits before it",
+            stacklevel=3,
+        )
+    return logits.shape[1]
+
+
+def _passes_differ(model: Model, x: Tensor, seed: int) -> bool:
+    """Tell whether passes over the same images differ: exactly on the CPU, beyond rounding elsewhere."""
+    # Kernels of accelerators may add in another order each time; that is no noise.
+    tolerance = 0.0 if x.device.type == "cpu" else 1e-4
+    first: Tensor | None = None
+    with torch.no_grad():
+        for probe in range(_PROBES):
+            seed_everything(seed, "probe", probe)
+            logits = _logits(model, x)
+            if first is None:
+                first = logits
+            elif not torch.allclose(logits, first, rtol=tolerance, atol=tolerance):
+                return True
+    return False
+
+
+@contextlib.contextmanager
+def _eval_mode(model: Model) -> Iterator[None]:
+    """Put every submodule in eval mode, and give each its own mode back, whatever happens."""
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        if isinstance(model, nn.Module) and any(mode for _, mode in modes):
+            model.eval()
+        yield
+    finally:
+        # From the root down and by train(), not by the flag alone: some modules do work there (merged weights).
+        for module, mode in modes:
+            if module.training != mode:
+                module.train(mode)
+
+
+def _expand(attacks: Mapping[str, Attack] | None, eps: float | Sequence[float] | None) -> list[tuple[str, Attack]]:
+    """Return (name, attack) for every attack and eps."""
+    if attacks is None:
+        return []
+    if not isinstance(attacks, Mapping):
+        raise ConfigError(f"attacks is a {type(attacks).__name__}, must map names to attacks: attacks={{'pgd': PGD()}}")
+    for name, attack in attacks.items():
+        if not isinstance(attack, Attack):
+            kind = f"the class {attack.__name__}" if isinstance(attack, type) else f"a {type(attack).__name__}"
+            raise ConfigError(f"attack {name!r} is {kind}, must be an Attack such as PGD(eps=8/255)")
+        if not isinstance(name, str) or not name or name == CLEAN:
+            raise ConfigError(f"an attack is named {name!r}, must be a text other than '' and {CLEAN!r}; rename it")
+        if attack.targeted:
+            raise ConfigError(f"attack {name!r} is targeted, but here are true labels only; set targeted=False")
+    if eps is None:
+        return list(attacks.items())
+    sizes = [eps] if isinstance(eps, (int, float, str)) else list(eps)
+    if not sizes:
+        raise ConfigError("eps is an empty list, must hold numbers; leave it out to keep the eps of each attack")
+    # The attack itself says what is wrong with a size.
+    return [
+        (name, dataclasses.replace(attack, eps=size))
+        for name, attack in attacks.items()
+        for size in dict.fromkeys(sizes)
+    ]
+
+
+def _predictors(predictor: str | Sequence[str]) -> tuple[str, ...]:
+    asked = [predictor] if isinstance(predictor, str) else list(predictor)
+    if not asked:
+        raise ConfigError(f"predictor is an empty list, must be one or more of {', '.join(PREDICTORS)}")
+    for one in asked:
+        if one not in PREDICTORS:
+            raise UnknownNameError.of("predictor", one, PREDICTORS)
+    return tuple(dict.fromkeys(asked))
+
+
+def _device(model: Model, device: str | torch.device | None) -> torch.device:
+    weights = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    try:
+        asked = None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {device!r}, must be one that torch knows, such as 'cpu' or 'cuda'") from error
+    if not weights:
+        return asked or torch.device("cpu")
+    own = weights[0].device
+    if asked is not None and (asked.type != own.type or asked.index not in (None, own.index)):
+        raise ConfigError(f"the model is on {own}, but device is {device!r}; move it first: model.to({device!r})")
+    return own
+
+
+def _check_labels(y: Tensor, num_classes: int) -> None:
+    lowest, highest = int(y.min()), int(y.max())
+    if lowest < 0 or highest >= num_classes:
+        wrong = lowest if lowest < 0 else highest
+        raise InputError(f"label {wrong} is outside 0..{num_classes - 1}, the model's classes; check data and model")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}, must be a whole number >= 1")
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,287 @@
+"""What an evaluation found: rows of accuracies with intervals, and the raw predictions they follow from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learn2perturb import records
+from learn2perturb.errors import CheckpointError, ConfigError, UnknownNameError
+from learn2perturb.evaluation.intervals import Interval, accuracy_interval, majority, mean_and_std, worst_of
+from learn2perturb.records import PackedBits, PackedIntegers
+
+CLEAN = "clean"
+WORST_OF = (1, 10, 100)
+POOLED_NOTE = "of the same adversarial examples, which were crafted against the single draw"
+
+
+@dataclass(frozen=True)
+class PooledScore:
+    """Accuracy of an ensemble over all draws of a single-draw row, on that row's own images.
+
+    ``note`` says what it is not: the examples were crafted against the single draw, so this is no accuracy under an
+    attack on the ensemble.  For that, evaluate with ``predictor="vote"`` or ``"mean_probability"``.
+    """
+
+    predictor: str
+    members: int
+    accuracy: float
+    interval: Interval
+    predictions: PackedIntegers
+    note: str = POOLED_NOTE
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attack at one size against one predictor, scored ``draws`` times on ``n`` images.
+
+    ``attack`` is the caller's name, ``"clean"`` for none; ``attack_type`` and ``parameters`` say what was run, as
+    it was run (the seed of each batch follows from the evaluation's).  ``eps`` is in [0, 1] pixel scale.
+    ``noise`` is False on the noise-off rows; ``stochastic`` says whether two scorings of this row can differ at all.
+    A scoring of a predictor other than ``"single"`` is made of ``members`` passes.
+    ``accuracy`` is the mean over scorings, ``std`` its deviation over scorings (ddof = 1; None for one scoring),
+    ``interval`` is over images.  ``worst_of[n]`` is the accuracy against an adversary who needs one wrong answer in n
+    scorings.  ``linf`` and ``l2`` are mean sizes of the perturbation; passes are image passes of the attack per image.
+    ``correct`` (draws, n) and ``predictions`` (draws, n) are what all accuracies follow from.
+    """
+
+    attack: str
+    attack_type: str | None
+    parameters: dict[str, Any]
+    eps: float | None
+    noise: bool
+    stochastic: bool
+    predictor: str
+    members: int
+    n: int
+    draws: int
+    accuracy: float
+    std: float | None
+    interval: Interval
+    worst_of: dict[int, float]
+    linf: float
+    l2: float
+    forward_passes: float
+    backward_passes: float
+    seconds: float
+    correct: PackedBits
+    predictions: PackedIntegers
+    pooled: tuple[PooledScore, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Short description, such as ``pgd 8/255, noise off``."""
+        parts = [" ".join(part for part in (self.attack, self.eps_text) if part)]
+        if not self.noise:
+            parts.append("noise off")
+        if self.predictor != "single":
+            parts.append(self.predictor)
+        return ", ".join(parts)
+
+    @property
+    def eps_text(self) -> str:
+        """``eps`` as k/255 when it is one, with the norm when it is not l_inf."""
+        norm = self.parameters.get("norm", "linf")
+        return format_eps(self.eps) + ("" if norm == "linf" or self.eps is None else f" {norm}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The rows of one evaluation, the labels of its images, and how, where and when it was made."""
+
+    FORMAT: ClassVar[str] = "learn2perturb.evaluation"
+    VERSION: ClassVar[int] = 1
+
+    rows: tuple[Row, ...]
+    labels: PackedIntegers
+    num_classes: int
+    seed: int
+    confidence: float = 0.95
+    resamples: int = 2000
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def row(self, attack: str, eps: float | None = None, noise: bool = True, predictor: str = "single") -> Row:
+        """Return the one row of ``attack`` (``"clean"`` for none); ``eps`` is needed where several were evaluated.
+
+        Raises:
+            UnknownNameError: no row of that attack.
+            ConfigError: no row, or several, with that eps, noise and predictor.
+        """
+        named = [row for row in self.rows if row.attack == attack]
+        if not named:
+            raise UnknownNameError.of("attack in this evaluation", attack, {row.attack for row in self.rows})
+        found = [row for row in named if row.noise == noise and row.predictor == predictor]
+        if eps is not None:
+            found = [row for row in found if row.eps is not None and math.isclose(row.eps, eps, abs_tol=1e-9)]
+        if len(found) != 1:
+            wanted = f"row {attack!r} with eps={eps}, noise={noise}, predictor={predictor!r}"
+            known = "; ".join(f"eps={row.eps}, noise={row.noise}, predictor={row.predictor!r}" for row in named)
+            raise ConfigError(f"{len(found)} rows match {wanted}; choose one of: {known}")
+        return found[0]
+
+    def recomputed(self) -> Evaluation:
+        """Return the same evaluation with every accuracy computed anew from the raw predictions and labels."""
+        labels = self.labels.unpack()
+        rows = []
+        for row in self.rows:
+            predictions = row.predictions.unpack()
+            pooled = {score.predictor: score.predictions.unpack() for score in row.pooled}
+            if "vote" in pooled:
+                pooled["vote"] = majority(predictions, self.num_classes)
+            rows.append(
+                dataclasses.replace(
+                    row,
+                    **statistics(
+                        predictions,
+                        labels,
+                        pooled,
+                        stochastic=row.stochastic,
+                        seed=self.seed,
+                        confidence=self.confidence,
+                        resamples=self.resamples,
+                    ),
+                )
+            )
+        return dataclasses.replace(self, rows=tuple(rows))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the evaluation as JSON, atomically.
+
+        Raises:
+            CheckpointError: it cannot be written; a file that was there is left as it was.
+        """
+        return records.save(path, self)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Evaluation:
+        """Read an evaluation and check that its bits agree with its predictions and labels.
+
+        Raises:
+            CheckpointError: missing, damaged, inconsistent, or of a newer version.
+        """
+        evaluation = records.load(path, cls)
+        try:
+            evaluation._check()
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        return evaluation
+
+    def _check(self) -> None:
+        labels = self.labels.unpack()
+        for row in self.rows:
+            predictions, correct = row.predictions.unpack(), row.correct.unpack()
+            for score in row.pooled:
+                if score.predictions.unpack().shape != labels.shape:
+                    raise CheckpointError(f"row {row.label!r} has a {score.predictor} of another size; evaluate again")
+            if predictions.shape != (row.draws, len(labels)) or not np.array_equal(predictions == labels, correct):
+                raise CheckpointError(f"row {row.label!r} does not fit its predictions and labels; evaluate again")
+
+    def __str__(self) -> str:
+        return format_table(self)
+
+
+def statistics(
+    predictions: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    pooled: Mapping[str, NDArray[np.int64]],
+    *,
+    stochastic: bool,
+    seed: int,
+    confidence: float,
+    resamples: int,
+) -> dict[str, Any]:
+    """Return the fields of a row that follow from ``predictions`` (S, N), ``labels`` (N) and ensembles of its draws."""
+    correct = predictions == labels
+    scorings = len(correct)
+    mean, std = mean_and_std(correct)
+    options: dict[str, Any] = {"seed": seed, "confidence": confidence, "resamples": resamples}
+    return {
+        "n": len(labels),
+        "draws": scorings,
+        "accuracy": mean,
+        "std": std,
+        "interval": accuracy_interval(correct, **options),
+        # Without noise every draw is the same, so the worst of any number of them is the accuracy.
+        "worst_of": (
+            {n: worst_of(correct, n) for n in WORST_OF if n <= scorings}
+            if stochastic
+            else dict.fromkeys(WORST_OF, mean)
+        ),
+        "correct": PackedBits.pack(correct),
+        "predictions": PackedIntegers.pack(predictions),
+        "pooled": tuple(
+            PooledScore(
+                predictor=name,
+                members=scorings,
+                accuracy=float((ensemble == labels).mean()),
+                interval=accuracy_interval((ensemble == labels)[None], **options),
+                predictions=PackedIntegers.pack(ensemble),
+            )
+            for name, ensemble in pooled.items()
+        ),
+    }
+
+
+def format_eps(eps: float | None) -> str:
+    """``8/255`` for 8/255, ``0.031`` for .031, nothing for None."""
+    if eps is None:
+        return ""
+    steps = eps * 255
+    if 0 < round(steps) < 255 and abs(steps - round(steps)) < 1e-6:
+        return f"{round(steps)}/255"
+    return f"{eps:.6g}"
+
+
+def format_table(evaluation: Evaluation) -> str:
+    """Plain-text table of the rows, and below it what the ensembles of the same draws give."""
+    head = ("attack", "eps", "noise", "predictor", "accuracy %", "interval", "worst of 10", "n")
+    cells = [head, *(_cells(row) for row in evaluation.rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    right = (False, True, False, False, False, False, True, True)
+    lines = [
+        "  ".join(
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines.append("")
+    lines.append(_legend(evaluation))
+    pooled = [(row, score) for row in evaluation.rows for score in row.pooled if row.attack != CLEAN]
+    if pooled:
+        lines.append(f"Ensembles of the draws above, {POOLED_NOTE}:")
+        lines.extend(
+            f"  {row.label}: {score.predictor.replace('_', ' ')} of {score.members} draws {100 * score.accuracy:.2f} %"
+            for row, score in pooled
+        )
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    accuracy = f"{100 * row.accuracy:6.2f}" + ("" if row.std is None else f" +- {100 * row.std:.2f}")
+    worst = row.worst_of.get(10)
+    return (
+        row.attack,
+        row.eps_text,
+        ("on" if row.stochastic else "none") if row.noise else "off",
+        row.predictor if row.members == 1 else f"{row.predictor} of {row.members}",
+        accuracy,
+        f"[{100 * row.interval.low:.2f}, {100 * row.interval.high:.2f}]",
+        "" if worst is None else f"{100 * worst:.2f}",
+        str(row.n),
+    )
+
+
+def _legend(evaluation: Evaluation) -> str:
+    draws = sorted({row.draws for row in evaluation.rows if row.draws > 1})
+    over = f"mean +- std over {'/'.join(map(str, draws))} fresh draws; " if draws else ""
+    return f"Accuracy: {over}interval: {100 * evaluation.confidence:g} %, over images (Wilson, or bootstrap of draws)."

@@ -1,0 +1,160 @@
+"""Additive noise on features, with a learned or fixed scale: ``h <- h + theta * eps``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learn2perturb.engine.random import derive_seed
+from learn2perturb.errors import ConfigError, SiteError
+from learn2perturb.noise.base import NoiseModule
+from learn2perturb.noise.distributions import check_distribution, draw, draw_seeded
+
+GRANULARITIES = ("element", "channel", "layer")
+SHARINGS = ("per_example", "per_batch")
+PLACES = ("output", "input")
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+    return value
+
+
+def map_shape(feature_shape: tuple[int, ...], granularity: str, channel_dim: int) -> tuple[int, ...]:
+    """Return the shape of theta for features of ``feature_shape`` (no batch dimension)."""
+    if granularity == "element":
+        return feature_shape
+    shape = [1] * len(feature_shape)
+    if granularity == "channel":
+        shape[channel_dim] = feature_shape[channel_dim]
+    return tuple(shape)
+
+
+class Perturbation(NoiseModule):
+    """The perturbation-injection module of Learn2Perturb: ``h + theta * eps``, ``eps ~ N(0, 1)`` (eqs. 3 to 5).
+
+    It is a child of the module it perturbs and is applied by a forward hook through :meth:`perturb`. Called as a layer
+    it is the identity, because a container that runs its children in order (``nn.Sequential``) runs this one too.
+
+    Args:
+        feature_shape: shape of one example's features, e.g. (C, H, W).
+        site: name of the perturbed submodule.
+        place: ``output`` of the submodule, or its first ``input``.
+        granularity: ``element`` (theta of ``feature_shape``), ``channel`` or ``layer`` (one number).
+        sharing: ``per_example`` draws one eps for each row, ``per_batch`` one for all rows.
+        distribution: ``gaussian``, ``laplace`` or ``uniform``, of unit variance.
+        init: first value of theta, a standard deviation.
+        minimum: theta is projected to at least this after each step.
+        learned: whether theta is trained; a fixed scale (RSE, PixelDP) is not.
+        channel_dim: index of the channel dimension in ``feature_shape``.
+
+    Raises:
+        ConfigError: a choice is unknown, or not 0 <= minimum <= init.
+    """
+
+    def __init__(
+        self,
+        feature_shape: tuple[int, ...],
+        *,
+        site: str,
+        place: str = "output",
+        granularity: str = "element",
+        sharing: str = "per_example",
+        distribution: str = "gaussian",
+        init: float = 0.25,
+        minimum: float = 0.01,
+        learned: bool = True,
+        channel_dim: int = 0,
+    ) -> None:
+        super().__init__(site)
+        if not 0 <= minimum <= init < float("inf"):
+            raise ConfigError(f"theta init is {init} and minimum is {minimum}; allowed: 0 <= minimum <= init")
+        self.feature_shape = tuple(feature_shape)
+        self.place = _choice("place", place, PLACES)
+        self.granularity = _choice("granularity", granularity, GRANULARITIES)
+        self.sharing = _choice("sharing", sharing, SHARINGS)
+        self.distribution = check_distribution(distribution)
+        self.init, self.minimum, self.learned, self.channel_dim = init, minimum, learned, channel_dim
+        self.theta = nn.Parameter(
+            torch.full(map_shape(self.feature_shape, granularity, channel_dim), float(init)), requires_grad=learned
+        )
+        self._rows: tuple[int, Tensor] | None = None
+
+    def noise_parameters(self) -> list[nn.Parameter]:
+        """Return theta where it is learned."""
+        return [self.theta] if self.learned else []
+
+    def spec(self) -> dict[str, Any]:
+        """Return the arguments that build this module again."""
+        names = ("site", "place", "granularity", "sharing", "distribution", "init", "minimum", "learned", "channel_dim")
+        return {"kind": "feature", "feature_shape": list(self.feature_shape)} | {n: getattr(self, n) for n in names}
+
+    def extra_repr(self) -> str:
+        """Show what is drawn and how it is scaled."""
+        return f"{tuple(self.theta.shape)}, {self.distribution}, {self.sharing}, place={self.place}"
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return ``h`` unchanged: noise is applied by the hook of the parent, once."""
+        return h
+
+    def perturb(self, h: Tensor) -> Tensor:
+        """Return ``h + theta * eps`` with a fresh (or replayed) eps, or ``h`` itself when switched off.
+
+        Args:
+            h: features, (N, *feature_shape).
+
+        Raises:
+            SiteError: the features do not have the shape that this module was made for.
+        """
+        if not self.enabled:
+            return h
+        self._check(h)
+        eps = self.draw(h)
+        return torch.addcmul(h, self.theta.to(h.dtype), eps.to(h.dtype))
+
+    @torch.no_grad()
+    def draw(self, h: Tensor) -> Tensor:
+        """Draw eps for features ``h``: one row for each example, or a single row for all of them."""
+        rows = 1 if self.sharing == "per_batch" else h.shape[0]
+        if self.replay is not None:
+            return self._replayed(self.replay, rows, tuple(h.shape[1:])).to(h.device)
+        channels_last = h.dim() == 4 and h.is_contiguous(memory_format=torch.channels_last) and not h.is_contiguous()
+        return draw(self.distribution, (rows, *h.shape[1:]), h.device, channels_last=channels_last)
+
+    @torch.compiler.disable
+    def _replayed(self, seed: int, rows: int, shape: tuple[int, ...]) -> Tensor:
+        """Return draws that are a function of seed, site and row alone; kept while the same seed is replayed."""
+        known = self._rows[1] if self._rows is not None and self._rows[0] == seed else torch.empty(0, *shape)
+        if known.shape[1:] != shape:
+            known = torch.empty(0, *shape)
+        if known.shape[0] < rows:
+            new = [
+                draw_seeded(self.distribution, shape, derive_seed(seed, "noise", self.site, row))
+                for row in range(known.shape[0], rows)
+            ]
+            known = torch.cat([known, torch.stack(new)])
+            self._rows = (seed, known)
+        return known[:rows]
+
+    def forget(self) -> None:
+        """Drop the replayed draws that are kept."""
+        self._rows = None
+
+    def _check(self, h: Tensor) -> None:
+        shape = tuple(h.shape[1:])
+        expected = self.feature_shape
+        if self.granularity == "element":
+            fits = shape == expected
+        else:
+            fits = len(shape) == len(expected) and (
+                self.granularity == "layer" or shape[self.channel_dim] == expected[self.channel_dim]
+            )
+        if not fits:
+            raise SiteError(
+                f"site {self.site!r} has features of shape {shape} but its {self.granularity}-wise noise was made for "
+                f"{expected}; feed images of the size that perturb() was given, or perturb with that input_shape, "
+                "or use granularity='channel'"
+            )

@@ -1,0 +1,61 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere. Knows no torch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Reporter:
+    """One bar and lines above it, on standard error; off a terminal, a line every ``interval`` seconds."""
+
+    def __init__(self, enabled: bool = True, interval: float = 30.0) -> None:
+        self.enabled, self.interval = enabled, interval
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._label = ""
+        self._spoken = time.monotonic()
+
+    def __enter__(self) -> Reporter:
+        if self.enabled and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TimeRemainingColumn(), console=self._console, transient=True,
+            )  # fmt: skip
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+            self._task = None
+
+    def line(self, text: str) -> None:
+        """Print one line, above the bar if there is one."""
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def __call__(self, done: float, total: float, label: str) -> None:
+        """Show that ``done`` of ``total`` are done of what ``label`` names."""
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task(label, total=total)
+            self._bar.update(self._task, completed=done, total=total, description=label)
+        elif time.monotonic() - self._spoken > self.interval:
+            self._spoken = time.monotonic()
+            self.line(f"{label}: {done:g}/{total:g}")

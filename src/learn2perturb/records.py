@@ -1,0 +1,343 @@
+"""Results on disk: frozen dataclasses <-> versioned JSON, packed arrays, atomic writes.  Knows no torch."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import collections.abc
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import types
+import typing
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+from learn2perturb.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class Record(Protocol):
+    """A dataclass that names its file format and the version of it that this package writes."""
+
+    FORMAT: ClassVar[str]
+    VERSION: ClassVar[int]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+R = TypeVar("R", bound=Record)
+
+
+def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
+    """Write ``content`` so that ``path`` holds either what it held before or all of ``content``, whatever happens.
+
+    A temporary file in the same folder, fsync, rename, fsync of the folder; missing folders are made, and a link
+    is followed rather than replaced.  Text is written as UTF-8, line ends unchanged.
+
+    Raises:
+        CheckpointError: the file cannot be written (folder not writable, disk full); the old file is left as it was.
+    """
+    target = Path(os.path.realpath(path))
+    data = content.encode() if isinstance(content, str) else content
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{binascii.hexlify(os.urandom(4)).decode()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Not tempfile: it gives mode 600, and a result is to be as readable as any other file of the user.
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {error.strerror or error}; free the disk or choose another place"
+        ) from error
+    _sync_folder(target.parent)
+    return target
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without this the rename itself may be lost in a power cut.  Some file systems cannot sync a folder: no harm done.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedBits:
+    """Booleans, eight to a byte (``numpy.packbits``), in base64."""
+
+    shape: tuple[int, ...]
+    data: str
+
+    @classmethod
+    def pack(cls, bits: NDArray[np.bool_]) -> PackedBits:
+        """Pack a boolean array of any shape."""
+        import numpy as np
+
+        array = np.asarray(bits, dtype=bool)
+        return cls(array.shape, base64.b64encode(np.packbits(array.reshape(-1)).tobytes()).decode("ascii"))
+
+    def unpack(self) -> NDArray[np.bool_]:
+        """Return the booleans, shaped ``shape``.
+
+        Raises:
+            CheckpointError: the text is not what ``shape`` bits give.
+        """
+        import numpy as np
+
+        count = math.prod(self.shape)
+        raw = _from_base64(self.data)
+        if len(raw) != (count + 7) // 8:
+            raise CheckpointError(_damaged_array(f"{(count + 7) // 8} bytes", f"{len(raw)}", self.shape))
+        return np.unpackbits(np.frombuffer(raw, dtype=np.uint8), count=count).astype(bool).reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedIntegers:
+    """Class numbers (uint8, uint16 or int64, the smallest that holds them), little-endian, zlib, base64."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    data: str
+
+    @classmethod
+    def pack(cls, values: NDArray[np.integer[Any]]) -> PackedIntegers:
+        """Pack an integer array of any shape."""
+        import numpy as np
+
+        array = np.asarray(values)
+        low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+        dtype = "int64" if low < 0 or high >= 2**16 else "uint8" if high < 2**8 else "uint16"
+        little = np.ascontiguousarray(array, dtype=np.dtype(dtype).newbyteorder("<"))
+        return cls(array.shape, dtype, base64.b64encode(zlib.compress(little.tobytes(), 9)).decode("ascii"))
+
+    def unpack(self) -> NDArray[np.int64]:
+        """Return the integers as int64, shaped ``shape``.
+
+        Raises:
+            CheckpointError: the text is not what ``shape`` numbers of ``dtype`` give.
+        """
+        import numpy as np
+
+        if self.dtype not in ("uint8", "uint16", "int64"):
+            raise CheckpointError(_damaged_array("dtype uint8, uint16 or int64", repr(self.dtype), self.shape))
+        dtype = np.dtype(self.dtype).newbyteorder("<")
+        size = math.prod(self.shape) * dtype.itemsize
+        try:
+            # max_length: a damaged or hostile file must not unfold into more memory than its shape announces.
+            raw = zlib.decompressobj().decompress(_from_base64(self.data), size + 1)
+        except zlib.error as error:
+            raise CheckpointError(_damaged_array("zlib data", str(error), self.shape)) from error
+        if len(raw) != size:
+            raise CheckpointError(_damaged_array(f"{size} bytes", f"{len(raw)}", self.shape))
+        return np.frombuffer(raw, dtype=dtype).astype(np.int64).reshape(self.shape)
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise CheckpointError(f"packed array is damaged: {error}; restore the file or evaluate again") from error
+
+
+def _damaged_array(expected: str, received: str, shape: tuple[int, ...]) -> str:
+    return f"packed array of shape {shape} is damaged: {expected} expected, {received} found; restore the file"
+
+
+def to_json(record: Record) -> str:
+    """Return ``record`` as JSON text: ``{"format": ..., "version": ..., <fields>}``, numbers exactly as they are.
+
+    Non-finite floats, which JSON lacks, become the strings ``"nan"``, ``"inf"`` and ``"-inf"``.
+
+    Raises:
+        CheckpointError: a field holds something that JSON cannot.
+    """
+    payload = {"format": type(record).FORMAT, "version": type(record).VERSION, **_encode(record, "record")}
+    return json.dumps(payload, indent=1, allow_nan=False) + "\n"
+
+
+def from_json(text: str | bytes, cls: type[R], *, source: str = "record") -> R:
+    """Return the record of type ``cls`` that ``to_json`` wrote; ``source`` names the file in errors.
+
+    Raises:
+        CheckpointError: not JSON, another format, a newer version, or a field missing, unknown or of the wrong type.
+    """
+    mend = "restore it from a copy or write it anew"
+    try:
+        payload = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source} is damaged: not valid JSON ({error}); {mend}") from error
+    if not isinstance(payload, dict) or payload.get("format") != cls.FORMAT:
+        found = payload.get("format") if isinstance(payload, dict) else type(payload).__name__
+        raise CheckpointError(f"{source} has format {found!r}, not {cls.FORMAT!r}; give a file of that format")
+    version = payload.get("version")
+    if isinstance(version, int) and version > cls.VERSION:
+        raise CheckpointError(
+            f"{source} has version {version} of {cls.FORMAT!r}, this package reads up to {cls.VERSION}; "
+            "upgrade it: pip install --upgrade learn2perturb"
+        )
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{source} is damaged: version {version!r} is no positive integer; {mend}")
+    fields = {key: value for key, value in payload.items() if key not in ("format", "version")}
+    try:
+        return typing.cast(R, _decode(fields, cls, "record"))
+    except (TypeError, ValueError, CheckpointError) as error:
+        raise CheckpointError(f"{source} is damaged: {error}; {mend}") from error
+
+
+def save(path: str | os.PathLike[str], record: Record) -> Path:
+    """Write ``record`` to ``path`` atomically, after reading it back: a bad record never replaces a good file.
+
+    Raises:
+        CheckpointError: the record does not survive the round trip, or the file cannot be written.
+    """
+    text = to_json(record)
+    if to_json(from_json(text, type(record), source=f"the record for {path}")) != text:
+        raise CheckpointError(f"the record for {path} does not survive a round trip through JSON; nothing was written")
+    return atomic_write(path, text)
+
+
+def load(path: str | os.PathLike[str], cls: type[R]) -> R:
+    """Read a record of type ``cls``.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, damaged, of another format, or of a newer version.
+    """
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}; check the path") from error
+    return from_json(text, cls, source=str(path))
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` as something JSON holds: dataclasses become dicts, the unknown its ``repr``."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return repr(value)
+
+
+def _encode(value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: _encode(getattr(value, field.name), f"{where}.{field.name}")
+            for field in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): _encode(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise CheckpointError(f"{where} is a {type(value).__name__}, which JSON cannot hold; give numbers, text or lists")
+
+
+@functools.lru_cache(maxsize=256)
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _decode(value: Any, hint: Any, where: str) -> Any:
+    """Build what ``hint`` says out of parsed JSON; types are checked, never coerced (an int may serve as a float)."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _decode_union(value, arguments, where)
+    if origin is typing.Literal:
+        _require(value in arguments, where, f"one of {', '.join(map(repr, arguments))}", value)
+        return value
+    if origin is tuple:
+        return _decode_tuple(value, arguments, where)
+    if origin in (dict, Mapping, collections.abc.Mapping):
+        _require(isinstance(value, dict), where, "an object", value)
+        key_type, item = arguments
+        return {
+            (int(key) if key_type is int else key): _decode(entry, item, f"{where}[{key!r}]")
+            for key, entry in value.items()
+        }
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _decode_dataclass(value, hint, where)
+    if hint is float:
+        if isinstance(value, str) and value in _NON_FINITE:
+            return _NON_FINITE[value]
+        _require(isinstance(value, (int, float)) and not isinstance(value, bool), where, "a number", value)
+        return float(value)
+    if hint is int:
+        _require(isinstance(value, int) and not isinstance(value, bool), where, "an integer", value)
+        return value
+    _require(isinstance(value, type(None) if hint is None else hint), where, getattr(hint, "__name__", hint), value)
+    return value
+
+
+def _decode_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    failures = []
+    for option in options:
+        if option is not type(None):
+            try:
+                return _decode(value, option, where)
+            except (TypeError, ValueError) as error:
+                failures.append(str(error))
+    raise ValueError("; ".join(failures))
+
+
+def _decode_tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    _require(isinstance(value, list), where, "a list", value)
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return tuple(_decode(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value))
+    _require(len(value) == len(arguments), where, f"a list of {len(arguments)}", value)
+    pairs = zip(value, arguments, strict=True)
+    return tuple(_decode(item, kind, f"{where}[{index}]") for index, (item, kind) in enumerate(pairs))
+
+
+def _decode_dataclass(value: Any, cls: type, where: str) -> Any:
+    _require(isinstance(value, dict), where, "an object", value)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(value) - set(fields))
+    if unknown:
+        raise ValueError(f"{where} has unknown fields {', '.join(unknown)}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in value and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    hints = _hints(cls)
+    return cls(**{name: _decode(item, hints[name], f"{where}.{name}") for name, item in value.items()})
+
+
+def _require(condition: bool, where: str, expected: Any, value: Any) -> None:
+    if not condition:
+        text = repr(value)
+        raise ValueError(f"{where} is {text if len(text) <= 60 else text[:57] + '...'}, not {expected}")

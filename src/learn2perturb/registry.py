@@ -1,0 +1,196 @@
+"""What can be named: networks, data sets, attacks, defenses. A name is imported only when it is used."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from learn2perturb.errors import ConfigError, UnknownNameError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered thing: where it lives, who published it, and facts that are needed without importing it."""
+
+    name: str
+    target: str
+    summary: str
+    paper: str = ""
+    year: int | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> Any:
+        """Import ``module:attribute`` and return it."""
+        module, _, attribute = self.target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+class Registry:
+    """Names of one kind of thing, with aliases; iterates over its entries in order of registration."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Entry] = {}
+        self._aliases: dict[str, str] = {}
+
+    def register(
+        self,
+        name: str,
+        target: str,
+        summary: str,
+        *,
+        paper: str = "",
+        year: int | None = None,
+        aliases: tuple[str, ...] = (),
+        arguments: Mapping[str, Any] | None = None,
+        **facts: Any,
+    ) -> Entry:
+        """Add ``name``; ``target`` is ``"module:attribute"``, ``arguments`` go to it, ``facts`` are for its readers.
+
+        Raises:
+            ConfigError: the name or an alias is taken.
+        """
+        for word in (name, *aliases):
+            if word in self._entries or word in self._aliases:
+                raise ConfigError(f"{self.kind} {word!r} is registered already; choose another name")
+        entry = Entry(name, target, summary, paper, year, dict(arguments or {}), facts)
+        self._entries[name] = entry
+        self._aliases.update(dict.fromkeys(aliases, name))
+        return entry
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries or name in self._aliases
+
+    def entry(self, name: str) -> Entry:
+        """Return the entry of ``name`` or of the name it is an alias of.
+
+        Raises:
+            UnknownNameError: nothing has that name.
+        """
+        resolved = self._aliases.get(name, name) if isinstance(name, str) else name
+        if resolved not in self._entries:
+            raise UnknownNameError.of(self.kind, name, [*self._entries, *self._aliases])
+        return self._entries[resolved]
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """Return the names that match the glob ``pattern``, aliases left out."""
+        return [name for name in self._entries if fnmatch.fnmatch(name, pattern)]
+
+
+MODELS = Registry("network")
+DATASETS = Registry("data set")
+ATTACKS = Registry("attack")
+DEFENSES = Registry("defense")
+
+_RESNET = {"paper": "He et al., Deep Residual Learning for Image Recognition", "year": 2016}
+# The output of each block before its last ReLU, and of the stem: Learn2Perturb, appendix A.1. Adding noise to the
+# last norm of the main branch equals adding it after the block's addition, since addition commutes.
+_BLOCK_ENDS = ("bn1", "layer*.*.bn2")
+for _name, _depth, _width in (
+    ("resnet20", 20, 1.0),
+    ("resnet32", 32, 1.0),
+    ("resnet44", 44, 1.0),
+    ("resnet56", 56, 1.0),
+    ("resnet20_x1.5", 20, 1.5),
+    ("resnet20_x2", 20, 2.0),
+    ("resnet20_x4", 20, 4.0),
+):
+    MODELS.register(
+        _name,
+        "learn2perturb.models.resnet_cifar:resnet_cifar",
+        f"CIFAR ResNet-V1({_depth})" + (f", {_width:g} times as wide" if _width != 1 else ""),
+        arguments={"depth": _depth, "width": _width},
+        sites=_BLOCK_ENDS,
+        **_RESNET,
+    )
+MODELS.register(
+    "resnet18",
+    "learn2perturb.models.resnet18:resnet18",
+    'ResNet-18 for small images, 64 to 512 channels (the Learn2Perturb paper\'s "V2(18)")',
+    sites=_BLOCK_ENDS,
+    **_RESNET,
+)
+MODELS.register(
+    "digits_cnn",
+    "learn2perturb.models.digits_cnn:digits_cnn",
+    "small residual network for the 8 x 8 digits: seconds an epoch on a laptop",
+    sites=("bn1", "block*.bn2"),
+)
+
+DATASETS.register(
+    "digits",
+    "learn2perturb.data.digits:load_digits",
+    "1,797 handwritten digits of 8 x 8 pixels, embedded: needs no download",
+    paper="Alpaydin, Kaynak, Optical Recognition of Handwritten Digits (UCI)",
+    year=1998,
+)
+DATASETS.register(
+    "cifar10",
+    "learn2perturb.data.cifar:load_cifar10",
+    "50,000 + 10,000 colour images of 32 x 32 pixels, 10 classes",
+    paper="Krizhevsky, Learning Multiple Layers of Features from Tiny Images",
+    year=2009,
+)
+DATASETS.register(
+    "cifar100",
+    "learn2perturb.data.cifar:load_cifar100",
+    "50,000 + 10,000 colour images of 32 x 32 pixels, 100 classes",
+    paper="Krizhevsky, Learning Multiple Layers of Features from Tiny Images",
+    year=2009,
+)
+DATASETS.register(
+    "folder",
+    "learn2perturb.data.folder:load_folder",
+    "your images: ROOT/train/CLASS/*.png and ROOT/test/CLASS/*.png",
+)
+
+ATTACKS.register(
+    "fgsm",
+    "learn2perturb.attacks.fgsm:FGSM",
+    "one step along the sign of the gradient",
+    paper="Goodfellow et al., Explaining and Harnessing Adversarial Examples",
+    year=2015,
+)
+ATTACKS.register(
+    "pgd",
+    "learn2perturb.attacks.pgd:PGD",
+    "projected gradient descent from a random start, with EOT and restarts",
+    paper="Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks",
+    year=2018,
+)
+
+DEFENSES.register(
+    "none",
+    "learn2perturb.defenses.none:NoDefense",
+    "plain training on clean images: the undefended network",
+)
+DEFENSES.register(
+    "pgd_at",
+    "learn2perturb.defenses.pgd_at:PGDTraining",
+    "PGD adversarial training, half clean and half adversarial loss",
+    paper="Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks",
+    year=2018,
+    aliases=("vanilla",),
+)
+DEFENSES.register(
+    "learn2perturb",
+    "learn2perturb.defenses.learn2perturb:Learn2Perturb",
+    "learned feature noise by alternating back-propagation, with PGD adversarial training",
+    paper="Jeddi et al., Learn2Perturb",
+    year=2020,
+)
+DEFENSES.register(
+    "learn2perturb_r",
+    "learn2perturb.defenses.learn2perturb:Learn2Perturb",
+    "Learn2Perturb whose noise follows the regulariser alone: a schedule, not learned",
+    paper="Jeddi et al., Learn2Perturb, section 4.1",
+    year=2020,
+    arguments={"noise_from_loss": False},
+)

@@ -1,0 +1,118 @@
+"""One iteration of alternating back-propagation: who steps when, and from which gradient (algorithm 1, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from learn2perturb.defenses import Alternation, Clock, Defense, Losses
+from learn2perturb.noise import noise_parameters
+
+Optimizers = dict[str, torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one iteration did.
+
+    Attributes:
+        losses: of its first evaluation of the objective.
+        loss_slope: mean |dL/dtheta| over all elements of the noise parameters, or None.
+        regulariser_slope: mean |dR/dtheta|, or None.
+    """
+
+    losses: Losses
+    loss_slope: Tensor | None = None
+    regulariser_slope: Tensor | None = None
+
+
+def _mean_size(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([t.abs().sum() for t in tensors]).sum() / sum(t.numel() for t in tensors)
+
+
+def _descend(
+    noise: list[nn.Parameter], slopes: list[Tensor] | None, plan: Alternation, optimizer: torch.optim.Optimizer
+) -> None:
+    """Step theta on the loss gradient it holds and on the regulariser's ``slopes``."""
+    if not plan.noise_from_loss:
+        for parameter in noise:
+            parameter.grad = torch.zeros_like(parameter)
+    if slopes is not None and plan.regulariser_through_optimizer:
+        for parameter, slope in zip(noise, slopes, strict=True):
+            parameter.grad = slope.clone() if parameter.grad is None else parameter.grad.add_(slope)
+    optimizer.step()
+    if slopes is not None and not plan.regulariser_through_optimizer:
+        with torch.no_grad():
+            for parameter, slope in zip(noise, slopes, strict=True):
+                parameter.sub_(slope)
+
+
+def iterate(
+    defense: Defense,
+    model: nn.Module,
+    clock: Clock,
+    optimizers: Optimizers,
+    objective: Callable[[], Losses],
+    check: Callable[[Losses], None],
+) -> Iteration:
+    """Run one iteration of training on one batch.
+
+    Args:
+        defense: gives the order of steps, the regulariser and the projection.
+        model: in train mode.
+        clock: where the training stands.
+        optimizers: ``weights`` and, with learned noise, ``noise``.
+        objective: evaluates the loss on the batch, anew at each call (fresh noise, fresh adversarial examples).
+        check: called with the losses before anything is updated; raises to stop.
+    """
+    plan = defense.alternation()
+    noise = [parameter for parameter in noise_parameters(model) if parameter.requires_grad]
+    noise = noise if "noise" in optimizers else []
+
+    def regulariser_slopes() -> list[Tensor] | None:
+        penalty = defense.regulariser(model, clock) if noise else None
+        return None if penalty is None else list(torch.autograd.grad(penalty, noise))
+
+    def backward() -> Losses:
+        for optimizer in optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        losses = objective()
+        check(losses)
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        return losses
+
+    if noise and plan.kind == "released":
+        # The released code first steps theta on the regulariser alone; its momentum then decays a second time below.
+        slopes = regulariser_slopes()
+        if slopes is not None:
+            for parameter, slope in zip(noise, slopes, strict=True):
+                parameter.grad = slope
+            optimizers["noise"].step()
+            defense.after_step(model, clock)
+    losses = backward()
+    if not noise:
+        optimizers["weights"].step()
+        defense.after_step(model, clock)
+        return Iteration(losses)
+
+    held = [parameter.grad for parameter in noise if parameter.grad is not None]
+    loss_slope = _mean_size(held) if held else None
+    slopes = regulariser_slopes()
+    regulariser_slope = None if slopes is None else _mean_size(slopes)
+    if plan.kind == "sequential":
+        optimizers["weights"].step()
+        for _ in range(plan.weight_steps - 1):
+            backward()
+            optimizers["weights"].step()
+        for _ in range(plan.noise_steps):
+            backward()
+            _descend(noise, regulariser_slopes(), plan, optimizers["noise"])
+            defense.after_step(model, clock)
+    else:
+        optimizers["weights"].step()
+        _descend(noise, None if plan.kind == "released" else slopes, plan, optimizers["noise"])
+        defense.after_step(model, clock)
+    return Iteration(losses, loss_slope, regulariser_slope)

@@ -1,0 +1,126 @@
+"""Checkpoints that are whole or absent: a folder is written aside, synced, and renamed into place.
+
+``checkpoints/0000000782/model.safetensors`` holds the network and how to build it again, ``resume.pt`` the momenta and
+the position. Loading executes nothing: safetensors, and ``torch.load(weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from learn2perturb.errors import CheckpointError
+from learn2perturb.noise import noise_spec
+
+FOLDER, MODEL, RESUME = "checkpoints", "model.safetensors", "resume.pt"
+FORMAT, VERSION = "learn2perturb.model", 1
+
+
+def model_bytes(model: nn.Module, metadata: dict[str, Any]) -> bytes:
+    """Return ``model`` as safetensors bytes, with ``metadata`` and the description of its noise in the header."""
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "registered_name": getattr(model, "registered_name", None),
+        "build_arguments": getattr(model, "build_arguments", None),
+        "noise": noise_spec(model),
+        **metadata,
+    }
+    return save(state, metadata={"learn2perturb": json.dumps(header)})
+
+
+def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the weights and the header of a ``.safetensors`` file.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not one of ours.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("learn2perturb")
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; give a run folder or a .safetensors file") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no readable safetensors file ({error}); use another checkpoint") from None
+    if text is None:
+        return state, {}
+    try:
+        header = json.loads(text)
+    except json.JSONDecodeError:
+        raise CheckpointError(f"the header of {path} is damaged; use another checkpoint") from None
+    if header.get("version", 0) > VERSION:
+        raise CheckpointError(f"{path} is of version {header['version']}, newer than {VERSION}; update learn2perturb")
+    return state, header
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_checkpoint(run: Path, step: int, model: bytes, resume: dict[str, Any], *, keep: int = 2) -> Path:
+    """Write the checkpoint of ``step`` and drop all but the ``keep`` newest.
+
+    Raises:
+        CheckpointError: it cannot be written; those before it are as they were.
+    """
+    folder = run / FOLDER
+    final = folder / f"{step:010d}"
+    aside = folder / f".{final.name}.{os.getpid()}.tmp"
+    buffer = io.BytesIO()
+    torch.save(resume, buffer)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+        aside.mkdir()
+        for name, content in ((MODEL, model), (RESUME, buffer.getvalue())):
+            (aside / name).write_bytes(content)
+            _sync(aside / name)
+        _sync(aside)
+        if not final.exists():  # the same step of the same training holds the same numbers
+            aside.rename(final)
+            _sync(folder)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {final} cannot be written: {error}; free space or give another --out") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run folder, oldest first."""
+    found = [path for path in (Path(run) / FOLDER).glob("[0-9]*") if (path / MODEL).exists() and (path / RESUME).exists()]
+    return sorted(found)
+
+
+def read_resume(checkpoint: Path) -> dict[str, Any]:
+    """Return the resume state of a checkpoint; nothing in it is executed.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        state: dict[str, Any] = torch.load(checkpoint / RESUME, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - torch raises many kinds on a damaged file
+        raise CheckpointError(
+            f"{checkpoint / RESUME} is damaged ({type(error).__name__}); delete the folder {checkpoint} to resume "
+            "from the checkpoint before it"
+        ) from None
+    return state

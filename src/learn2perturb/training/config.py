@@ -1,0 +1,175 @@
+"""The one typed config of a training, and the recipes that fill what it leaves open. Knows no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from learn2perturb.defenses.settings import Settings, one_of
+from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.registry import DATASETS, DEFENSES, MODELS
+
+RECIPES = ("paper", "released", "common", "fast")
+ENGINES = ("auto", "plain", "fast")
+
+
+def fraction(value: Any) -> float:
+    """Return a number written as a number or as a fraction such as ``8/255``.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    text = str(value).strip()
+    try:
+        top, slash, bottom = text.partition("/")
+        number = float(top) / float(bottom) if slash else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(f"{value!r} is not a number; write 0.03 or 8/255") from None
+    if not math.isfinite(number):
+        raise ConfigError(f"{value!r} is not a finite number; write 0.03 or 8/255")
+    return number
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings):
+    """Everything that decides a training. A field that is None is filled by the recipe.
+
+    Args:
+        defense: registered name, see ``learn2perturb list defenses``.
+        model: registered name; ignored when ``train`` is given a network.
+        dataset: registered name; ignored when ``train`` is given data.
+        recipe: ``paper``, ``released``, ``common`` or ``fast``.
+        options: options of the defense, such as ``{"gamma": 1e-4}``.
+        model_options: options of the network, such as ``{"normalization": "cifar10"}``.
+        data_dir: folder of the data sets; default $LEARN2PERTURB_DATA_DIR, else ``.data``.
+        download: fetch the data set if it is missing.
+        limit: train on the first so many images only.
+        validation: share of the training set that is held out and monitored, in [0, 1).
+        augment: random crop and flip; None is as suits the data set.
+        seed: decides everything: first weights, order, augmentation, noise, random starts.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        engine: ``plain`` (float32, the reference), ``fast`` (bfloat16, channels last), ``auto`` (fast where it is native).
+        monitor: images scored after each epoch, clean and under the training adversary; 0 for none.
+        log_every: steps between lines of ``metrics.jsonl``.
+        checkpoint_minutes: most minutes between checkpoints; there is one after every epoch in any case.
+        tensorboard: whether to write TensorBoard events.
+    """
+
+    defense: str = "learn2perturb"
+    model: str = "resnet20"
+    dataset: str = "cifar10"
+    recipe: str = "paper"
+    options: dict[str, Any] = field(default_factory=dict)
+    model_options: dict[str, Any] = field(default_factory=dict)
+    data_dir: str | None = None
+    download: bool = False
+    limit: int | None = None
+    validation: float = 0.0
+    augment: bool | None = None
+    seed: int = 0
+    device: str = "auto"
+    engine: str = "auto"
+    monitor: int = 1000
+    log_every: int = 50
+    checkpoint_minutes: float = 10.0
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        DEFENSES.entry(self.defense)
+        MODELS.entry(self.model)
+        DATASETS.entry(self.dataset)
+        if self.recipe not in RECIPES:
+            raise UnknownNameError.of("recipe", self.recipe, RECIPES)
+        one_of("engine", self.engine, ENGINES)
+        for name in ("seed", "monitor"):
+            _check(isinstance(getattr(self, name), int) and getattr(self, name) >= 0, name, self, "a whole number >= 0")
+        _check(isinstance(self.log_every, int) and self.log_every >= 1, "log_every", self, "a whole number >= 1")
+        _check(self.limit is None or (isinstance(self.limit, int) and self.limit >= 1), "limit", self, ">= 1")
+        _check(0 <= self.validation < 1, "validation", self, "a share of the training set, in [0, 1)")
+        _check(self.checkpoint_minutes > 0, "checkpoint_minutes", self, "> 0")
+        _check(isinstance(self.options, dict), "options", self, "a mapping such as {'gamma': 1e-4}")
+        _check(isinstance(self.model_options, dict), "model_options", self, "a mapping")
+        self.check()
+
+    def resolve(self) -> TrainConfig:
+        """Return the config with every open field filled by its recipe; what was set by hand stays.
+
+        Raises:
+            ConfigError: an option has a value that is not allowed.
+        """
+        name = DEFENSES.entry(self.defense).name
+        recipe = load_recipe(self.recipe)
+        special = recipe.get("defenses", {}).get(name, {})
+        defaults = {**recipe["settings"], **special.get("settings", {})}
+        filled = {key: value for key, value in defaults.items() if getattr(self, key) is None}
+        filled = {key: fraction(value) if key in ("eps", "attack_step_size") else value for key, value in filled.items()}
+        resolved = replace(self, defense=name, options={**special.get("options", {}), **self.options}, **filled)
+        if resolved.missing():
+            raise ConfigError(f"recipe {self.recipe!r} leaves {', '.join(resolved.missing())} open; set them")
+        return resolved
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Build a config from plain values.
+
+        Raises:
+            UnknownNameError: a key is no field.
+        """
+        known = {item.name for item in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise UnknownNameError.of("setting", key, known)
+        return cls(**values)
+
+    def describe(self) -> str:
+        """Return one line: what is trained on what, and by which recipe."""
+        return f"{self.defense} | {self.model} | {self.dataset} | recipe {self.recipe} | seed {self.seed}"
+
+
+def _check(holds: bool, name: str, config: TrainConfig, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {getattr(config, name)!r}; it must be {allowed}")
+
+
+@lru_cache
+def _recipe_text(name: str) -> str:
+    return (resources.files("learn2perturb.training") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """Return the recipe ``name``: ``settings`` for all, and ``defenses`` with what is special to one.
+
+    Raises:
+        UnknownNameError: there is no such recipe.
+    """
+    if name not in RECIPES:
+        raise UnknownNameError.of("recipe", name, RECIPES)
+    recipe: dict[str, Any] = yaml.safe_load(_recipe_text(name))
+    return recipe
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a YAML file of settings into plain values, safely.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {str(path)!r} cannot be read: {error}; give a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {str(path)!r} is not YAML: {str(error).splitlines()[0]}; mend the file") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {str(path)!r} holds a {type(values).__name__}; it must hold settings, one a line")
+    return values

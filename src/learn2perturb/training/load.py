@@ -1,0 +1,90 @@
+"""Bring a trained network back: from a run folder, a ``.safetensors`` file, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import nn
+
+from learn2perturb.errors import CheckpointError, MissingDependencyError
+from learn2perturb.models import build_model
+from learn2perturb.noise import insert, noise_modules
+from learn2perturb.training.checkpoint import MODEL, checkpoints, read_model
+
+HUB = "hf-hub:"
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise MissingDependencyError("the hub needs huggingface_hub: pip install 'learn2perturb[hub]'") from None
+    try:
+        return Path(hf_hub_download(repo_id=name, filename=MODEL))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{HUB}{name} cannot be fetched ({reason}); check the name and the network") from None
+
+
+def locate(source: str | os.PathLike[str]) -> Path:
+    """Return the safetensors file that ``source`` stands for.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    text = os.fspath(source)
+    if text.startswith(HUB):
+        return _from_hub(text.removeprefix(HUB))
+    path = Path(text)
+    if path.is_dir():
+        found = checkpoints(path)
+        if found:
+            return found[-1] / MODEL
+        if (path / MODEL).exists():
+            return path / MODEL
+        raise CheckpointError(f"{path} holds no checkpoint; give a run folder that has trained, or a .safetensors file")
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a run folder, a .safetensors file, or {HUB}owner/name")
+    return path
+
+
+def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
+    """Return the network of a run folder, a ``.safetensors`` file or ``hf-hub:owner/name``, in eval mode, noise on.
+
+    Args:
+        source: where it is.
+        model: an instance of the network, if it is not one of this package; its noise is inserted as it was trained.
+
+    Raises:
+        CheckpointError: nothing is there, it is damaged, or it does not fit the network.
+    """
+    path = locate(source)
+    state, header = read_model(path)
+    if model is None:
+        if not header:
+            raise CheckpointError(f"{path} does not say which network it is; give it: load({str(source)!r}, model=network)")
+        if header.get("registered_name") is None:
+            raise CheckpointError(
+                f"{path} is of a network of your own; give an instance: load({str(source)!r}, model=network)"
+            )
+        model = build_model(header["registered_name"], **_arguments(header))
+    if header.get("noise") and not noise_modules(model):
+        insert(model, header["noise"])
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path} does not fit the network: {reason}; give the network it was trained with") from None
+    return model.eval()
+
+
+def _arguments(header: dict[str, object]) -> dict[str, object]:
+    """Return the arguments of ``build_model``, with the tuples that JSON made lists."""
+
+    def tupled(value: object) -> object:
+        return tuple(tupled(item) for item in value) if isinstance(value, list) else value
+
+    arguments = header.get("build_arguments") or {}
+    return {key: tupled(value) for key, value in arguments.items()}  # type: ignore[attr-defined]

@@ -1,0 +1,124 @@
+"""What a training measures, kept on the device and read once an epoch; ``metrics.jsonl`` without a gap or double line."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learn2perturb.noise import Perturbation, noise_modules, noise_sites
+from learn2perturb.training.alternating import Iteration
+
+
+class Totals:
+    """Running sums of an epoch: they are saved with a checkpoint, so that a resumed epoch reports all of its steps."""
+
+    def __init__(self, device: torch.device, state: dict[str, Tensor] | None = None) -> None:
+        self._device = device
+        self._sums = {key: value.to(device) for key, value in (state or {}).items()}
+
+    def add(self, key: str, value: Tensor | float, weight: float) -> None:
+        """Add ``value`` with ``weight`` (examples or steps) to the mean called ``key``; no synchronisation."""
+        number = torch.as_tensor(value, dtype=torch.float64, device="cpu" if self._device.type == "mps" else self._device)
+        pair = torch.stack([number.detach() * weight, torch.full_like(number, weight)])
+        self._sums[key] = self._sums[key] + pair if key in self._sums else pair
+
+    def add_iteration(self, iteration: Iteration, examples: int) -> None:
+        """Add the losses, hits and slopes of one iteration."""
+        losses = iteration.losses
+        parts: dict[str, Tensor | None] = {
+            "loss": losses.total.detach(),
+            "clean_loss": losses.clean,
+            "adversarial_loss": losses.adversarial,
+            "clean_accuracy": None if losses.clean_correct is None else losses.clean_correct.double().mean(),
+            "adversarial_accuracy": (
+                None if losses.adversarial_correct is None else losses.adversarial_correct.double().mean()
+            ),
+            **losses.extra,
+        }
+        for key, value in parts.items():
+            if value is not None:
+                self.add(key, value, examples)
+        if iteration.loss_slope is not None:
+            self.add("theta_loss_slope", iteration.loss_slope, 1)
+        if iteration.regulariser_slope is not None:
+            self.add("theta_regulariser_slope", iteration.regulariser_slope, 1)
+
+    def means(self) -> dict[str, float]:
+        """Return the means so far; this waits for the device."""
+        values = {key: pair.tolist() for key, pair in self._sums.items()}
+        result = {key: total / weight for key, (total, weight) in values.items() if weight}
+        slope, regulariser = result.get("theta_loss_slope"), result.get("theta_regulariser_slope")
+        if slope is not None and regulariser:
+            result["theta_slope_ratio"] = slope / regulariser
+        return result
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the sums, on the CPU."""
+        return {key: value.cpu() for key, value in self._sums.items()}
+
+
+def theta_report(model: nn.Module, schedule: float | None) -> dict[str, Any]:
+    """Describe theta per site: mean, spread (standard deviation), extremes, departure from the schedule.
+
+    The departure is the root mean square of ``theta - schedule``, where the schedule is what the regulariser alone
+    gives (Learn2Perturb-R): a theta that merely follows it has learned nothing from the loss.
+    """
+    sites = {}
+    for site, module in zip(noise_sites(model), noise_modules(model), strict=True):
+        if isinstance(module, Perturbation) and module.learned:
+            theta = module.theta.detach().double()
+            sites[site] = {
+                "mean": theta.mean().item(),
+                "spread": theta.std(correction=0).item(),
+                "minimum": theta.min().item(),
+                "maximum": theta.max().item(),
+            }
+            if schedule is not None:
+                sites[site]["departure"] = (theta - schedule).square().mean().sqrt().item()
+    if not sites:
+        return {}
+    means = [site["mean"] for site in sites.values()]
+    report: dict[str, Any] = {"theta_mean": sum(means) / len(means), "theta": sites}
+    if schedule is not None:
+        report["theta_schedule"] = schedule
+        report["theta_departure"] = max(site["departure"] for site in sites.values())
+    return report
+
+
+class MetricsFile:
+    """Lines of JSON, appended; cut back on resume to where the checkpoint was."""
+
+    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
+        self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
+        if self._file.tell() != keep_bytes:
+            self._file.truncate(keep_bytes)
+            self._file.seek(keep_bytes)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line."""
+        self._file.write((json.dumps(line) + "\n").encode())
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Put all lines on disk and return the length of the file, which belongs into the checkpoint."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(run: Path, kind: str = "epoch") -> list[dict[str, Any]]:
+    """Return the lines of one kind (``epoch`` or ``step``) of a run's ``metrics.jsonl``."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [line for line in lines if line["kind"] == kind]

@@ -1,0 +1,71 @@
+"""What every test shares: threads, seeds, and the way to the real CIFAR-10."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import random
+
+# Before torch is imported, and inherited by the processes that tests start: a resumed run is bit-identical only at an
+# equal thread count. One: the tensors are small, and on a busy machine two threads spin and wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+CIFAR10_FILES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
+
+
+@pytest.fixture(autouse=True)
+def _deterministic_seeds(request: pytest.FixtureRequest):
+    """Seed every generator from the test's name, so that a test draws the same alone and among others."""
+    seed = sum(position * byte for position, byte in enumerate(request.node.nodeid.encode(), start=1)) % 2**32
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _no_global_side_effects():
+    """Fail a test after which torch's global switches are not as they were."""
+    before = _torch_switches()
+    yield
+    after = _torch_switches()
+    torch.set_grad_enabled(before["grad"])
+    torch.set_default_dtype(before["dtype"])
+    torch.set_num_threads(before["threads"])
+    torch.use_deterministic_algorithms(before["deterministic"])
+    assert after == before, "the test, or the code under test, left a global switch of torch changed"
+
+
+def _torch_switches() -> dict[str, object]:
+    return {
+        "grad": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+    }
+
+
+@pytest.fixture(scope="session")
+def real_cifar10() -> pathlib.Path:
+    """Folder that holds the real CIFAR-10 in the python layout; skipped where $LEARN2PERTURB_DATA_DIR has none.
+
+    In CI a folder that is promised and empty is a failure: a skipped test would look like a passed one.
+    """
+    named = os.environ.get("LEARN2PERTURB_DATA_DIR", "")
+    if not named:
+        pytest.skip("needs the real CIFAR-10: set LEARN2PERTURB_DATA_DIR")
+    root = pathlib.Path(named)
+    missing = [name for name in CIFAR10_FILES if not (root / "cifar-10-batches-py" / name).is_file()]
+    if missing:
+        message = f"LEARN2PERTURB_DATA_DIR={named} lacks cifar-10-batches-py/{missing[0]}"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return root

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import builtins
+import hashlib
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from learn2perturb.data import cifar, load_data
+from learn2perturb.data.archive import fetch, unpack
+from learn2perturb.data.pickles import read_pickle
+from learn2perturb.errors import DataError
+
+N = 4
+RNG = np.random.default_rng(0)
+PIXELS = {name: RNG.integers(0, 256, (N, 3072), dtype=np.uint8) for name in ("1", "2", "3", "4", "5", "test")}
+
+
+def labels_of(name: str, classes: int) -> list[int]:
+    return [(7 * len(name) + ord(name[0]) + i) % classes for i in range(N)]
+
+
+def write(layout: str, root: Path, protocol: int = 2) -> Path:
+    """Write a tiny set in ``layout``; CIFAR-100's only training file holds batch 1."""
+    folder = root / layout
+    folder.mkdir(parents=True)
+    hundred = "100" in layout
+    names = [f"class{i}" for i in range(100 if hundred else 10)]
+    binary = layout.endswith(("bin", "binary"))
+    files = (
+        {"train": "1", "test": "test"}
+        if hundred
+        else {f"data_batch_{i}": str(i) for i in range(1, 6)} | {"test_batch": "test"}
+    )
+    for file, key in files.items():
+        labels = labels_of(key, len(names))
+        if binary:
+            fine = np.array(labels, dtype=np.uint8)[:, None]
+            coarse = [np.full((N, 1), 99, dtype=np.uint8)] if hundred else []
+            (folder / f"{file}.bin").write_bytes(np.hstack([*coarse, fine, PIXELS[key]]).tobytes())
+        else:
+            content = {b"data": PIXELS[key], b"fine_labels" if hundred else b"labels": labels}
+            (folder / file).write_bytes(pickle.dumps(content, protocol))
+    if binary:
+        (folder / ("fine_label_names.txt" if hundred else "batches.meta.txt")).write_text("\n".join(names) + "\n\n")
+    else:
+        meta = {"fine_label_names" if hundred else "label_names": names}
+        (folder / ("meta" if hundred else "batches.meta")).write_bytes(pickle.dumps(meta, protocol))
+    return folder
+
+
+LAYOUTS = ["cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary"]
+
+
+def name_of(layout: str) -> str:
+    return "cifar100" if "100" in layout else "cifar10"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("where", ["parent", "itself", "environment"])
+def test_four_layouts_from_the_parent_or_the_folder_itself(
+    layout: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(layout, tmp_path)
+    if where == "environment":
+        monkeypatch.setenv("LEARN2PERTURB_DATA_DIR", str(tmp_path))
+    root = {"parent": tmp_path, "itself": folder, "environment": None}[where]
+    train, test = (load_data(name_of(layout), split, root=root) for split in ("train", "test"))
+    keys = ["1"] if "100" in layout else ["1", "2", "3", "4", "5"]
+    assert np.array_equal(train.images.flatten(1).numpy(), np.concatenate([PIXELS[key] for key in keys]))
+    assert train.labels.tolist() == [y for key in keys for y in labels_of(key, train.num_classes)]
+    assert np.array_equal(test.images.numpy(), PIXELS["test"].reshape(N, 3, 32, 32))
+    assert train.num_classes == (100 if "100" in layout else 10) and train.classes[3] == "class3" and train.flip
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_every_pickle_protocol_is_read(protocol: int, tmp_path: Path) -> None:
+    write("cifar-10-batches-py", tmp_path, protocol)
+    assert np.array_equal(load_data("cifar10", "test", root=tmp_path).images.flatten(1).numpy(), PIXELS["test"])
+
+
+class Evil:
+    def __init__(self, *call: object) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple:
+        return self.call[0], self.call[1:]  # type: ignore[return-value]
+
+
+def attacks(marker: Path) -> dict[str, bytes]:
+    touch = f"open({str(marker)!r}, 'w').close()"
+    # Protocol 4 resolves dotted names, so that one STACK_GLOBAL can walk from an allowed module to anything.
+    chain = (
+        b"\x80\x04"
+        + b"".join(b"\x8c" + bytes([len(word)]) + word for word in (b"numpy", b"ndarray.__class__.__subclasses__"))
+        + b"\x93."
+    )
+    return {
+        "os.system": pickle.dumps(Evil(os.system, f"touch {marker}"), 2),
+        "builtins.eval": pickle.dumps({b"data": Evil(eval, touch)}, 4),
+        "builtins.exec": pickle.dumps(Evil(exec, touch), 0),
+        "getattr chain": pickle.dumps(Evil(getattr, Evil(__import__, "os"), "system"), 2),
+        "dotted name": chain,
+        "numpy.load": pickle.dumps(Evil(np.load, "x"), 4),
+        "codec": pickle.dumps(Evil(__import__("_codecs").encode, "x", "rot13"), 2),
+        "builtins.print": pickle.dumps(Evil(builtins.print, "x"), 5),
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(attacks(Path("m"))))
+def test_a_malicious_pickle_runs_nothing(kind: str, tmp_path: Path) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "batch"
+    path.write_bytes(attacks(marker)[kind])
+    with pytest.raises(DataError) as caught:
+        read_pickle(path)
+    assert not marker.exists() and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "not a dict", "floats", "labels", "shape", "big label"])
+def test_a_damaged_file_is_named(kind: str, tmp_path: Path) -> None:
+    path = write("cifar-10-batches-py", tmp_path) / "test_batch"
+    good = path.read_bytes()
+    data, labels = PIXELS["test"], labels_of("test", 10)
+    contents = {
+        "truncated": good[:-900],
+        "empty": b"",
+        "not a dict": pickle.dumps([1, 2]),
+        "floats": pickle.dumps({"data": data.astype(float), "labels": labels}),
+        "labels": pickle.dumps({"data": data, "labels": labels[:2]}),
+        "shape": pickle.dumps({"data": data[:, :30], "labels": labels}),
+        "big label": pickle.dumps({"data": data, "labels": [10**30] * N}),
+    }
+    path.write_bytes(contents[kind])
+    with pytest.raises(DataError, match="test_batch"):
+        load_data("cifar10", "test", root=tmp_path)
+
+
+def test_missing_sets_and_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"LEARN2PERTURB_DATA_DIR.*download=True") as caught:
+        load_data("cifar10", root=tmp_path)
+    assert str(tmp_path) in str(caught.value) and "--data-dir" in str(caught.value)
+    (write("cifar-10-batches-py", tmp_path) / "data_batch_3").unlink()
+    with pytest.raises(DataError, match="data_batch_3"):
+        load_data("cifar10", root=tmp_path)
+    (write("cifar-100-binary", tmp_path) / "train.bin").write_bytes(b"12345")
+    with pytest.raises(DataError, match=r"train\.bin has 5 bytes"):
+        load_data("cifar100", root=tmp_path)
+
+
+def archive_of(layout: str, folder: Path, name: str) -> tuple[Path, str]:
+    path = folder / name
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(write(layout, folder / "made"), layout)
+    return path, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_an_archive_is_fetched_checked_and_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "web").mkdir()
+    path, digest = archive_of("cifar-10-batches-py", tmp_path / "web", "cifar-10-python.tar.gz")
+    monkeypatch.setattr(cifar, "CIFAR10_URL", f"file://{path}")
+    monkeypatch.setattr(cifar, "CIFAR10_SHA256", "0" * 64)
+    root = tmp_path / "data"
+    with pytest.raises(DataError, match="cannot fetch"):
+        load_data("cifar10", root=root, download=True)
+    assert not list(root.iterdir())
+    monkeypatch.setattr(cifar, "CIFAR10_SHA256", digest)
+    assert len(load_data("cifar10", root=root, download=True)) == 5 * N
+    assert sorted(entry.name for entry in root.iterdir()) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
+    path.unlink()  # what was fetched is not fetched again
+    assert len(load_data("cifar10", root=root, download=True)) == 5 * N
+
+
+def test_fetch_over_http_with_a_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import functools
+    import http.server
+    import threading
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None: ...
+
+    (tmp_path / "set.bin").write_bytes(b"x" * 5000)
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/set.bin"
+        digest = hashlib.sha256(b"x" * 5000).hexdigest()
+        assert fetch(url, digest, tmp_path / "got", progress=True).read_bytes() == b"x" * 5000
+        with pytest.raises(DataError, match="cannot fetch"):
+            fetch(url + "x", digest, tmp_path / "got")
+        server.shutdown()
+    assert "set.bin" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_archive_in_the_folder_is_unpacked(layout: str, tmp_path: Path) -> None:
+    name = layout.replace("-batches-py", "-python").replace("-batches-bin", "-binary") + ".tar.gz"
+    (tmp_path / "root").mkdir()
+    path, _ = archive_of(layout, tmp_path, name)
+    path.rename(tmp_path / "root" / name)
+    assert len(load_data(name_of(layout), "test", root=tmp_path / "root")) == N
+
+
+def test_a_bad_archive_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "inside").write_text("x")
+    outside = tmp_path / "outside.tar"
+    with tarfile.open(outside, "w") as tar:
+        tar.add(tmp_path / "inside", "../escaped")
+    whole, _ = archive_of("cifar-10-batches-py", tmp_path, "whole.tar.gz")
+    cut = tmp_path / "cut.tar.gz"
+    cut.write_bytes(whole.read_bytes()[:20_000])
+    root = tmp_path / "root"
+    for archive, folder in ((outside, "a"), (cut, "cifar-10-batches-py"), (whole, "other")):
+        with pytest.raises(DataError, match="cannot unpack"):
+            unpack(archive, folder, root)
+        assert not list(root.iterdir()) and not (tmp_path / "escaped").exists()
+
+
+@pytest.mark.skipif(not os.environ.get("LEARN2PERTURB_DATA_DIR"), reason="LEARN2PERTURB_DATA_DIR is not set")
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_real_set(name: str) -> None:
+    from learn2perturb.data.dataset import pixel_statistics
+
+    try:
+        train, test = load_data(name), load_data(name, "test")
+    except DataError as error:
+        if name == "cifar10" or "not found in" not in str(error):
+            raise
+        pytest.skip(f"no {name} there")
+    assert train.images.shape == (50_000, 3, 32, 32) and test.images.shape == (10_000, 3, 32, 32)
+    assert torch.bincount(train.labels).tolist() == [50_000 // train.num_classes] * train.num_classes
+    mean, std = pixel_statistics(train.images)
+    assert mean == pytest.approx(train.mean, abs=1e-4) and std == pytest.approx(train.std, abs=1e-4)
