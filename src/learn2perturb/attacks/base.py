@@ -134,7 +134,7 @@ class Attack(ABC):
             InputError: images, labels or logits are not as said above.
         """
         _check_images(model, x, y)
-        with _prepared(model, "eval"), self._random_stream("attack"):
+        with _prepared(model, "eval", x), self._random_stream("attack"):
             x, y = _plain(x), _plain(y)
             query = Query(model, self, y, strict=True)
             start = time.perf_counter()
@@ -155,7 +155,7 @@ class Attack(ABC):
         Nothing here waits for the device. ``mode`` is that of the modules during the attack; in ``"train"`` mode batch
         statistics are used and the running ones move, as in any forward pass of training.
         """
-        with _prepared(model, mode), self._random_stream("attack"):
+        with _prepared(model, mode, x), self._random_stream("attack"):
             x, y = _plain(x), _plain(y)
             return self._clipped(Query(model, self, y, strict=False), x, y)
 
@@ -227,7 +227,7 @@ class Query:
 
 
 @contextlib.contextmanager
-def _prepared(model: Model, mode: Mode) -> Iterator[None]:
+def _prepared(model: Model, mode: Mode, x: Tensor) -> Iterator[None]:
     """Set modes, switch weight gradients off and input gradients on; put every flag back, whatever happens.
 
     ``.grad`` of the weights needs no care: only gradients of the images are ever asked for.
@@ -243,7 +243,8 @@ def _prepared(model: Model, mode: Mode) -> Iterator[None]:
         for weight in weights:
             weight.requires_grad_(False)
         with torch.inference_mode(False), torch.enable_grad():
-            yield
+            with gears.attacking(model, _plain(x)) if mode == "eval" else contextlib.nullcontext():
+                yield
     finally:
         for weight in weights:
             weight.requires_grad_(True)

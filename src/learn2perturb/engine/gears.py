@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from learn2perturb.engine import folding
 from learn2perturb.errors import ConfigError
 
 
@@ -24,12 +25,16 @@ class Gear:
         dtype: the autocast type of convolutions and matrix products; None computes in float32.
         channels_last: lay images and convolution weights out as NHWC in memory.
         threaded_draws: draw noise on the CPU with one generator a thread.
+        fused_noise: draw and add noise in one compiled pass where that is possible.
+        folding: fold BatchNorm into convolutions while a network in eval mode is attacked.
     """
 
     name: str
     dtype: torch.dtype | None = None
     channels_last: bool = False
     threaded_draws: bool = False
+    fused_noise: bool = False
+    folding: bool = False
 
     def place(self, network: nn.Module) -> nn.Module:
         """Lay the weights of ``network`` out as this gear wants them; values do not change."""
@@ -41,7 +46,7 @@ class Gear:
 
 
 PLAIN = Gear("plain")
-FAST = Gear("fast", dtype=torch.bfloat16, channels_last=True, threaded_draws=True)
+FAST = Gear("fast", dtype=torch.bfloat16, channels_last=True, threaded_draws=True, fused_noise=True, folding=True)
 
 _current: contextvars.ContextVar[Gear] = contextvars.ContextVar("gear", default=PLAIN)
 
@@ -68,6 +73,15 @@ def autocast(device_type: str) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
     context: AbstractContextManager[None] = torch.autocast(device_type, dtype=dtype)
     return context
+
+
+def attacking(model: object, x: Tensor) -> AbstractContextManager[object]:
+    """Return the context in which a model in eval mode gives gradients with respect to images ``x``, weights constant."""
+    if current().folding and isinstance(model, nn.Module):
+        with running(PLAIN):  # the pass that is traced must not compile anything
+            folding.pairs(model, x)
+        return folding.folded(model, x)
+    return contextlib.nullcontext()
 
 
 def has_native_bfloat16(device: torch.device) -> bool:

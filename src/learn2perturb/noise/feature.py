@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from learn2perturb.engine import fused, gears
 from learn2perturb.engine.random import derive_seed
 from learn2perturb.errors import ConfigError, SiteError
 from learn2perturb.noise.base import NoiseModule
@@ -112,6 +113,10 @@ class Perturbation(NoiseModule):
         if not self.enabled:
             return h
         self._check(h)
+        if gears.current().fused_noise and self.sharing == "per_example" and self.replay is None and fused.can_fuse(h):
+            noisy = fused.add_noise(h, self.theta, self.distribution)
+            if noisy is not None:
+                return noisy
         eps = self.draw(h)
         return torch.addcmul(h, self.theta.to(h.dtype), eps.to(h.dtype))
 

@@ -1,0 +1,140 @@
+"""BatchNorm folded into the convolution before it, for passes in eval mode: there it is affine, so one layer does for two.
+
+Pairs are found by tracing one pass, so any network is served whose structure allows it; what does not fit stays as it
+is. Nothing is copied or replaced: for the length of a context the two layers answer with other forward functions, and
+hooks, noise among them, run as always.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+from learn2perturb.engine.random import isolated_rng
+
+Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
+
+_plans: weakref.WeakKeyDictionary[nn.Module, list[Pair]] = weakref.WeakKeyDictionary()
+
+
+class _Uses(TorchFunctionMode):
+    """Counts how often each tensor goes into a computation: a torch function that gives anything but a plain value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: dict[int, int] = {}
+        self.alive: list[Tensor] = []  # ids are only unique among living objects
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, (bool, int, float, torch.Size, torch.dtype, torch.device)):
+            return result  # x.dim() or x.shape computes nothing from the values
+        for value in [*args, *(kwargs or {}).values()]:
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(item, Tensor):
+                    self.count[id(item)] = self.count.get(id(item), 0) + 1
+                    self.alive.append(item)
+        return result
+
+
+def _trace(network: nn.Module, x: Tensor) -> list[Pair]:
+    """Find convolutions, called once, whose output goes to one BatchNorm, called once, and nowhere else."""
+    uses = _Uses()
+    made: dict[int, nn.Conv2d] = {}
+    taken: list[tuple[Tensor, nn.BatchNorm2d]] = []
+    calls: dict[nn.Module, int] = {}
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        if isinstance(module, nn.Conv2d):
+            made[id(output)] = module
+            uses.alive.append(output)
+        elif isinstance(module, nn.BatchNorm2d) and args:
+            taken.append((args[0], module))
+
+    layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))]
+    handles = [module.register_forward_hook(after) for module in layers]
+    try:
+        with isolated_rng(torch_only=True), torch.no_grad(), uses:
+            network(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        (made[id(tensor)], norm)
+        for tensor, norm in taken
+        if id(tensor) in made and uses.count.get(id(tensor)) == 1 and calls[norm] == 1 and calls[made[id(tensor)]] == 1
+    ]
+
+
+def _can_fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
+    """Tell whether nothing comes between the two layers now: no hook, no parametrised weight, frozen statistics."""
+    return not (
+        norm.training
+        or norm.running_mean is None
+        or conv._forward_hooks
+        or norm._forward_pre_hooks
+        or parametrize.is_parametrized(conv)
+        or parametrize.is_parametrized(norm)
+        or "forward" in conv.__dict__
+        or "forward" in norm.__dict__
+    )
+
+
+def _folded_conv(conv: nn.Conv2d, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    return conv._conv_forward(x, weight, bias)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def pairs(network: nn.Module, x: Tensor) -> list[Pair]:
+    """Return the pairs of ``network`` that can be folded, traced once with images like ``x`` and remembered.
+
+    ``network`` must be in eval mode. A network that cannot be traced has none.
+    """
+    if network not in _plans:
+        try:
+            _plans[network] = _trace(network, x[:1])
+        except Exception:  # noqa: BLE001 - the pass that follows meets the same error and reports it in its own words
+            return []
+    return _plans[network]
+
+
+@contextlib.contextmanager
+def folded(network: nn.Module, x: Tensor) -> Iterator[int]:
+    """Run the passes of the body with BatchNorm folded where possible; yields how many pairs are.
+
+    The weights of the fold are constants: gradients reach the images, not the convolution and norm.
+    """
+    if isinstance(network, torch._dynamo.OptimizedModule):
+        yield 0
+        return
+    done: list[nn.Module] = []
+    try:
+        with torch.no_grad():
+            for conv, norm in pairs(network, x):
+                if not _can_fold(conv, norm):
+                    continue
+                assert norm.running_mean is not None and norm.running_var is not None  # noqa: S101 - by _can_fold
+                scale = torch.rsqrt(norm.running_var + norm.eps)
+                scale = scale if norm.weight is None else scale * norm.weight
+                shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+                bias = shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale)
+                weight = conv.weight * scale.view(-1, 1, 1, 1)
+                conv.forward = functools.partial(_folded_conv, conv, weight, bias)  # type: ignore[method-assign]
+                norm.forward = _identity  # type: ignore[method-assign]
+                done += [conv, norm]
+        yield len(done) // 2
+    finally:
+        for module in done:
+            del module.forward

@@ -1,0 +1,120 @@
+"""Noise drawn and added in one compiled pass over the features (CPU): the draws are never written to memory.
+
+Number i of a call is ``table[16 bits of mix(mix(i // 2 + a) ^ b)]``: a counter-based generator (two rounds of a 32-bit
+avalanche hash, keyed by 64 bits that torch's default generator gives for this call alone) and a table of 65,536
+equally likely values. No pool, no rolling: every element of every row, site and pass has its own draw. A backward pass
+that needs the draws computes them again from the key, so they cost no memory either.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+_LEVELS = 1 << 16
+_QUANTILES: dict[str, Callable[[Any], Any]] = {
+    "gaussian": stats.norm.ppf,
+    "laplace": stats.laplace.ppf,
+    "uniform": stats.uniform.ppf,
+}
+_usable = True
+
+
+@functools.cache
+def quantile_table(distribution: str) -> Tensor:
+    """Return 65,536 equally likely values of a distribution, of mean exactly 0 and variance exactly 1 (float32).
+
+    Values are the quantiles of the middle of each of 65,536 equal shares: the Gaussian's largest is 4.3 sigma.
+    """
+    values = _QUANTILES[distribution]((np.arange(_LEVELS) + 0.5) / _LEVELS)
+    values = values - values.mean()
+    return torch.tensor(values / values.std(), dtype=torch.float32)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Avalanche 32 bits (the constants are the low-bias pair found by exhaustive search, Wellons 2018)."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * (0x846CA68B - (1 << 32))
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def draws(rows: int, features: int, key: Tensor, table: Tensor) -> Tensor:
+    """Return the (rows, features) draws that ``key`` (2 int32 numbers) stands for."""
+    count = rows * features
+    bits = _mix(_mix(torch.arange((count + 1) // 2, dtype=torch.int32) + key[0]) ^ key[1])
+    halves = [table[(bits & 0xFFFF).long()], table[((bits >> 16) & 0xFFFF).long()]]
+    return torch.cat(halves)[:count].view(rows, features)
+
+
+def _add(h: Tensor, scale: Tensor, key: Tensor, table: Tensor) -> Tensor:
+    return (h + scale * draws(h.shape[0], h.shape[1], key, table)).to(h.dtype)
+
+
+def _pull(gradient: Tensor, key: Tensor, table: Tensor) -> Tensor:
+    return (gradient.float() * draws(gradient.shape[0], gradient.shape[1], key, table)).sum(0, keepdim=True)
+
+
+_compiled_add = torch.compile(_add, dynamic=True)
+_compiled_pull = torch.compile(_pull, dynamic=True)
+
+
+class _AddNoise(torch.autograd.Function):
+    """``h + scale * eps`` on (rows, features), with eps a function of the key."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, scale: Tensor, key: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(key, table)
+        result: Tensor = _compiled_add(h, scale, key, table)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        (gradient,) = gradients
+        key, table = ctx.saved_tensors
+        pulled = _compiled_pull(gradient.contiguous(), key, table) if ctx.needs_input_grad[1] else None
+        return gradient, pulled, None, None
+
+
+def can_fuse(h: Tensor) -> bool:
+    """Tell whether :func:`add_noise` serves these features: on the CPU, a whole block of memory, eager, a compiler here."""
+    return (
+        _usable
+        and h.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and (h.is_contiguous() or (h.dim() == 4 and h.is_contiguous(memory_format=torch.channels_last)))
+    )
+
+
+def add_noise(h: Tensor, theta: Tensor, distribution: str) -> Tensor | None:
+    """Return ``h + theta * eps`` with a fresh eps for every element of ``h`` (N, ...), or None where no compiler works.
+
+    ``theta`` broadcasts against one row. The draws are decided by the state of torch's default generator.
+    """
+    global _usable
+    key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(torch.int32)
+    table = quantile_table(distribution)
+    theta = theta.expand(h.shape[1:])
+    last = not h.is_contiguous()
+    if last:
+        h, theta = h.permute(0, 2, 3, 1), theta.permute(1, 2, 0)
+    try:
+        noisy: Tensor = _AddNoise.apply(h.reshape(h.shape[0], -1), theta.reshape(1, -1), key, table)  # type: ignore[no-untyped-call]
+    except Exception as error:  # noqa: BLE001 - a missing compiler shows itself in many ways; the plain path always works
+        _usable = False
+        warnings.warn(
+            f"noise cannot be compiled here ({type(error).__name__}: {str(error).splitlines()[0][:120]}); "
+            "drawing it uncompiled, which is slower",
+            stacklevel=2,
+        )
+        return None
+    noisy = noisy.view(h.shape)
+    return noisy.permute(0, 3, 1, 2) if last else noisy
