@@ -24,9 +24,10 @@ class UnknownNameError(ConfigError, KeyError):
     def of(cls, kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
         """Build the error for ``name``, unknown among ``known`` things of ``kind``, nearest names first."""
         names = sorted(known)
+        shown = names[:24] + ([f"and {len(names) - 24} more"] if len(names) > 24 else [])
         near = difflib.get_close_matches(str(name), names, n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        return cls(f"unknown {kind} {name!r}: {hint}known: {', '.join(names)}")
+        return cls(f"unknown {kind} {name!r}: {hint}known: {', '.join(shown)}")
 
 
 class InputError(Learn2PerturbError, ValueError):

@@ -47,6 +47,7 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
     Raises:
         CheckpointError: the file cannot be written (folder not writable, disk full); the old file is left as it was.
     """
+    _check_path(path)
     target = Path(os.path.realpath(path))
     data = content.encode() if isinstance(content, str) else content
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{binascii.hexlify(os.urandom(4)).decode()}.tmp")
@@ -68,6 +69,11 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
         ) from error
     _sync_folder(target.parent)
     return target
+
+
+def _check_path(path: object) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise CheckpointError(f"{path!r} is no path; give the path of a file, as text or pathlib.Path")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -221,6 +227,7 @@ def load(path: str | os.PathLike[str], cls: type[R]) -> R:
     Raises:
         CheckpointError: the file is missing, unreadable, damaged, of another format, or of a newer version.
     """
+    _check_path(path)
     try:
         text = Path(path).read_bytes()
     except OSError as error:

@@ -75,12 +75,14 @@ class Registry:
             UnknownNameError: nothing has that name.
         """
         resolved = self._aliases.get(name, name) if isinstance(name, str) else name
-        if resolved not in self._entries:
+        if not isinstance(name, str) or resolved not in self._entries:
             raise UnknownNameError.of(self.kind, name, [*self._entries, *self._aliases])
         return self._entries[resolved]
 
     def names(self, pattern: str = "*") -> list[str]:
         """Return the names that match the glob ``pattern``, aliases left out."""
+        if not isinstance(pattern, str):
+            raise ConfigError(f"pattern is {pattern!r}; give a glob such as 'resnet*'")
         return [name for name in self._entries if fnmatch.fnmatch(name, pattern)]
 
 
@@ -89,7 +91,7 @@ DATASETS = Registry("data set")
 ATTACKS = Registry("attack")
 DEFENSES = Registry("defense")
 
-_RESNET = {"paper": "He et al., Deep Residual Learning for Image Recognition", "year": 2016}
+_RESNET: dict[str, Any] = {"paper": "He et al., Deep Residual Learning for Image Recognition", "year": 2016}
 # The output of each block before its last ReLU, and of the stem: Learn2Perturb, appendix A.1. Adding noise to the
 # last norm of the main branch equals adding it after the block's addition, since addition commutes.
 _BLOCK_ENDS = ("bn1", "layer*.*.bn2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from learn2perturb.attacks.base import Attack, AttackResult
@@ -27,7 +28,7 @@ def build_attack(name: str, **settings: Any) -> Attack:
     """
     entry = ATTACKS.entry(name)
     attack = entry.load()
-    known = attack.__dataclass_fields__
+    known = {item.name: item for item in fields(attack)}  # without the class's own constants
     unknown = sorted(settings.keys() - known.keys())
     if unknown:
         raise ConfigError(f"attack {name!r} has no setting {', '.join(map(repr, unknown))}; it has: {', '.join(known)}")

@@ -144,6 +144,8 @@ def load_data(
 
 def data_root(root: str | os.PathLike[str] | None = None) -> Path:
     """Return the folder that holds the data sets: ``root``, else $LEARN2PERTURB_DATA_DIR, else ``.data``."""
+    if root is not None and not isinstance(root, (str, os.PathLike)):
+        raise ConfigError(f"root is {root!r}; give the folder of the data sets, or leave it out")
     return Path(root or os.environ.get(ROOT_VARIABLE) or ".data").expanduser()
 
 

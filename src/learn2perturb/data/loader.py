@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from learn2perturb.data.dataset import ImageData, checked_limit
+from learn2perturb.engine.devices import checked_device
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, InputError
 
@@ -178,6 +179,13 @@ class LoaderSource:
                 raise InputError(
                     f"the DataLoader ended after {batch} of its {self.num_batches} batches; mend its __len__"
                 ) from None
+            except TypeError as error:
+                if "collate" not in str(error):
+                    raise
+                raise InputError(
+                    f"the data set's items cannot be made a batch: {str(error).splitlines()[0][:160]}; give pairs of "
+                    "tensors (image, label), for pictures by transform=ToTensor()"
+                ) from error
             x, y = _pair(item)
             if batch in (0, start):
                 check_batch(x, y)
@@ -212,6 +220,7 @@ def make_source(
         raise ConfigError(f"batch_size {batch_size!r} is not allowed; give a whole number >= 1")
     if limit is not None:
         checked_limit(limit)
+    device = checked_device(device)
     if isinstance(data, ImageData):
         data = data if limit is None else data.take(limit)
         return MemorySource(

@@ -10,7 +10,7 @@ import math
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +149,8 @@ def mixed_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: S
         if settings.alpha:
             total = settings.alpha * clean
         clean = clean.detach()
-    x_adv = training_adversary(settings).craft(model, x, labels, mode=settings.attack_mode or "eval")
+    mode: Literal["eval", "train"] = "train" if settings.attack_mode == "train" else "eval"
+    x_adv = training_adversary(settings).craft(model, x, labels, mode=mode)
     adv_logits = forward(model, x_adv)
     adversarial = F.cross_entropy(adv_logits, y)
     return Losses(
@@ -162,12 +163,12 @@ def mixed_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: S
 
 
 def learning_rate_factor(settings: Settings, total_epochs: int) -> Callable[[Clock], float]:
-    """Return the schedule of ``settings`` over ``total_epochs``: a function of the clock alone, so it needs no state."""
+    """Return the schedule of ``settings`` over ``total_epochs``: a function of the clock alone, without state."""
 
     def factor(clock: Clock) -> float:
         if settings.schedule == "step":
             passed = sum(clock.stage_epoch >= milestone for milestone in settings.milestones or ())
-            return float((settings.decay or 0.1) ** passed)
+            return float((0.1 if settings.decay is None else settings.decay) ** passed)
         done = (clock.stage_epoch + (clock.batch + 1) / clock.batches) / max(total_epochs, 1)
         if settings.schedule == "one_cycle":
             rise = 0.3

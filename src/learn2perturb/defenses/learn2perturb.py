@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.defenses.base import ALTERNATIONS, Alternation, Clock, Defense, check_choice
-from learn2perturb.defenses.settings import Settings
+from learn2perturb.defenses.settings import Settings, number, whole
 from learn2perturb.errors import ConfigError
 from learn2perturb.noise import Perturbation, noise_modules, noise_parameters, perturb, set_noise
 
@@ -33,12 +33,13 @@ class Learn2Perturb(Defense):
         noise_from_loss: whether theta sees the gradient of the loss; False is Learn2Perturb-R (section 4.1), whose
             noise follows the regulariser alone: a schedule, not learned.
         noise_delay: epoch s at which the noise starts; before it, noise is off and theta frozen.
-        theta_step: ``combined`` (algorithm 1), ``sequential`` (section 3.2) or ``released`` (the released code's order).
+        theta_step: ``combined`` (algorithm 1), ``sequential`` (section 3.2), ``released`` (the released code's order).
         weight_steps: weight steps in a sequential iteration.
         noise_steps: theta steps in a sequential iteration.
         gamma_through_optimizer: scale the regulariser's gradient by the learning rate and let it join the momentum;
             False subtracts it as it is (algorithm 1 read literally).
-        tau: ``harmonic`` is H_{e-s+1}; ``released`` is H_{e-s}, with 1 where that is 0 (the released code divides by it).
+        tau: ``harmonic`` is H_{e-s+1}; ``released`` is H_{e-s}, and 1 where that is 0 (the released code divides by
+            it).
         init: first value of every theta.
         minimum: lower bound of theta.
         sharing: ``per_example`` draws, or ``per_batch`` as the released code.
@@ -71,8 +72,16 @@ class Learn2Perturb(Defense):
         check_choice("theta_step", self.theta_step, ALTERNATIONS)
         check_choice("tau", self.tau, TAUS)
         check_choice("placement", self.placement, PLACEMENTS)
+        number("gamma", self.gamma, 0.0, math.inf)
+        for name, low in (("noise_delay", 0), ("weight_steps", 1), ("noise_steps", 1)):
+            whole(name, getattr(self, name), low)
         if not self.gamma >= 0:
             raise ConfigError(f"gamma is {self.gamma!r}; it must be at least 0 (the paper has 1e-4)")
+        if self.gamma > 0 and not self.minimum > 0:
+            raise ConfigError(
+                f"minimum is {self.minimum!r}; with gamma above 0 it must be above 0, since the regulariser's slope, "
+                "gamma / (2 tau sqrt(theta)), is infinite at 0 (the released code has 0.01)"
+            )
         if self.noise_delay < 0:
             raise ConfigError(f"noise_delay is {self.noise_delay!r}; it must be an epoch, at least 0")
         if self.weight_steps < 1 or self.noise_steps < 1:
@@ -80,7 +89,10 @@ class Learn2Perturb(Defense):
                 f"weight_steps : noise_steps is {self.weight_steps} : {self.noise_steps}; both must be at least 1"
             )
         if self.theta_step != "sequential" and (self.weight_steps, self.noise_steps) != (1, 1):
-            raise ConfigError("weight_steps and noise_steps need theta_step='sequential'; the other orders make one of each")
+            raise ConfigError(
+                f"weight_steps : noise_steps is {self.weight_steps} : {self.noise_steps}, but theta_step "
+                f"{self.theta_step!r} makes one step of each; set theta_step='sequential'"
+            )
         # The noise module knows which of its own values are allowed; ask it before any work is done.
         Perturbation(
             (1,), site="", granularity=self.granularity, sharing=self.sharing, distribution=self.distribution,
@@ -133,7 +145,7 @@ class Learn2Perturb(Defense):
             if isinstance(module, Perturbation) and module.learned:
                 module.theta.clamp_(min=module.minimum)
 
-    def schedule_only(self, settings: Settings, batches: int) -> Iterator[float] | None:
+    def schedule_only(self, settings: Settings, batches: int) -> Iterator[float]:
         """Yield theta after each step if the regulariser alone moved it: Learn2Perturb-R.
 
         All thetas start equal and see equal gradients, so they stay one number; to first order

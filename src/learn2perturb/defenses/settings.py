@@ -63,19 +63,28 @@ class Settings:
         Raises:
             ConfigError: a value is not allowed; the message names it and what is.
         """
-        for name, low in (("epochs", 0), ("batch_size", 1), ("attack_steps", 1), ("attack_eot", 1)):
-            _whole(name, getattr(self, name), low)
-        _whole("adversarial_delay", self.adversarial_delay, 0)
+        for name, least in (
+            ("epochs", 0), ("batch_size", 1), ("attack_steps", 1), ("attack_eot", 1), ("adversarial_delay", 0),
+        ):  # fmt: skip
+            whole(name, getattr(self, name), least)
         for name, low, high in (
             ("lr", 0.0, math.inf), ("momentum", 0.0, 1.0), ("weight_decay", 0.0, math.inf), ("decay", 0.0, 1.0),
             ("alpha", 0.0, math.inf), ("beta", 0.0, math.inf), ("eps", 0.0, 1.0), ("attack_step_size", 0.0, 1.0),
         ):  # fmt: skip
-            _number(name, getattr(self, name), low, high)
+            number(name, getattr(self, name), low, high)
+        if self.nesterov is not None and not isinstance(self.nesterov, bool):
+            raise ConfigError(f"nesterov is {self.nesterov!r}; it must be true or false")
+        if self.milestones is not None and not isinstance(self.milestones, (list, tuple)):
+            raise ConfigError(f"milestones is {self.milestones!r}; it must be a list of epochs, such as [150, 250]")
+        for milestone in self.milestones or ():
+            whole("an epoch of milestones", milestone, 0)
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("attack_labels", self.attack_labels, LABELS)
         one_of("attack_mode", self.attack_mode, MODES)
         if self.alpha == 0 and self.beta == 0:
             raise ConfigError("alpha and beta are both 0, so there is no loss; eq. 11 of the paper has 0.5 and 0.5")
+        if self.attack_step_size == 0 and self.eps != 0:
+            raise ConfigError("attack_step_size is 0, so the adversary stands still; the paper has 0.01 (or set eps 0)")
         if self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov needs momentum above 0; set momentum 0.9 or nesterov false")
 
@@ -84,18 +93,29 @@ class Settings:
         return [item.name for item in fields(Settings) if getattr(self, item.name) is None]
 
 
-def _whole(name: str, value: Any, low: int) -> None:
+def whole(name: str, value: Any, low: int) -> None:
+    """Check a whole number.
+
+    Raises:
+        ConfigError: ``value`` is set and is none, or below ``low``.
+    """
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
         raise ConfigError(f"{name} is {value!r}; it must be a whole number, at least {low}")
 
 
-def _number(name: str, value: Any, low: float, high: float) -> None:
+def number(name: str, value: Any, low: float, high: float) -> None:
+    """Check a number.
+
+    Raises:
+        ConfigError: ``value`` is set and is none, or not from ``low`` to ``high``.
+    """
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or value != value:
-        hint = "; it is in [0, 1] pixel scale: write 8/255 for eight grey levels" if high == 1 and "e" in name else ""
+        in_pixels = name in ("eps", "attack_step_size")
+        hint = "; it is in [0, 1] pixel scale: write 8/255 for eight grey levels" if in_pixels else ""
         bound = f"between {low:g} and {high:g}" if math.isfinite(high) else f"at least {low:g}"
-        raise ConfigError(f"{name} is {value!r}; it must be a number {bound}{hint if name[:3] in ('eps', 'att') else ''}")
+        raise ConfigError(f"{name} is {value!r}; it must be a number {bound}{hint}")
 
 
 def one_of(name: str, value: str | None, allowed: tuple[str, ...]) -> None:

@@ -38,7 +38,8 @@ def _threaded_normal(flat: Tensor, threads: int) -> None:
 def standard_normal(shape: Sequence[int], device: torch.device, *, channels_last: bool = False) -> Tensor:
     """Draw float32 numbers from N(0, 1) out of the default generator of ``device``.
 
-    ``channels_last`` fills memory in order and views it as NHWC: ``randn_like`` on such a tensor is several times slower.
+    ``channels_last`` fills memory in order and views it as NHWC: ``randn_like`` on such a tensor is several times
+    slower.
     """
     layout = [shape[0], *shape[2:], shape[1]] if channels_last and len(shape) == 4 else list(shape)
     numbers = torch.empty(layout, device=device)

@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolution before it, for passes in eval mode: there it is affine, so one layer does for two.
+"""BatchNorm folded into the convolution before it, for passes in eval mode: there it is affine, so one layer does.
 
 Pairs are found by tracing one pass, so any network is served whose structure allows it; what does not fit stays as it
 is. Nothing is copied or replaced: for the length of a context the two layers answer with other forward functions, and
@@ -105,7 +105,7 @@ def pairs(network: nn.Module, x: Tensor) -> list[Pair]:
     if network not in _plans:
         try:
             _plans[network] = _trace(network, x[:1])
-        except Exception:  # noqa: BLE001 - the pass that follows meets the same error and reports it in its own words
+        except Exception:
             return []
     return _plans[network]
 
@@ -116,7 +116,7 @@ def folded(network: nn.Module, x: Tensor) -> Iterator[int]:
 
     The weights of the fold are constants: gradients reach the images, not the convolution and norm.
     """
-    if isinstance(network, torch._dynamo.OptimizedModule):
+    if "_orig_mod" in network._modules:  # of torch.compile; naming its class would import the compiler: seconds
         yield 0
         return
     done: list[nn.Module] = []
@@ -125,14 +125,14 @@ def folded(network: nn.Module, x: Tensor) -> Iterator[int]:
             for conv, norm in pairs(network, x):
                 if not _can_fold(conv, norm):
                     continue
-                assert norm.running_mean is not None and norm.running_var is not None  # noqa: S101 - by _can_fold
+                assert norm.running_mean is not None and norm.running_var is not None
                 scale = torch.rsqrt(norm.running_var + norm.eps)
                 scale = scale if norm.weight is None else scale * norm.weight
                 shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
                 bias = shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale)
                 weight = conv.weight * scale.view(-1, 1, 1, 1)
                 conv.forward = functools.partial(_folded_conv, conv, weight, bias)  # type: ignore[method-assign]
-                norm.forward = _identity  # type: ignore[method-assign]
+                norm.forward = _identity  # type: ignore[method-assign, assignment]
                 done += [conv, norm]
         yield len(done) // 2
     finally:

@@ -15,15 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 _LEVELS = 1 << 16
-_QUANTILES: dict[str, Callable[[Any], Any]] = {
-    "gaussian": stats.norm.ppf,
-    "laplace": stats.laplace.ppf,
-    "uniform": stats.uniform.ppf,
-}
+_SCIPY_NAMES = {"gaussian": "norm", "laplace": "laplace", "uniform": "uniform"}
 _usable = True
 
 
@@ -33,7 +28,9 @@ def quantile_table(distribution: str) -> Tensor:
 
     Values are the quantiles of the middle of each of 65,536 equal shares: the Gaussian's largest is 4.3 sigma.
     """
-    values = _QUANTILES[distribution]((np.arange(_LEVELS) + 0.5) / _LEVELS)
+    from scipy import stats  # half a second, and only this path needs it
+
+    values = getattr(stats, _SCIPY_NAMES[distribution]).ppf((np.arange(_LEVELS) + 0.5) / _LEVELS)
     values = values - values.mean()
     return torch.tensor(values / values.std(), dtype=torch.float32)
 
@@ -63,8 +60,12 @@ def _pull(gradient: Tensor, key: Tensor, table: Tensor) -> Tensor:
     return (gradient.float() * draws(gradient.shape[0], gradient.shape[1], key, table)).sum(0, keepdim=True)
 
 
-_compiled_add = torch.compile(_add, dynamic=True)
-_compiled_pull = torch.compile(_pull, dynamic=True)
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile at first use: importing the compiler takes seconds, and it warns of its own deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.compile(function, dynamic=True)
 
 
 class _AddNoise(torch.autograd.Function):
@@ -73,19 +74,20 @@ class _AddNoise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, scale: Tensor, key: Tensor, table: Tensor) -> Tensor:
         ctx.save_for_backward(key, table)
-        result: Tensor = _compiled_add(h, scale, key, table)
+        # Detached: one graph serves with and without gradients, and the compiler does not look at .grad of non-leaves.
+        result: Tensor = _compiled(_add)(h.detach(), scale.detach(), key, table)
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (gradient,) = gradients
         key, table = ctx.saved_tensors
-        pulled = _compiled_pull(gradient.contiguous(), key, table) if ctx.needs_input_grad[1] else None
+        pulled = _compiled(_pull)(gradient.contiguous(), key, table) if ctx.needs_input_grad[1] else None
         return gradient, pulled, None, None
 
 
 def can_fuse(h: Tensor) -> bool:
-    """Tell whether :func:`add_noise` serves these features: on the CPU, a whole block of memory, eager, a compiler here."""
+    """Tell whether :func:`add_noise` serves these features: on the CPU, one block of memory, eager, a compiler here."""
     return (
         _usable
         and h.device.type == "cpu"
@@ -107,11 +109,11 @@ def add_noise(h: Tensor, theta: Tensor, distribution: str) -> Tensor | None:
     if last:
         h, theta = h.permute(0, 2, 3, 1), theta.permute(1, 2, 0)
     try:
-        noisy: Tensor = _AddNoise.apply(h.reshape(h.shape[0], -1), theta.reshape(1, -1), key, table)  # type: ignore[no-untyped-call]
-    except Exception as error:  # noqa: BLE001 - a missing compiler shows itself in many ways; the plain path always works
+        noisy: Tensor = _AddNoise.apply(h.reshape(h.shape[0], -1), theta.reshape(1, -1), key, table)
+    except Exception as error:
         _usable = False
         warnings.warn(
-            f"noise cannot be compiled here ({type(error).__name__}: {str(error).splitlines()[0][:120]}); "
+            f"noise cannot be compiled here ({type(error).__name__}: {' '.join(str(error).split())[:120]}); "
             "drawing it uncompiled, which is slower",
             stacklevel=2,
         )

@@ -7,7 +7,7 @@ import dataclasses
 import datetime
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from learn2perturb.attacks import Attack
 from learn2perturb.data import make_source
+from learn2perturb.engine import gears
+from learn2perturb.engine.devices import checked_device
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError, InputError, UnknownNameError
 from learn2perturb.evaluation.intervals import majority
@@ -51,6 +53,7 @@ def evaluate(
     batch_size: int = 256,
     limit: int | None = None,
     device: str | torch.device | None = None,
+    engine: str = "plain",
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -76,6 +79,8 @@ def evaluate(
         batch_size: images in one pass (a DataLoader keeps its own).
         limit: evaluate the first ``limit`` images only.
         device: where to evaluate; by default where the model is.
+        engine: the gear that attacks craft in: ``plain`` (float32), ``fast`` (bfloat16 where the hardware has it) or
+            ``auto``. Scoring is in float32, always.
         name: of the model, for the record.
         progress: called with (images done, images in all, label of the row); an image counts once in each row.
 
@@ -96,6 +101,7 @@ def evaluate(
     predictors = _predictors(predictor)
     table = [(CLEAN, None), *_expand(attacks, eps)]
     place = _device(model, device)
+    gear = gears.select(engine, place)
     source = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=limit)
 
     labels: list[NDArray[np.int64]] = []
@@ -112,7 +118,7 @@ def evaluate(
             x, y = x.to(place), y.to(place)
             if not runs:
                 num_classes = _classes(model, x, seed)
-                runs = _plan(model, x, table, predictors, draws, members, noise_off, seed)
+                runs = _plan(model, x, table, predictors, draws, members, noise_off, seed, gear)
             _check_labels(y, num_classes)
             labels.append(y.cpu().numpy())
             for number, run in enumerate(runs):
@@ -135,6 +141,7 @@ def evaluate(
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": str(place),
+        "engine": gear.name,
         "hardware": _hardware(place),
     }
     return Evaluation(tuple(rows), PackedIntegers.pack(truth), num_classes, seed, _CONFIDENCE, _RESAMPLES, metadata)
@@ -156,7 +163,9 @@ class _RowRun:
         draws: int,
         members: int,
         seed: int,
+        gear: gears.Gear,
     ) -> None:
+        self.gear = gear
         self.name, self.noise, self.switched, self.stochastic, self.seed = name, noise, switched, stochastic, seed
         # Without noise all predictors are one and the same, so one run serves the rows of all.
         self.predictors = predictors
@@ -186,13 +195,14 @@ class _RowRun:
 
     def _attacked(self, attack: Attack, model: Model, x: Tensor, y: Tensor, batch: int) -> Tensor:
         own = derive_seed(self.seed, "attack", self.name, repr(attack.eps), batch)
-        result = dataclasses.replace(attack, seed=own).run(model, x, y)
+        with gears.running(self.gear):
+            result = dataclasses.replace(attack, seed=own).run(model, self.gear.place_images(x), y)
         self.totals["linf"] += result.linf.sum().item()
         self.totals["l2"] += result.l2.sum().item()
         self.totals["forward_passes"] += result.forward_passes * len(x)
         self.totals["backward_passes"] += result.backward_passes * len(x)
         self.seconds += result.seconds
-        return result.x_adv.to(x.dtype)
+        return result.x_adv.to(x.dtype).contiguous()
 
     def _score(self, model: Model, x: Tensor, batch: int) -> None:
         scorings = []
@@ -259,6 +269,7 @@ def _plan(
     members: int,
     noise_off: bool,
     seed: int,
+    gear: gears.Gear,
 ) -> list[_RowRun]:
     """Return the rows to run: for each predictor clean and attacks, then the same with the noise switched off."""
     ours = isinstance(model, nn.Module) and is_stochastic(model)
@@ -272,7 +283,7 @@ def _plan(
         )
     noise = not modules or any(module.enabled for module in modules)
     groups = [(one,) for one in predictors] if stochastic else [predictors]
-    settings = {"draws": draws, "members": members, "seed": seed}
+    settings: dict[str, Any] = {"draws": draws, "members": members, "seed": seed, "gear": gear}
     runs = [
         _RowRun(row, attack, noise=noise, switched=False, stochastic=stochastic, predictors=group, **settings)
         for group in groups
@@ -398,6 +409,8 @@ def _expand(attacks: Mapping[str, Attack] | None, eps: float | Sequence[float] |
             raise ConfigError(f"attack {name!r} is targeted, but here are true labels only; set targeted=False")
     if eps is None:
         return list(attacks.items())
+    if not isinstance(eps, (int, float, Iterable)):
+        raise ConfigError(f"eps is a {type(eps).__name__}, must be a number or a list of numbers, such as 8/255")
     sizes = [eps] if isinstance(eps, (int, float, str)) else list(eps)
     if not sizes:
         raise ConfigError("eps is an empty list, must hold numbers; leave it out to keep the eps of each attack")
@@ -410,6 +423,8 @@ def _expand(attacks: Mapping[str, Attack] | None, eps: float | Sequence[float] |
 
 
 def _predictors(predictor: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(predictor, Iterable):
+        raise ConfigError(f"predictor is {predictor!r}, must be one or more of {', '.join(PREDICTORS)}")
     asked = [predictor] if isinstance(predictor, str) else list(predictor)
     if not asked:
         raise ConfigError(f"predictor is an empty list, must be one or more of {', '.join(PREDICTORS)}")
@@ -421,10 +436,7 @@ def _predictors(predictor: str | Sequence[str]) -> tuple[str, ...]:
 
 def _device(model: Model, device: str | torch.device | None) -> torch.device:
     weights = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    try:
-        asked = None if device is None else torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device is {device!r}, must be one that torch knows, such as 'cpu' or 'cuda'") from error
+    asked = None if device is None else checked_device(device)
     if not weights:
         return asked or torch.device("cpu")
     own = weights[0].device

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.errors import ConfigError, InputError, UnknownNameError
 
 # "paper": the constants of the released code, for CIFAR-100 too; its std is the mean of per-image deviations, a common
 # slip that belongs to the paper's recipe. The others are the true statistics of the training pixels.
@@ -41,7 +41,16 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised batch, same shape as ``x``."""
+        """Return the normalised batch, same shape as ``x``.
+
+        Raises:
+            InputError: ``x`` has another number of channels; broadcasting would silently colour grey images.
+        """
+        if x.dim() != 4 or x.shape[1] != self.mean.shape[1]:
+            raise InputError(
+                f"images have shape {tuple(x.shape)}, {x.shape[1] if x.dim() > 1 else 0} channels; this network "
+                f"takes (N, C, H, W) with {self.mean.shape[1]}: build it with the input_shape of the data"
+            )
         return (x - self.mean) / self.std
 
     def extra_repr(self) -> str:

@@ -71,6 +71,9 @@ class Perturbation(NoiseModule):
         channel_dim: int = 0,
     ) -> None:
         super().__init__(site)
+        for name, value in (("init", init), ("minimum", minimum)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ConfigError(f"theta {name} is {value!r}; it must be a number, such as 0.25")
         if not 0 <= minimum <= init < float("inf"):
             raise ConfigError(f"theta init is {init} and minimum is {minimum}; allowed: 0 <= minimum <= init")
         self.feature_shape = tuple(feature_shape)
@@ -129,7 +132,6 @@ class Perturbation(NoiseModule):
         channels_last = h.dim() == 4 and h.is_contiguous(memory_format=torch.channels_last) and not h.is_contiguous()
         return draw(self.distribution, (rows, *h.shape[1:]), h.device, channels_last=channels_last)
 
-    @torch.compiler.disable
     def _replayed(self, seed: int, rows: int, shape: tuple[int, ...]) -> Tensor:
         """Return draws that are a function of seed, site and row alone; kept while the same seed is replayed."""
         known = self._rows[1] if self._rows is not None and self._rows[0] == seed else torch.empty(0, *shape)

@@ -21,7 +21,7 @@ CHILD = "perturbation"
 
 # Module-level functions, not closures: a network with noise can be pickled, deep-copied and compiled.
 def _perturb_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return module.perturbation.perturb(output)  # type: ignore[operator, union-attr, no-any-return]
+    return module.perturbation.perturb(output)  # type: ignore[operator, union-attr]
 
 
 def _perturb_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -51,8 +51,6 @@ def _drop_hook(hooks: dict[int, Any], function: Any) -> None:
 
 def _insert(network: nn.Module, noise: Perturbation) -> None:
     parent = network.get_submodule(noise.site)
-    if hasattr(parent, CHILD):
-        raise SiteError(f"site {noise.site!r} is perturbed already; call remove_noise(network) first")
     parameter = next(parent.parameters(), None)
     if parameter is None:
         parameter = next(network.parameters(), None)
@@ -64,8 +62,9 @@ def _insert(network: nn.Module, noise: Perturbation) -> None:
 
 
 def _is_compiled(network: nn.Module) -> bool:
+    # By what torch.compile leaves on a module: naming its class would import the compiler, which takes seconds.
     return any(
-        isinstance(module, torch._dynamo.OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
         for module in network.modules()
     )
 
@@ -118,7 +117,7 @@ def perturb(
     registered = getattr(network, "registered_name", None)
     if sites is not None:
         chosen = site_rules.select(network, seen, sites)
-    elif registered in MODELS:
+    elif isinstance(registered, str) and registered in MODELS:
         chosen = site_rules.select(network, seen, MODELS.entry(registered).facts["sites"])
     else:
         chosen = site_rules.guess(seen)
@@ -148,9 +147,12 @@ def insert(network: nn.Module, specs: list[dict[str, Any]]) -> nn.Module:
         SiteError: a site does not exist in this network.
     """
     names = dict(network.named_modules())
-    for spec in specs:
+    for spec in specs:  # all are checked before any is inserted, so that a failure leaves the network as it was
         if spec["site"] not in names:
             raise SiteError(f"the noise was made for a network with a submodule {spec['site']!r}, which this one lacks")
+        if hasattr(names[spec["site"]], CHILD):
+            raise SiteError(f"site {spec['site']!r} is perturbed already; call remove_noise(network) first")
+    for spec in specs:
         arguments = {key: value for key, value in spec.items() if key != "kind"}
         _insert(network, Perturbation(tuple(arguments.pop("feature_shape")), **arguments))
     _drop_hook(network._load_state_dict_pre_hooks, _keep_noise_of_plain_checkpoint)
@@ -158,13 +160,28 @@ def insert(network: nn.Module, specs: list[dict[str, Any]]) -> nn.Module:
     return network
 
 
+def _check_module(network: object) -> None:
+    if not isinstance(network, nn.Module):
+        raise NoiseError(f"network is a {type(network).__name__}; only a torch.nn.Module can hold noise")
+
+
 def noise_modules(network: nn.Module) -> list[NoiseModule]:
-    """Return the noise modules of ``network`` in the order of its submodules."""
+    """Return the noise modules of ``network`` in the order of its submodules.
+
+    Raises:
+        NoiseError: it is no module.
+    """
+    _check_module(network)
     return [module for module in network.modules() if isinstance(module, NoiseModule)]
 
 
 def noise_sites(network: nn.Module) -> list[str]:
-    """Return the names of the perturbed submodules."""
+    """Return the names of the perturbed submodules.
+
+    Raises:
+        NoiseError: ``network`` is no module.
+    """
+    _check_module(network)
     return [
         name.rpartition(".")[0] for name, module in network.named_modules() if isinstance(module, NoiseModule)
     ]

@@ -54,10 +54,22 @@ class Call:
 
 @dataclass
 class Probe:
-    """What the probe pass saw: every call, in order, and the submodules that end a residual branch."""
+    """What the probe pass saw: every call, in order, and what made the two sides of every residual addition."""
 
     calls: dict[str, Call] = field(default_factory=dict)
     branch_ends: list[str] = field(default_factory=list)
+    shortcuts: list[str] = field(default_factory=list)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among ``values``, also those inside tuples and lists (``cat``, ``stack``, ``unbind``)."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _tensors(value)
+    return found
 
 
 class _Flow(TorchFunctionMode):
@@ -71,15 +83,15 @@ class _Flow(TorchFunctionMode):
         self.alive: list[Tensor] = []  # ids are only unique among living objects
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        operands = [value for value in args if isinstance(value, Tensor)]
+        operands = _tensors([*args, *(kwargs or {}).values()])
         if func in _ADDITIONS and len(operands) == 2 and operands[0].shape == operands[1].shape:
             self._addition(operands)
         depth = max((self.depth.get(id(value), 0) for value in operands), default=0)
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            if not any(result is value for value in operands):
-                self.maker.pop(id(result), None)
-            self._note(result, depth)
+        for made in _tensors([result]):
+            if not any(made is value for value in operands):
+                self.maker.pop(id(made), None)
+            self._note(made, depth)
         return result
 
     def _note(self, tensor: Tensor, depth: int) -> None:
@@ -90,7 +102,7 @@ class _Flow(TorchFunctionMode):
         """Record that a submodule made ``output``; a layer with weights makes it one deeper than what went in."""
         if not isinstance(output, Tensor) or not isinstance(module, (*NORMS, *CONVOLUTIONS, nn.Linear)):
             return
-        depth = max((self.depth.get(id(value), 0) for value in args if isinstance(value, Tensor)), default=0)
+        depth = max((self.depth.get(id(value), 0) for value in _tensors(args)), default=0)
         self._note(output, depth + 1)
         self.maker.setdefault(id(output), name)
 
@@ -102,6 +114,7 @@ class _Flow(TorchFunctionMode):
             name = self.maker.get(id(main))
             if name is not None and name not in self.probe.branch_ends:
                 self.probe.branch_ends.append(name)
+            self.probe.shortcuts += [self.maker[id(value)] for value in made if value is not main]
 
 
 def submodules(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -128,7 +141,7 @@ def probe(network: nn.Module, input_shape: tuple[int, ...]) -> Probe:
     Raises:
         InputError: the network does not take images of ``input_shape``.
     """
-    shape = tuple(input_shape)
+    shape = tuple(input_shape) if isinstance(input_shape, Iterable) else ()
     if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
         raise InputError(f"input_shape is {input_shape!r}; give the shape of one image, e.g. (3, 32, 32)")
     seen = Probe()
@@ -149,11 +162,10 @@ def probe(network: nn.Module, input_shape: tuple[int, ...]) -> Probe:
     try:
         with isolated_rng(torch_only=True), _eval_mode(network), torch.no_grad(), flow:
             network(torch.rand(2, *shape, device=device, dtype=dtype))
-    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
-        if isinstance(error, SiteError):
-            raise
+    except Exception as error:  # a stranger's network may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"the network failed on images of input_shape {shape}: {str(error).splitlines()[0]}; "
+            f"the network failed on images of input_shape {shape}: {reason}; "
             "give the shape of one image it was made for"
         ) from error
     finally:
@@ -187,7 +199,7 @@ def select(network: nn.Module, seen: Probe, sites: Sites) -> list[str]:
         if not chosen:
             raise SiteError(f"the predicate chose none of {len(names)} submodules; candidates: {_candidates(seen)}")
         return chosen
-    patterns = [sites] if isinstance(sites, str) else list(sites)
+    patterns = [sites] if isinstance(sites, str) else list(sites) if isinstance(sites, Iterable) else []
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise SiteError(f"sites is {sites!r}; give a glob, a list of names, or a predicate (name, module) -> bool")
     chosen = []
@@ -242,8 +254,8 @@ def _stem(seen: Probe, before: list[str]) -> str | None:
     """The end of the stem: a norm that directly follows the first convolution, else that convolution."""
     order = list(seen.calls)
     first = next((name for name in order if name in before and isinstance(seen.calls[name].module, CONVOLUTIONS)), None)
-    if first is None:
-        return None
+    if first is None or first in seen.shortcuts:
+        return first  # a norm after it would be inside the first branch, and its noise would miss the shortcut
     for name in before:
         call = seen.calls[name]
         if isinstance(call.module, NORMS) and call.input is seen.calls[first].output:
@@ -280,9 +292,18 @@ def check(name: str, seen: Probe, place: str) -> tuple[tuple[int, ...], int]:
             "noise needs floating-point features with a batch dimension"
         )
     shape = tuple(value.shape[1:])
-    # Tokens (N, L, D) of linear layers and layer norms have their channels last; images have them first.
-    channel_dim = len(shape) - 1 if isinstance(call.module, (nn.Linear, nn.LayerNorm)) or len(shape) == 2 else 0
-    return shape, channel_dim
+    return shape, len(shape) - 1 if _channels_are_last(call.module, shape) else 0
+
+
+def _channels_are_last(module: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Tell whether features have their channels last: tokens (N, L, D) have, images (N, C, H, W) have them first."""
+    if isinstance(module, nn.Linear):
+        return True
+    if isinstance(module, nn.LayerNorm):
+        # Over (C, H, W), or in the ``LayerNorm2d`` that torchvision and timm derive from it, it serves images.
+        width = module.normalized_shape
+        return len(width) == 1 and shape[-1] == width[0] and (type(module) is nn.LayerNorm or shape[0] != width[0])
+    return len(shape) == 2 and not isinstance(module, (*NORMS, *CONVOLUTIONS))
 
 
 def _candidates(seen: Probe, most: int = 12) -> str:

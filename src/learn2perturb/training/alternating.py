@@ -45,9 +45,13 @@ def _descend(
             parameter.grad = slope.clone() if parameter.grad is None else parameter.grad.add_(slope)
     optimizer.step()
     if slopes is not None and not plan.regulariser_through_optimizer:
-        with torch.no_grad():
-            for parameter, slope in zip(noise, slopes, strict=True):
-                parameter.sub_(slope)
+        _subtract(noise, slopes)
+
+
+@torch.no_grad()
+def _subtract(noise: list[nn.Parameter], slopes: list[Tensor]) -> None:
+    for parameter, slope in zip(noise, slopes, strict=True):
+        parameter.sub_(slope)
 
 
 def iterate(
@@ -81,16 +85,19 @@ def iterate(
             optimizer.zero_grad(set_to_none=True)
         losses = objective()
         check(losses)
-        losses.total.backward()  # type: ignore[no-untyped-call]
+        losses.total.backward()
         return losses
 
     if noise and plan.kind == "released":
         # The released code first steps theta on the regulariser alone; its momentum then decays a second time below.
         slopes = regulariser_slopes()
         if slopes is not None:
-            for parameter, slope in zip(noise, slopes, strict=True):
-                parameter.grad = slope
-            optimizers["noise"].step()
+            if plan.regulariser_through_optimizer:
+                for parameter, slope in zip(noise, slopes, strict=True):
+                    parameter.grad = slope
+                optimizers["noise"].step()
+            else:
+                _subtract(noise, slopes)
             defense.after_step(model, clock)
     losses = backward()
     if not noise:

@@ -22,7 +22,7 @@ from learn2perturb.errors import CheckpointError
 from learn2perturb.noise import noise_spec
 
 FOLDER, MODEL, RESUME = "checkpoints", "model.safetensors", "resume.pt"
-FORMAT, VERSION = "learn2perturb.model", 1
+FORMAT, RESUME_FORMAT, VERSION = "learn2perturb.model", "learn2perturb.resume", 1
 
 
 def model_bytes(model: nn.Module, metadata: dict[str, Any]) -> bytes:
@@ -92,11 +92,13 @@ def write_checkpoint(run: Path, step: int, model: bytes, resume: dict[str, Any],
             (aside / name).write_bytes(content)
             _sync(aside / name)
         _sync(aside)
+        if final.exists() and final not in checkpoints(run):  # a part of it was deleted
+            shutil.rmtree(final)
         if not final.exists():  # the same step of the same training holds the same numbers
             aside.rename(final)
             _sync(folder)
     except OSError as error:
-        raise CheckpointError(f"checkpoint {final} cannot be written: {error}; free space or give another --out") from None
+        raise CheckpointError(f"checkpoint {final} cannot be written: {error}; free space, or another --out") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     for old in checkpoints(run)[:-keep]:
@@ -106,8 +108,8 @@ def write_checkpoint(run: Path, step: int, model: bytes, resume: dict[str, Any],
 
 def checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run folder, oldest first."""
-    found = [path for path in (Path(run) / FOLDER).glob("[0-9]*") if (path / MODEL).exists() and (path / RESUME).exists()]
-    return sorted(found)
+    folders = sorted((Path(run) / FOLDER).glob("[0-9]*"))
+    return [path for path in folders if (path / MODEL).exists() and (path / RESUME).exists()]
 
 
 def read_resume(checkpoint: Path) -> dict[str, Any]:
@@ -118,9 +120,15 @@ def read_resume(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = torch.load(checkpoint / RESUME, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch raises many kinds on a damaged file
+    except Exception as error:
         raise CheckpointError(
             f"{checkpoint / RESUME} is damaged ({type(error).__name__}); delete the folder {checkpoint} to resume "
             "from the checkpoint before it"
         ) from None
+    if not isinstance(state, dict) or state.get("format") != RESUME_FORMAT:
+        raise CheckpointError(f"{checkpoint / RESUME} is no resume state; delete the folder {checkpoint}")
+    if state.get("version", 0) > VERSION:
+        raise CheckpointError(
+            f"{checkpoint / RESUME} is of version {state['version']}, newer than {VERSION}; update learn2perturb"
+        )
     return state

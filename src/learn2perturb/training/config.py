@@ -54,7 +54,8 @@ class TrainConfig(Settings):
         augment: random crop and flip; None is as suits the data set.
         seed: decides everything: first weights, order, augmentation, noise, random starts.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
-        engine: ``plain`` (float32, the reference), ``fast`` (bfloat16, channels last), ``auto`` (fast where it is native).
+        engine: ``plain`` (float32, the reference), ``fast`` (bfloat16, channels last, folded), ``auto`` (fast where
+            bfloat16 is native).
         monitor: images scored after each epoch, clean and under the training adversary; 0 for none.
         log_every: steps between lines of ``metrics.jsonl``.
         checkpoint_minutes: most minutes between checkpoints; there is one after every epoch in any case.
@@ -91,6 +92,13 @@ class TrainConfig(Settings):
             _check(isinstance(getattr(self, name), int) and getattr(self, name) >= 0, name, self, "a whole number >= 0")
         _check(isinstance(self.log_every, int) and self.log_every >= 1, "log_every", self, "a whole number >= 1")
         _check(self.limit is None or (isinstance(self.limit, int) and self.limit >= 1), "limit", self, ">= 1")
+        for name in ("validation", "checkpoint_minutes"):
+            value = getattr(self, name)
+            real = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _check(real, name, self, "in [0, 1)" if name == "validation" else "a number > 0")
+        for name in ("download", "tensorboard"):
+            _check(isinstance(getattr(self, name), bool), name, self, "true or false")
+        _check(self.augment is None or isinstance(self.augment, bool), "augment", self, "true, false or None")
         _check(0 <= self.validation < 1, "validation", self, "a share of the training set, in [0, 1)")
         _check(self.checkpoint_minutes > 0, "checkpoint_minutes", self, "> 0")
         _check(isinstance(self.options, dict), "options", self, "a mapping such as {'gamma': 1e-4}")
@@ -107,8 +115,8 @@ class TrainConfig(Settings):
         recipe = load_recipe(self.recipe)
         special = recipe.get("defenses", {}).get(name, {})
         defaults = {**recipe["settings"], **special.get("settings", {})}
+        defaults |= {key: fraction(defaults[key]) for key in ("eps", "attack_step_size")}
         filled = {key: value for key, value in defaults.items() if getattr(self, key) is None}
-        filled = {key: fraction(value) if key in ("eps", "attack_step_size") else value for key, value in filled.items()}
         resolved = replace(self, defense=name, options={**special.get("options", {}), **self.options}, **filled)
         if resolved.missing():
             raise ConfigError(f"recipe {self.recipe!r} leaves {', '.join(resolved.missing())} open; set them")
@@ -125,6 +133,8 @@ class TrainConfig(Settings):
         Raises:
             UnknownNameError: a key is no field.
         """
+        if not isinstance(values, dict):
+            raise ConfigError(f"settings are a {type(values).__name__}; give a mapping such as {{'epochs': 30}}")
         known = {item.name for item in fields(cls)}
         for key in values:
             if key not in known:

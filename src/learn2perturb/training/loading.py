@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from learn2perturb.errors import CheckpointError, MissingDependencyError
+from learn2perturb.errors import CheckpointError, MissingDependencyError, SiteError
 from learn2perturb.models import build_model
-from learn2perturb.noise import insert, noise_modules
+from learn2perturb.noise import insert, noise_modules, remove_noise
 from learn2perturb.training.checkpoint import MODEL, checkpoints, read_model
 
 HUB = "hf-hub:"
@@ -34,6 +35,8 @@ def locate(source: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: there is none.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise CheckpointError(f"{source!r} is no path; give a run folder, a .safetensors file, or {HUB}owner/name")
     text = os.fspath(source)
     if text.startswith(HUB):
         return _from_hub(text.removeprefix(HUB))
@@ -60,31 +63,36 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     Raises:
         CheckpointError: nothing is there, it is damaged, or it does not fit the network.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise CheckpointError(f"model is a {type(model).__name__}; give an instance of the network, a torch.nn.Module")
     path = locate(source)
     state, header = read_model(path)
     if model is None:
         if not header:
-            raise CheckpointError(f"{path} does not say which network it is; give it: load({str(source)!r}, model=network)")
+            raise CheckpointError(f"{path} does not say of which network it is; give one: load(path, model=network)")
         if header.get("registered_name") is None:
             raise CheckpointError(
                 f"{path} is of a network of your own; give an instance: load({str(source)!r}, model=network)"
             )
         model = build_model(header["registered_name"], **_arguments(header))
-    if header.get("noise") and not noise_modules(model):
-        insert(model, header["noise"])
+    inserted = bool(header.get("noise")) and not noise_modules(model)
     try:
+        if inserted:
+            insert(model, header["noise"])
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, SiteError) as error:
+        if inserted:
+            remove_noise(model)
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{path} does not fit the network: {reason}; give the network it was trained with") from None
+        raise CheckpointError(f"{path} does not fit: {reason}; give the network it was trained with") from None
     return model.eval()
 
 
-def _arguments(header: dict[str, object]) -> dict[str, object]:
+def _arguments(header: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of ``build_model``, with the tuples that JSON made lists."""
 
-    def tupled(value: object) -> object:
+    def tupled(value: Any) -> Any:
         return tuple(tupled(item) for item in value) if isinstance(value, list) else value
 
     arguments = header.get("build_arguments") or {}
-    return {key: tupled(value) for key, value in arguments.items()}  # type: ignore[attr-defined]
+    return {key: tupled(value) for key, value in arguments.items()}

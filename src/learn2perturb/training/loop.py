@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -26,13 +27,30 @@ from torch import nn
 from learn2perturb.data import BatchSource, ImageData, load_data, make_source
 from learn2perturb.defenses import Clock, Defense, Losses, Stage, build_defense, forward, training_adversary
 from learn2perturb.engine import gears
+from learn2perturb.engine.devices import checked_device
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_torch
-from learn2perturb.errors import CheckpointError, ConfigError, DataError, NonFiniteError, TrainingError
+from learn2perturb.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InputError,
+    Learn2PerturbError,
+    NonFiniteError,
+    TrainingError,
+)
 from learn2perturb.models import build_model
 from learn2perturb.progress import Reporter
 from learn2perturb.records import atomic_write
 from learn2perturb.training.alternating import Optimizers, iterate
-from learn2perturb.training.checkpoint import checkpoints, model_bytes, read_model, read_resume, write_checkpoint
+from learn2perturb.training.checkpoint import (
+    RESUME_FORMAT,
+    VERSION,
+    checkpoints,
+    model_bytes,
+    read_model,
+    read_resume,
+    write_checkpoint,
+)
 from learn2perturb.training.config import TrainConfig
 from learn2perturb.training.environment import environment
 from learn2perturb.training.metrics import MetricsFile, Totals, read_metrics, theta_report
@@ -68,13 +86,7 @@ def choose_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r} is not to be had here ({reason}); use auto, cpu or cuda") from None
-    return device
+    return checked_device(name)
 
 
 def _sources(config: TrainConfig, data: Any, device: torch.device) -> tuple[BatchSource, BatchSource | None, str]:
@@ -82,14 +94,14 @@ def _sources(config: TrainConfig, data: Any, device: torch.device) -> tuple[Batc
     if data is None:
         train_set: Any = load_data(config.dataset, "train", root=config.data_dir, download=config.download)
         watched: Any = load_data(config.dataset, "test", root=config.data_dir) if not config.validation else None
-    elif isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[0], torch.Tensor):
+    elif isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[0], (torch.Tensor, np.ndarray)):
         train_set, watched = data
     else:
         train_set, watched = data, None
     label = "test"
     if config.validation:
         if not isinstance(train_set, ImageData):
-            raise DataError("validation splits the data sets of this package; give your own as data=(train, validation)")
+            raise DataError("validation splits the package's own data sets; give yours as data=(train, validation)")
         train_set, watched = train_set.split(config.validation, config.seed)
         label = "validation"
     batch_size = config.batch_size or 128
@@ -136,15 +148,16 @@ class _Training:
     ) -> None:
         self.config, self.out, self.reporter = config, out, reporter
         self.device = choose_device(config.device)
-        self.gear = gears.select(config.engine, self.device)
         self.defense: Defense = build_defense(config.defense, config.options)
         self.source, self.monitor, self.monitored = _sources(config, data, self.device)
         self.batches = self.source.num_batches
+        self.plan: tuple[Stage, ...] = self.defense.stages(config)
+        self.epochs = sum(stage.epochs for stage in self.plan)
+        pixels = self.epochs * self.source.num_examples * math.prod((self.source.input_shape or (0,))[1:])
+        self.gear = gears.select(config.engine, self.device, pixels=pixels)
         self.own_network = model is not None
         self.model = self._build(model).to(self.device)
         self.gear.place(self.model)
-        self.plan: tuple[Stage, ...] = self.defense.stages(config)
-        self.epochs = sum(stage.epochs for stage in self.plan)
         self.epoch, self.batch, self.stage = 0, 0, -1
         self.optimizers: Optimizers = {}
         self.totals = Totals(self.device)
@@ -155,13 +168,16 @@ class _Training:
     def _build(self, model: nn.Module | None) -> nn.Module:
         config, shape = self.config, self.source.input_shape
         if shape is None:
-            raise DataError("the training data do not say their image shape; give at least one batch of images (N,C,H,W)")
+            raise DataError("the training data do not say their image shape; give at least one batch (N, C, H, W)")
         self.input_shape = shape
         seed_torch(config.seed, "weights")
         if model is None:
             classes = self.source.num_classes
             if classes is None:
                 raise DataError("the number of classes is not known from these data; give train() your own model")
+            for name in ("num_classes", "input_shape"):
+                if name in config.model_options:
+                    raise ConfigError(f"model_options has {name!r}, which follows from the data; leave it out")
             model = build_model(config.model, num_classes=classes, input_shape=shape, **config.model_options)
         return self.defense.prepare(model, shape)
 
@@ -209,8 +225,8 @@ class _Training:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(f"weight {name!r} is not finite after step {self.step}; {self._mend()}")
         resume = {
-            "format": "learn2perturb.resume",
-            "version": 1,
+            "format": RESUME_FORMAT,
+            "version": VERSION,
             "epoch": self.epoch,
             "batch": self.batch,
             "stage": self.stage,
@@ -240,7 +256,11 @@ class _Training:
                 f"set engine={resume['gear']!r}, or another --out"
             )
         state, _ = read_model(found[-1] / "model.safetensors")
-        self.model.load_state_dict(state)
+        try:
+            self.model.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{self.out} holds a run of another network ({reason}); give another --out") from None
         self.gear.place(self.model)
         self.epoch, self.batch = resume["epoch"], resume["batch"]
         if resume["stage"] >= 0:
@@ -251,6 +271,8 @@ class _Training:
         self.totals = Totals(self.device, resume["totals"])
         self.metrics_bytes, self.seconds = resume["metrics_bytes"], resume["seconds"]
         self.last_good = found[-1]
+        # Interrupted between the last step of an epoch and its scores: what the step had switched must be so again.
+        self.defense.begin_step(self.model, self.clock())
         return True
 
     def _mend(self) -> str:
@@ -275,7 +297,8 @@ class _Training:
             # One synchronisation a step; on the CPU it is free. The update that would spread a NaN is not made.
             if not math.isfinite(losses.total.item()):
                 raise NonFiniteError(
-                    f"the loss is {losses.total.item()} at step {clock.step} (epoch {clock.epoch}, batch {clock.batch}); "
+                    f"the loss is {losses.total.item()} at step {clock.step} (epoch {clock.epoch}, batch "
+                    f"{clock.batch}); "
                     f"{self._mend()}"
                 )
 
@@ -304,6 +327,24 @@ class _Training:
         return {f"{self.monitored}_clean": clean, f"{self.monitored}_pgd": pgd, f"{self.monitored}_n": count}
 
 
+def _settings(config: TrainConfig) -> str:
+    """Return the text of ``config.yaml``.
+
+    Raises:
+        ConfigError: a setting is no plain value.
+    """
+    try:
+        return yaml.safe_dump(config.to_dict(), sort_keys=False)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"a setting is no plain value ({reason}); use numbers, text, lists and mappings") from None
+
+
+def _left_behind(path: Path) -> bool:
+    """Tell whether ``path`` is the temporary file of a training that was killed while it wrote ``config.yaml``."""
+    return path.name.startswith(".config.yaml.") and path.suffix == ".tmp"
+
+
 def _check_folder(out: Path, config: TrainConfig) -> None:
     """Refuse to train into a folder that holds something else.
 
@@ -316,12 +357,14 @@ def _check_folder(out: Path, config: TrainConfig) -> None:
             before = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); give another --out") from None
-        now = config.to_dict()
-        differing = [key for key in now if key not in _FREE and now[key] != (before or {}).get(key)]
+        if not isinstance(before, dict):
+            raise CheckpointError(f"{path} holds no settings; give another --out")
+        now = yaml.safe_load(_settings(config))  # as it reads after a round trip: tuples are lists there
+        differing = [key for key in now if key not in _FREE and now[key] != before.get(key)]
         if differing:
-            shown = ", ".join(f"{key} ({(before or {}).get(key)!r} there, {now[key]!r} now)" for key in differing[:4])
-            raise ConfigError(f"{out} holds another run: it differs in {shown}; give another --out, or the same settings")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            shown = ", ".join(f"{key} ({before.get(key)!r} there, {now[key]!r} now)" for key in differing[:4])
+            raise ConfigError(f"{out} holds another run: {shown} differ; give another --out, or the same settings")
+    elif out.exists() and (not out.is_dir() or any(not _left_behind(path) for path in out.iterdir())):
         raise ConfigError(f"{out} exists and is no run folder; give another --out so that nothing in it is lost")
 
 
@@ -354,6 +397,8 @@ def train(
     if model is not None and not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; give a torch.nn.Module, or leave it out")
     config = config.resolve()
+    if out is not None and not isinstance(out, (str, os.PathLike)):
+        raise ConfigError(f"out is {out!r}; give the path of a run folder, or None to write nothing")
     folder = None if out is None else Path(out)
     if folder is not None:
         _check_folder(folder, config)
@@ -361,7 +406,7 @@ def train(
         training = _Training(config, model, data, folder, reporter)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+            atomic_write(folder / "config.yaml", _settings(config))
             atomic_write(folder / "environment.json", json.dumps(environment(training.device), indent=1))
         resumed = training.restore()
         if resumed and training.epoch < training.epochs:
@@ -383,12 +428,16 @@ def _run(training: _Training) -> list[dict[str, Any]]:
         expected = next(islice(schedule, training.step - 1, None))
     lines: list[dict[str, Any]] = []
     interrupt = _Interrupt()
+    checked = False
     try:
         with gears.running(training.gear), interrupt.listening():
             while _unfinished(training):
                 start, seen, saved = time.perf_counter(), 0, time.monotonic()
                 before = training.seconds
                 for x, y in training.source.epoch(training.epoch, training.batch):
+                    if not checked:
+                        _check_network(training, x, y)
+                        checked = True
                     training.run_step(x, y)
                     seen += len(y)
                     training.batch += 1
@@ -430,6 +479,34 @@ def _run(training: _Training) -> list[dict[str, Any]]:
     return lines if folder is None else read_metrics(folder)
 
 
+def _check_network(training: _Training, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Try the network on two images before the first step; it is in eval mode, so nothing of it moves.
+
+    Raises:
+        InputError: it does not take these images, gives no logits, or has fewer classes than there are labels.
+    """
+    training.model.eval()
+    with isolated_rng(), torch.no_grad():
+        try:
+            logits = training.model(x[:2])
+        except Learn2PerturbError:
+            raise
+        except Exception as error:  # a stranger's network may raise anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise InputError(
+                f"the network failed on images of shape {tuple(x.shape[1:])}: {reason}; give images of the size it was "
+                "made for"
+            ) from error
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(x[:2]):
+        what = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        raise InputError(f"the network gives {what} for {len(x[:2])} images; it must give logits (N, classes); wrap it")
+    highest = int(getattr(training.source, "labels", y).max())
+    if highest >= logits.shape[1]:
+        raise InputError(
+            f"label {highest} is outside 0..{logits.shape[1] - 1}, the network's classes; check data and network"
+        )
+
+
 def _unfinished(training: _Training) -> bool:
     return training.epoch < training.epochs
 
@@ -467,8 +544,8 @@ def _tensorboard(training: _Training) -> Any:
         warnings.simplefilter("ignore")  # tensorboard's own deprecations are not the user's concern
         from torch.utils.tensorboard import SummaryWriter
 
-        assert training.out is not None  # noqa: S101 - narrowed by the caller
-        return SummaryWriter(str(training.out / "tensorboard"), purge_step=training.step)  # type: ignore[no-untyped-call]
+        assert training.out is not None
+        return SummaryWriter(str(training.out / "tensorboard"), purge_step=training.step)
 
 
 def _to_board(board: Any, line: dict[str, Any]) -> None:

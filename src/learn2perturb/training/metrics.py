@@ -1,4 +1,4 @@
-"""What a training measures, kept on the device and read once an epoch; ``metrics.jsonl`` without a gap or double line."""
+"""What a training measures, kept on the device, read once an epoch; ``metrics.jsonl`` has no gap and no double line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Totals:
 
     def add(self, key: str, value: Tensor | float, weight: float) -> None:
         """Add ``value`` with ``weight`` (examples or steps) to the mean called ``key``; no synchronisation."""
-        number = torch.as_tensor(value, dtype=torch.float64, device="cpu" if self._device.type == "mps" else self._device)
+        device = "cpu" if self._device.type == "mps" else self._device  # MPS has no float64
+        number = torch.as_tensor(value, dtype=torch.float64, device=device)
         pair = torch.stack([number.detach() * weight, torch.full_like(number, weight)])
         self._sums[key] = self._sums[key] + pair if key in self._sums else pair
 
@@ -95,7 +96,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, keep_bytes: int = 0) -> None:
         self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
-        if self._file.tell() != keep_bytes:
+        if self._file.tell() > keep_bytes:  # shorter only if someone cut it; truncate() would pad it with zeros
             self._file.truncate(keep_bytes)
             self._file.seek(keep_bytes)
 

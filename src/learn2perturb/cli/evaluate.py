@@ -1,0 +1,254 @@
+"""``learn2perturb evaluate``: attack a trained network, score it with fresh draws, keep the record."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from learn2perturb.cli.options import (
+    DEFAULT_ATTACKS,
+    EOT_DRAWS,
+    PRESETS,
+    add_json,
+    converted,
+    kinds_of,
+    parse_attack,
+    preset,
+    print_json,
+    typed,
+    words,
+)
+from learn2perturb.errors import CheckpointError, ConfigError, DataError
+from learn2perturb.registry import ATTACKS, DATASETS
+from learn2perturb.training.config import fraction
+
+if TYPE_CHECKING:
+    from learn2perturb.attacks import Attack
+    from learn2perturb.data import ImageData
+    from learn2perturb.evaluation import Evaluation
+
+DESCRIPTION = "Attack a trained network and score it with repeated fresh draws of its noise; every row has an interval."
+EXAMPLE = "learn2perturb evaluate runs/cifar10-resnet20-learn2perturb-fast-seed0 --attacks fgsm,pgd20 --limit 1000"
+SPLITS = ("test", "train", "validation")
+_EPS = 8 / 255
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this verb."""
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run folder, a .safetensors file, or hf-hub:owner/name")
+    add("--attacks", metavar="NAMES", help=f"of {', '.join(PRESETS)} (default {DEFAULT_ATTACKS}; none for clean only)")
+    add(
+        "--attack", action="append", default=[], metavar="NAME:KEY=VALUE,...",
+        help="an attack in full, may be repeated: pgd:steps=50,step_size=2/255,restarts=5",
+    )  # fmt: skip
+    add("--eps", metavar="LIST", help="sizes, l_inf, [0, 1] pixel scale: 8/255 or 2/255,4/255 (default: the run's)")
+    add(
+        "--eot",
+        type=typed("int"),
+        default=EOT_DRAWS,
+        metavar="K",
+        help=f"draws of eot presets (default {EOT_DRAWS})",
+    )
+    add("--draws", type=typed("int"), default=10, metavar="N", help="scorings with fresh draws (default 10)")
+    add("--predictor", default="single", metavar="NAMES", help="single, vote, mean_probability, mean_logits")
+    add("--members", type=typed("int"), default=10, metavar="N", help="passes of an ensemble predictor (default 10)")
+    add("--no-noise-off", action="store_true", help="leave out the rows with the noise switched off")
+    add("--dataset", metavar="NAME", help="registered data set (default: the run's)")
+    add("--data-dir", metavar="DIR", help="folder of the data sets (default: the run's)")
+    add("--split", default="test", metavar="NAME", help="test, train, or validation (what the run held out)")
+    add("--limit", type=typed("int"), metavar="N", help="the first N images only")
+    add("--seed", type=typed("int"), default=0, metavar="N", help="of attacks and scoring (default 0)")
+    add("--batch-size", type=typed("int"), default=250, metavar="N", help="images in a pass (default 250)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
+    add("--out", metavar="FILE", help="the record (default RUN/evaluation/SPLIT-seedN.json)")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate; print the table, save the record."""
+    specs = attack_specs(arguments)
+    sizes = [fraction(size) for size in words(arguments.eps, "--eps")] if arguments.eps is not None else None
+    if arguments.split not in SPLITS:
+        raise ConfigError(f"split is {arguments.split!r}; allowed: {', '.join(SPLITS)}")
+    if arguments.dataset is not None:
+        DATASETS.entry(arguments.dataset)
+
+    from learn2perturb.evaluation import evaluate
+    from learn2perturb.progress import Reporter
+    from learn2perturb.training.checkpoint import read_model
+    from learn2perturb.training.loading import load, locate
+    from learn2perturb.training.loop import choose_device
+
+    device = choose_device(arguments.device)
+    source = locate(arguments.run)
+    header = read_model(source)[1]
+    config: dict[str, Any] = header.get("config") or {}
+    out = record_path(arguments)
+    attacks = build_attacks(specs)
+    model = load(arguments.run).to(device)
+    data = _data(arguments, config)
+    shape = header.get("input_shape")
+    if shape and tuple(shape) != tuple(data.input_shape):
+        raise DataError(
+            f"{arguments.run} was trained on images {tuple(shape)} and {data.name} has {tuple(data.input_shape)}; give "
+            f"--dataset {config.get('dataset', 'NAME')}"
+        )
+    if sizes is None:
+        own = float(config.get("eps") or _EPS)
+        attacks = {
+            name: attack if "eps" in specs[name][1] else replace(attack, eps=own) for name, attack in attacks.items()
+        }
+    attacks, notes = without_doubles(model, attacks)
+    notes += short_attacks(attacks, sizes)
+    with Reporter() as reporter:
+        result = evaluate(
+            model, data, attacks, draws=arguments.draws, predictor=words(arguments.predictor, "--predictor"),
+            members=arguments.members, eps=sizes, noise_off=not arguments.no_noise_off,
+            seed=arguments.seed, batch_size=arguments.batch_size, limit=arguments.limit, device=device,
+            name=str(arguments.run), progress=reporter,
+        )  # fmt: skip
+    result.save(out)
+    if arguments.json:
+        print_json(
+            {
+                "record": str(out),
+                "model": str(arguments.run),
+                "data": data.name,
+                "rows": summary(result),
+                "notes": notes,
+            }
+        )
+        return 0
+    print(f"{arguments.run} on {data.name} ({arguments.split}), seed {arguments.seed}\n")
+    print(result)
+    for note in notes:
+        print(f"note: {note}")
+    print(f"\nrecord: {out}")
+    return 0
+
+
+def attack_specs(arguments: argparse.Namespace) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return row name -> (registered attack, settings), presets first.
+
+    Raises:
+        ConfigError: an attack is unknown or written wrongly.
+    """
+    named = arguments.attacks
+    if named is None:
+        named = "none" if arguments.attack else DEFAULT_ATTACKS
+    if arguments.eot < 1:
+        raise ConfigError(f"eot is {arguments.eot}; it must be a whole number, at least 1")
+    specs = {name: preset(name, arguments.eot) for name in words(named, "--attacks") if name != "none"}
+    for text in arguments.attack:
+        name, settings = parse_attack(text)
+        ATTACKS.entry(name)
+        if "eps" in settings and arguments.eps is not None:
+            raise ConfigError(f"attack {text!r} has an eps of its own and --eps is given too; give one of them")
+        specs[text.replace(" ", "")] = (name, settings)
+    return specs
+
+
+def build_attacks(specs: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, Attack]:
+    """Return row name -> attack.
+
+    Raises:
+        ConfigError: a setting is unknown or not allowed.
+    """
+    from learn2perturb.attacks import build_attack
+
+    return {
+        row: build_attack(name, **converted(settings, kinds_of(ATTACKS.entry(name).load()), f"attack {row!r}: "))
+        for row, (name, settings) in specs.items()
+    }
+
+
+def record_path(arguments: argparse.Namespace) -> Path:
+    """Return where the record goes; a name of our own choice never replaces a record.
+
+    Raises:
+        CheckpointError: ``--out`` is something else than a record of an evaluation.
+    """
+    if arguments.out:
+        path = Path(arguments.out)
+        if path.is_dir():
+            raise ConfigError(f"--out {arguments.out} is a folder; give a file such as {path / 'evaluation.json'}")
+        if path.exists():
+            from learn2perturb.evaluation import Evaluation
+
+            try:
+                Evaluation.load(path)
+            except CheckpointError:
+                raise CheckpointError(
+                    f"{path} exists and is no evaluation record; give another --out so that it is not lost"
+                ) from None
+        return path
+    run_folder = Path(arguments.run)
+    folder = (run_folder if run_folder.is_dir() else Path()) / "evaluation"
+    parts = [arguments.split, *([f"first{arguments.limit}"] if arguments.limit else []), f"seed{arguments.seed}"]
+    path = folder / f"{'-'.join(parts)}.json"
+    number = 2
+    while path.exists():
+        path = folder / f"{'-'.join(parts)}-{number}.json"
+        number += 1
+    return path
+
+
+def _data(arguments: argparse.Namespace, config: Mapping[str, Any]) -> ImageData:
+    """Load the images that are asked for, by default those of the run."""
+    from learn2perturb.data import load_data
+
+    name = arguments.dataset or config.get("dataset")
+    if not name:
+        raise ConfigError(f"{arguments.run} does not say what it was trained on; give --dataset NAME")
+    root = arguments.data_dir or config.get("data_dir")
+    if arguments.split != "validation":
+        return load_data(name, arguments.split, root=root)
+    share = config.get("validation")
+    if not share:
+        raise ConfigError(f"{arguments.run} held out no validation images; use --split test")
+    return load_data(name, "train", root=root).split(share, config.get("seed", 0))[1]
+
+
+def without_doubles(model: Any, attacks: dict[str, Attack]) -> tuple[dict[str, Attack], list[str]]:
+    """Leave out an EOT attack that, on a network without noise, equals another one of the table; say so."""
+    from learn2perturb.noise import is_stochastic
+
+    if is_stochastic(model):
+        return attacks, []
+    kept: dict[str, Attack] = {}
+    notes = []
+    for name, attack in attacks.items():
+        twin = next((other for other in attacks if other != name and attacks[other] == replace(attack, eot=1)), None)
+        if attack.eot > 1 and twin is not None:
+            notes.append(f"{name} is left out: without noise it is the same as {twin}")
+        else:
+            kept[name] = attack
+    return kept, notes
+
+
+def short_attacks(attacks: Mapping[str, Attack], sizes: list[float] | None) -> list[str]:
+    """Say which attacks cannot reach the edge of their ball with all their steps: they look too weak."""
+    notes = []
+    for name, attack in attacks.items():
+        reach = getattr(attack, "steps", 1) * getattr(attack, "step_size", float("inf"))
+        largest = max(sizes) if sizes else attack.eps
+        if reach < largest:
+            notes.append(f"the steps of {name} reach {reach:.3g} in all, less than eps {largest:.3g}")
+    return notes
+
+
+def summary(result: Evaluation) -> list[dict[str, Any]]:
+    """Return the rows without the raw bits, which are in the record."""
+    return [
+        {
+            "attack": row.attack, "eps": row.eps, "noise": row.noise, "stochastic": row.stochastic,
+            "predictor": row.predictor, "members": row.members, "n": row.n, "draws": row.draws,
+            "accuracy": row.accuracy, "std": row.std, "interval": [row.interval.low, row.interval.high],
+            "worst_of": {str(count): value for count, value in row.worst_of.items()},
+        }
+        for row in result.rows
+    ]  # fmt: skip

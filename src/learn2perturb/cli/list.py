@@ -1,0 +1,109 @@
+"""``learn2perturb list``: what can be named, with its options."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import inspect
+from typing import Any
+
+from learn2perturb.cli.options import add_json, field_help, print_json
+from learn2perturb.errors import UnknownNameError
+from learn2perturb.registry import ATTACKS, DATASETS, DEFENSES, MODELS, Entry, Registry
+
+DESCRIPTION = "Show what can be named: networks, attacks, defenses, data sets, recipes; with paper, year and options."
+EXAMPLE = "learn2perturb list defenses 'learn2perturb*'"
+
+KINDS: dict[str, Registry] = {"models": MODELS, "attacks": ATTACKS, "defenses": DEFENSES, "datasets": DATASETS}
+# Arguments of builders and loaders that the package gives itself.
+_GIVEN = ("num_classes", "input_shape", "split", "root", "download")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this verb."""
+    parser.add_argument("kind", metavar="KIND", help=f"{', '.join(KINDS)} or recipes")
+    parser.add_argument("pattern", metavar="PATTERN", nargs="?", default="*", help="a name or glob, such as 'resnet*'")
+    add_json(parser)
+
+
+def options_of(entry: Entry) -> dict[str, Any]:
+    """Return the options of a registered thing and their defaults."""
+    target = entry.load()
+    if dataclasses.is_dataclass(target):
+        found = {
+            item.name: item.default if item.default is not dataclasses.MISSING else None
+            for item in dataclasses.fields(target)
+            if item.init
+        }
+    else:
+        found = {
+            name: None if parameter.default is parameter.empty else parameter.default
+            for name, parameter in inspect.signature(target).parameters.items()
+            if name not in _GIVEN
+        }
+    return {**found, **entry.arguments}
+
+
+def _rows(kind: str, pattern: str) -> list[dict[str, Any]]:
+    if kind == "recipes":
+        from learn2perturb.training.config import RECIPES, load_recipe
+
+        return [
+            {"name": name, "summary": RECIPE_SUMMARIES.get(name, ""), "options": load_recipe(name)["settings"]}
+            for name in RECIPES
+            if fnmatch.fnmatch(name, pattern)
+        ]
+    rows = []
+    for name in KINDS[kind].names(pattern):
+        entry = KINDS[kind].entry(name)
+        target = entry.load()
+        rows.append(
+            {
+                "name": name,
+                "summary": entry.summary,
+                "paper": entry.paper,
+                "year": entry.year,
+                "options": options_of(entry),
+                "help": field_help(target) if inspect.isclass(target) else {},
+            }
+        )
+    return rows
+
+
+RECIPE_SUMMARIES = {
+    "paper": "as the Learn2Perturb paper, sections 4 and A.4",
+    "released": "what the released Learn2Perturb code does, less what makes it stop",
+    "common": "one protocol for all defenses: equal epochs, schedule, adversary",
+    "fast": "few epochs: one learning-rate cycle, noise and adversary on from the start",
+}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table, or JSON."""
+    kind = arguments.kind if arguments.kind in (*KINDS, "recipes") else arguments.kind + "s"
+    if kind not in (*KINDS, "recipes"):
+        raise UnknownNameError.of("kind", arguments.kind, (*KINDS, "recipes"))
+    rows = _rows(kind, arguments.pattern)
+    if not rows:
+        known = [row["name"] for row in _rows(kind, "*")]
+        raise UnknownNameError.of(f"name among {kind}:", arguments.pattern, known)
+    if arguments.json:
+        from learn2perturb.records import plain
+
+        print_json(plain(rows))
+        return 0
+    for row in rows:
+        source = ", ".join(str(part) for part in (row.get("paper"), row.get("year")) if part)
+        print(f"{row['name']}: {row['summary']}" + (f"  [{source}]" if source else ""))
+        for name, value in row["options"].items():
+            note = row.get("help", {}).get(name, "").replace("%%", "%")
+            print(f"    {name} = {_shown(value)}" + (f"    {note.rstrip('.')}" if note and len(rows) == 1 else ""))
+    return 0
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        steps = value * 255
+        return f"{round(steps)}/255" if 1 <= steps < 255 and abs(steps - round(steps)) < 1e-6 else f"{value:g}"
+    return str(value)

@@ -1,0 +1,332 @@
+"""Typed options: made from the fields of a dataclass, read from text or YAML, every refusal one line with the mend.
+
+Plain argparse: the same options from jsonargparse would cost more start-up than everything else that ``--help`` needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import yaml
+
+from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.training.config import fraction
+
+_YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+_NOTHING = ("none", "null")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose refusals are :class:`ConfigError`, and which knows near names."""
+
+    def __init__(self, prog: str | None = None, description: str | None = None, epilog: str | None = None) -> None:
+        super().__init__(
+            prog,
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and leaving."""
+        mend = "" if ";" in message or "did you mean" in message else f"; see {self.prog} --help"
+        raise ConfigError(message + mend)
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parse ``words``; option names may have ``_`` for ``-``, and mappings dotted keys: ``--options.gamma 1e-3``.
+
+        Raises:
+            ConfigError: a word is no option, or a value does not fit its option.
+        """
+        known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        arguments, rest = self.parse_known_args(_spelled(words))
+        if rest:
+            word = next((item for item in rest if item.startswith("-")), rest[0]).partition("=")[0]
+            if not word.startswith("-"):
+                self.error(f"{word!r} is one word too many")
+            near = difflib.get_close_matches(word, known, n=2)
+            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+            self.error(f"unknown option {word!r}: {hint}see {self.prog} --help; nothing was done")
+        return arguments
+
+
+def _spelled(words: Sequence[str]) -> list[str]:
+    """Return ``words`` with ``-`` in the names of options, and dotted keys as ``--options=key=value``."""
+    result: list[str] = []
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if not word.startswith("--") or word == "--":
+            result.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        head, dot, key = name.partition(".")
+        head = head.replace("_", "-")
+        if not dot:
+            result.append(head + equals + value)
+            continue
+        if not equals:
+            if not remaining or remaining[0].startswith("--"):
+                raise ConfigError(f"option {name} needs a value; write {name} VALUE")
+            value = remaining.pop(0)
+        result.append(f"{head}={key}={value}")
+    return result
+
+
+# --- values
+
+
+def guess(text: str) -> Any:
+    """Return what ``text`` most likely means: a number, a fraction, a truth value, nothing, YAML, or text."""
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    try:
+        return fraction(text)
+    except ConfigError:
+        pass
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return text if isinstance(value, str) or (value is None and text.lower() not in _NOTHING) else value
+
+
+def convert(kind: str, value: Any) -> Any:
+    """Return ``value`` as the annotation ``kind`` says (``"float | None"``), read from text where it is text.
+
+    Raises:
+        ConfigError: it cannot be that.
+    """
+    kinds = {part.strip() for part in kind.split("|")}
+    text = value.strip() if isinstance(value, str) else None
+    if "None" in kinds and (value is None or (text is not None and text.lower() in _NOTHING)):
+        return None
+    if "bool" in kinds:
+        if isinstance(value, bool):
+            return value
+        if text is not None and text.lower() in (*_YES, *_NO):
+            return text.lower() in _YES
+        raise ConfigError(f"{value!r} is no truth value; write true or false")
+    if "int" in kinds:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if text is not None and re.fullmatch(r"[+-]?\d+", text):
+            return int(text)
+        raise ConfigError(f"{value!r} is not a whole number; write one such as 6")
+    if "float" in kinds:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return value
+        return fraction(value)
+    if "str" in kinds and isinstance(value, str):
+        return value
+    if "list[int]" in kinds:
+        items = [item for item in re.split(r"[\s,\[\]]+", text) if item] if text is not None else value
+        if isinstance(items, list):
+            return [convert("int", item) for item in items]
+        raise ConfigError(f"{value!r} is no list of whole numbers; write 75,90")
+    if "list[str]" in kinds and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return value
+    if kind.startswith("dict") and isinstance(value, dict):
+        return {str(key): guess(item) if isinstance(item, str) else item for key, item in value.items()}
+    expected = "a mapping, key: value" if kind.startswith("dict") else "a text" if "str" in kinds else kind
+    raise ConfigError(f"{value!r} is a {type(value).__name__}; it must be {expected}")
+
+
+def converted(values: Mapping[str, Any], kinds: Mapping[str, str], where: str = "") -> dict[str, Any]:
+    """Return ``values`` each as its kind says; what has no kind stays, for its owner to refuse.
+
+    Raises:
+        ConfigError: a value does not fit; the message names the setting.
+    """
+    result = {}
+    for key, value in values.items():
+        try:
+            result[key] = convert(kinds[key], value) if key in kinds else value
+        except ConfigError as error:
+            raise ConfigError(f"{where}{key}: {error}") from None
+    return result
+
+
+def kinds_of(cls: Any) -> dict[str, str]:
+    """Return the annotations of a dataclass's fields, as text."""
+    return {item.name: str(item.type) for item in dataclasses.fields(cls)}
+
+
+def typed(kind: str) -> Callable[[str], Any]:
+    """Return a converter for argparse."""
+
+    def read(text: str) -> Any:
+        try:
+            return convert(kind, text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+class _Mapping(argparse.Action):
+    """Collects ``--options key=value`` and ``--options '{key: value}'`` into one dictionary."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        found = dict(getattr(namespace, self.dest, None) or {})
+        key, equals, value = values.partition("=")
+        if values.lstrip().startswith("{"):
+            try:
+                more = yaml.safe_load(values)
+            except yaml.YAMLError:
+                more = None
+            if not isinstance(more, dict):
+                parser.error(f"argument {option_string}: {values!r} is no mapping; write {option_string}.KEY VALUE")
+            found |= convert("dict", more)
+        elif equals and key.isidentifier():
+            found[key] = guess(value)
+        else:
+            parser.error(f"argument {option_string}: {values!r} is no KEY=VALUE; write {option_string}.KEY VALUE")
+        setattr(namespace, self.dest, found)
+
+
+# --- options from a dataclass
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """Return what the docstring of ``cls`` says of each field, in its ``Args:`` section."""
+    import inspect
+
+    text = inspect.getdoc(cls) or ""
+    section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)*)", text, re.MULTILINE)
+    found: dict[str, str] = {}
+    name = ""
+    for line in (section.group(1) if section else "").splitlines():
+        start = re.match(r"    (\w+): (.*)", line)
+        if start:
+            name = start.group(1)
+            found[name] = start.group(2)
+        elif name and line.strip():
+            found[name] += " " + line.strip()
+    return {key: value.replace("``", "").replace("%", "%%") for key, value in found.items()}
+
+
+def add_fields(parser: argparse.ArgumentParser, cls: type, *, title: str, skip: Sequence[str] = ()) -> None:
+    """Add an option for every field of a dataclass; what is not given is not in the namespace."""
+    group = parser.add_argument_group(title)
+    explained = field_help(cls)
+    for item in dataclasses.fields(cls):
+        if item.name in skip:
+            continue
+        name, kind = "--" + item.name.replace("_", "-"), str(item.type)
+        text = explained.get(item.name, "").rstrip(".")
+        if item.default not in (None, dataclasses.MISSING):
+            text += f" (default {str(item.default).lower() if kind == 'bool' else item.default})"
+        settings: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": text}
+        if kind.startswith("dict"):
+            group.add_argument(name, action=_Mapping, metavar="KEY=VALUE", **settings)
+        elif "bool" in kind:
+            group.add_argument(name, type=typed(kind), nargs="?", const=True, metavar="true|false", **settings)
+        else:
+            group.add_argument(name, type=typed(kind), metavar=_metavar(kind), **settings)
+
+
+def _metavar(kind: str) -> str:
+    return {"int": "N", "float": "X", "str": "NAME", "list[int]": "N,N"}.get(kind.split(" |")[0], "VALUE")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    parser.add_argument("--json", action="store_true", help="print JSON on standard output, for programs")
+
+
+# --- attacks
+
+EOT_DRAWS = 10
+# name -> (registered attack, settings); eps is set by the evaluation.
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fgsm": ("fgsm", {}),
+    "pgd7": ("pgd", {"steps": 7, "step_size": 0.01}),
+    "pgd20": ("pgd", {"steps": 20, "step_size": 2 / 255}),
+    "pgd100": ("pgd", {"steps": 100, "step_size": 2 / 255}),
+    "eot-pgd7": ("pgd", {"steps": 7, "step_size": 0.01, "eot": EOT_DRAWS}),
+    "eot-pgd20": ("pgd", {"steps": 20, "step_size": 2 / 255, "eot": EOT_DRAWS}),
+}
+DEFAULT_ATTACKS = "fgsm,pgd7,pgd20,eot-pgd20"
+
+
+def preset(name: str, eot: int) -> tuple[str, dict[str, Any]]:
+    """Return registered name and settings of a named attack.
+
+    Raises:
+        UnknownNameError: it is no preset.
+    """
+    if name not in PRESETS:
+        raise UnknownNameError.of("attack preset", name, PRESETS)
+    attack, settings = PRESETS[name]
+    return attack, settings | ({"eot": eot} if "eot" in settings else {})
+
+
+def parse_attack(text: str) -> tuple[str, dict[str, Any]]:
+    """Read ``pgd:steps=20,step_size=2/255,eot=10`` into a registered name and settings.
+
+    Raises:
+        ConfigError: it is not written so.
+    """
+    name, _, rest = text.partition(":")
+    settings = {}
+    for item in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip().isidentifier() or not value.strip():
+            raise ConfigError(f"attack {text!r}: {item!r} is no KEY=VALUE; write pgd:steps=20,step_size=2/255")
+        settings[key.strip().replace("-", "_")] = guess(value.strip())
+    return name.strip(), settings
+
+
+def words(text: str, what: str) -> list[str]:
+    """Split a comma-separated list.
+
+    Raises:
+        ConfigError: it is empty.
+    """
+    found = [item.strip() for item in text.split(",") if item.strip()]
+    if not found:
+        raise ConfigError(f"{what} is empty; give at least one, separated by commas")
+    return list(dict.fromkeys(found))
+
+
+# --- output
+
+
+def print_json(value: Any) -> None:
+    """Print ``value`` as JSON."""
+    print(json.dumps(value, indent=1))
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
+    """Print a table: rich on a terminal, plain aligned text elsewhere."""
+    import sys
+
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=title or None, title_justify="left")
+        for column in head:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        Console().print(table)
+        return
+    cells = [list(head), *map(list, rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    cells.insert(1, ["-" * width for width in widths])
+    if title:
+        print(title)
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

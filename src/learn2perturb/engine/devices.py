@@ -1,0 +1,22 @@
+"""Where passes run: a device's name, checked before any work is done."""
+
+from __future__ import annotations
+
+import torch
+
+from learn2perturb.errors import ConfigError
+
+
+def checked_device(name: str | torch.device) -> torch.device:
+    """Return the device called ``name``, such as ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(f"device is {name!r}, which is not to be had here ({reason}); use cpu or cuda") from None
+    return device
