@@ -64,6 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=typed("int"), default=0, metavar="N", help="of attacks and scoring (default 0)")
     add("--batch-size", type=typed("int"), default=250, metavar="N", help="images in a pass (default 250)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
+    add(
+        "--engine", default="plain", metavar="NAME",
+        help="what attacks are crafted in: plain (float32, default), fast or auto (bfloat16); scoring is float32, always",
+    )  # fmt: skip
     add("--out", metavar="FILE", help="the record (default RUN/evaluation/SPLIT-seedN.json)")
     add_json(parser)
 
@@ -109,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
             model, data, attacks, draws=arguments.draws, predictor=words(arguments.predictor, "--predictor"),
             members=arguments.members, eps=sizes, noise_off=not arguments.no_noise_off,
             seed=arguments.seed, batch_size=arguments.batch_size, limit=arguments.limit, device=device,
-            name=str(arguments.run), progress=reporter,
+            engine=arguments.engine, name=str(arguments.run), progress=reporter,
         )  # fmt: skip
     result.save(out)
     if arguments.json:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 from learn2perturb import __version__
-from learn2perturb.errors import Learn2PerturbError, UnknownNameError
+from learn2perturb.errors import Learn2PerturbError, TrainingError, UnknownNameError
 
 # verb -> what it does; the module of the same name has DESCRIPTION, EXAMPLE, add_arguments(parser), run(arguments)
 VERBS = {
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         _say(f"error: {error}")
-        return BAD_INPUT
+        return FAILURE if isinstance(error, TrainingError) else BAD_INPUT
     except KeyboardInterrupt:
         if debug:
             raise

@@ -1,0 +1,46 @@
+"""Every example runs and does what it says."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import runpy
+import sys
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import an example under its file's name, as the registry needs it."""
+
+    def read(name: str):
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return __import__(name)
+
+    return read
+
+
+def test_every_example_is_tested():
+    assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == ["own_defense", "own_network"]
+
+
+def test_own_defense(load, monkeypatch):
+    from learn2perturb import registry
+
+    entries = dict(registry.DEFENSES._entries)
+    monkeypatch.setattr(registry.DEFENSES, "_entries", entries)
+    result = load("own_defense").main(epochs=4)
+    assert "soft_at" in entries
+    assert result.row("pgd20").accuracy > 0.3 < result.row("clean").accuracy
+
+
+def test_own_network_as_a_script(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["own_network.py", "2"])
+    runpy.run_path(str(EXAMPLES / "own_network.py"), run_name="__main__")
+    row = re.search(r"eot-pgd20 +0.06 +on +single +([0-9.]+)", capsys.readouterr().out)
+    assert row is not None
+    assert float(row[1]) > 80

@@ -1,0 +1,115 @@
+"""Options from dataclasses, values from text, attacks from their short form."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import pytest
+
+from learn2perturb.cli import options
+from learn2perturb.cli.options import Parser, convert, field_help, guess, kinds_of, parse_attack
+from learn2perturb.cli.train import add_arguments, build_config
+from learn2perturb.errors import ConfigError
+from learn2perturb.registry import ATTACKS
+from learn2perturb.training.config import TrainConfig
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = Parser(prog="learn2perturb train")
+    add_arguments(parser)
+    return parser.parse(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3), ("-3", -3), ("1e-3", 1e-3), ("8/255", 8 / 255), ("true", True), ("null", None), ("conv1", "conv1"),
+        ("[conv1, bn1]", ["conv1", "bn1"]), ("layer*.*.bn2", "layer*.*.bn2"), ("{", "{"), ("", ""),
+    ],
+)  # fmt: skip
+def test_a_value_without_a_type_is_what_it_looks_like(text, value):
+    assert guess(text) == value
+    assert type(guess(text)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        ("int", "6", 6), ("int | None", "none", None), ("float | None", "8/255", 8 / 255), ("bool", "false", False),
+        ("list[int] | None", "75,90", [75, 90]), ("list[int] | None", "[]", []), ("str", "none", "none"),
+        ("float", 1, 1), ("dict[str, Any]", {"a": "1e-3"}, {"a": 1e-3}),
+    ],
+)  # fmt: skip
+def test_a_value_is_read_as_its_field_says(kind, text, value):
+    assert convert(kind, text) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("int", "6.5"), ("int", 6.0), ("int", True), ("float", "x"), ("float", None), ("bool", "maybe"), ("bool", 1),
+        ("list[int]", "a"), ("str", ["a"]), ("dict[str, Any]", [1]), ("float", [1.0]),
+    ],
+)  # fmt: skip
+def test_a_value_that_does_not_fit_is_refused(kind, value):
+    with pytest.raises(ConfigError):
+        convert(kind, value)
+
+
+def test_every_field_of_the_config_is_an_option_with_help():
+    explained = {**field_help(TrainConfig.__mro__[1]), **field_help(TrainConfig)}
+    parser = Parser()
+    add_arguments(parser)
+    offered = {action.dest: action for action in parser._actions}
+    for item in dataclasses.fields(TrainConfig):
+        assert explained.get(item.name), item.name
+        assert offered[item.name].help, item.name
+
+
+@pytest.mark.parametrize("name", [item.name for item in dataclasses.fields(TrainConfig)])
+def test_both_spellings_of_an_option_are_read(name):
+    examples = {
+        "defense": "pgd_at", "model": "resnet32", "dataset": "digits", "recipe": "fast", "options": "gamma=1",
+        "model_options": "a=1", "data_dir": "x", "device": "cpu", "engine": "plain", "schedule": "step",
+        "milestones": "1,2", "attack_labels": "true", "attack_mode": "eval",
+    }  # fmt: skip
+    kind = kinds_of(TrainConfig)[name]
+    value = examples.get(name, "true" if "bool" in kind else "1")
+    for spelling in (name, name.replace("_", "-")):
+        assert vars(parse(f"--{spelling}", value))[name] == vars(parse(f"--{spelling}={value}"))[name]
+
+
+def test_options_override_the_file_and_mappings_are_merged(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "defense: learn2perturb\nlr: 1e-2\neps: 4/255\noptions: {gamma: 1e-3, init: .5}\nmilestones: [1, 2]\n"
+    )
+    config = build_config(parse("--config", str(file), "--eps", "8/255", "--options.gamma", "1e-5"))
+    assert (config.lr, config.eps, config.milestones) == (0.01, 8 / 255, [1, 2])
+    assert config.options == {"gamma": 1e-5, "init": 0.5}
+
+
+def test_dotted_keys_and_mappings_are_the_same():
+    assert parse("--options.gamma", "1e-3").options == parse("--options", "{gamma: 1e-3}").options == {"gamma": 1e-3}
+    assert parse("--options.gamma=1e-3", "--options.init", ".5").options == {"gamma": 1e-3, "init": 0.5}
+    assert parse("--model_options.normalization", "cifar10").model_options == {"normalization": "cifar10"}
+
+
+def test_a_flag_is_true_alone_and_false_when_told():
+    assert parse("--download").download is True
+    assert parse("--download", "false").download is False
+    assert "download" not in parse()
+
+
+@pytest.mark.parametrize("name", list(options.PRESETS))
+def test_every_preset_builds(name):
+    registered, settings = options.preset(name, eot=3)
+    attack = ATTACKS.entry(registered).load()(**settings)
+    assert attack.eot == (3 if name.startswith("eot-") else 1)
+
+
+def test_an_attack_in_full():
+    name, settings = parse_attack("pgd:steps=20,step_size=2/255, eot=10")
+    assert (name, settings) == ("pgd", {"steps": 20, "step_size": 2 / 255, "eot": 10})
+    assert parse_attack("fgsm") == ("fgsm", {})
