@@ -133,18 +133,18 @@ def test_in_the_fast_gear_a_stopped_run_ends_bit_for_bit_too(tmp_path):
     settings = config(engine="fast", epochs=2, limit=24, options={"noise_delay": 0}, adversarial_delay=0)
     train(settings, out=tmp_path / "whole", progress=False)
     # Stopped at two moments: its folder is what a kill after the second step, then after the fourth, leaves behind.
-    from learn2perturb.training import loop
+    from learn2perturb.training import state
 
     for stop in (2, 4):
         with pytest.MonkeyPatch.context() as patch:
-            real = loop._Training.run_step
+            real = state.Training.run_step
 
             def killed(self, x, y, stop=stop, real=real):
                 if self.step == stop:
                     raise MemoryError  # nothing is saved on the way out, as with SIGKILL
                 real(self, x, y)
 
-            patch.setattr(loop._Training, "run_step", killed)
+            patch.setattr(state.Training, "run_step", killed)
             with pytest.raises(MemoryError):
                 train(settings, out=tmp_path / "killed", progress=False)
     train(settings, out=tmp_path / "killed", progress=False)
@@ -169,16 +169,16 @@ def small(**changes):
 
 
 def interrupt_at(monkeypatch, step, number):
-    from learn2perturb.training import loop
+    from learn2perturb.training import state
 
-    real = loop._Training.run_step
+    real = state.Training.run_step
 
     def run_step(self, x, y):
         real(self, x, y)
         if self.step == step:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(loop._Training, "run_step", run_step)
+    monkeypatch.setattr(state.Training, "run_step", run_step)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -200,7 +200,7 @@ def test_a_signal_saves_then_stops_and_the_run_goes_on_from_there(tmp_path, monk
 def test_a_finished_run_returns_at_once_and_changes_nothing(tmp_path, monkeypatch):
     first = train(small(), out=tmp_path / "run", progress=False)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    monkeypatch.setattr("learn2perturb.training.loop.iterate", lambda *a, **k: pytest.fail("it trained"))
+    monkeypatch.setattr("learn2perturb.training.state.iterate", lambda *a, **k: pytest.fail("it trained"))
     second = train(small(), out=tmp_path / "run", progress=False)
     assert second.metrics == first.metrics
     state = first.model.state_dict()

@@ -242,9 +242,8 @@ def _prepared(model: Model, mode: Mode, x: Tensor) -> Iterator[None]:
             modules[0].train(mode == "train")
         for weight in weights:
             weight.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
-            with gears.attacking(model, _plain(x)) if mode == "eval" else contextlib.nullcontext():
-                yield
+        with torch.inference_mode(False), torch.enable_grad(), gears.attacking(model, _plain(x), mode == "eval"):
+            yield
     finally:
         for weight in weights:
             weight.requires_grad_(True)

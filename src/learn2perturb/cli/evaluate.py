@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
     add(
         "--engine", default="plain", metavar="NAME",
-        help="what attacks are crafted in: plain (float32, default), fast or auto (bfloat16); scoring is float32, always",
+        help="attacks are crafted in: plain (float32, default), fast or auto (bfloat16); scoring is always in float32",
     )  # fmt: skip
     add("--out", metavar="FILE", help="the record (default RUN/evaluation/SPLIT-seedN.json)")
     add_json(parser)
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     from learn2perturb.progress import Reporter
     from learn2perturb.training.checkpoint import read_model
     from learn2perturb.training.loading import load, locate
-    from learn2perturb.training.loop import choose_device
+    from learn2perturb.training.state import choose_device
 
     device = choose_device(arguments.device)
     source = locate(arguments.run)

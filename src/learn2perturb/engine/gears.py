@@ -77,9 +77,9 @@ def autocast(device_type: str) -> AbstractContextManager[None]:
     return context
 
 
-def attacking(model: object, x: Tensor) -> AbstractContextManager[object]:
-    """Return the context in which a model in eval mode is attacked at images ``x``: its weights are constants there."""
-    if current().folding and isinstance(model, nn.Module):
+def attacking(model: object, x: Tensor, in_eval_mode: bool) -> AbstractContextManager[object]:
+    """Return the context in which a model is attacked at images ``x``, its weights being constants."""
+    if in_eval_mode and current().folding and isinstance(model, nn.Module):
         with running(PLAIN):  # the pass that is traced must not compile anything
             folding.pairs(model, x)
         return folding.folded(model, x)

@@ -29,4 +29,4 @@ class NoiseModule(nn.Module, ABC):
 
     @abstractmethod
     def spec(self) -> dict[str, Any]:
-        """Return what is needed to insert this module again, as plain JSON values."""
+        """Return what is needed to insert this module again, its switch included, as plain JSON values."""

@@ -16,6 +16,7 @@ from learn2perturb.noise.distributions import check_distribution, draw, draw_see
 GRANULARITIES = ("element", "channel", "layer")
 SHARINGS = ("per_example", "per_batch")
 PLACES = ("output", "input")
+_SPEC = ("site", "place", "granularity", "sharing", "distribution", "init", "minimum", "learned", "channel_dim")
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
@@ -93,8 +94,8 @@ class Perturbation(NoiseModule):
 
     def spec(self) -> dict[str, Any]:
         """Return the arguments that build this module again."""
-        names = ("site", "place", "granularity", "sharing", "distribution", "init", "minimum", "learned", "channel_dim")
-        return {"kind": "feature", "feature_shape": list(self.feature_shape)} | {n: getattr(self, n) for n in names}
+        shape = {"kind": "feature", "feature_shape": list(self.feature_shape)}
+        return shape | {name: getattr(self, name) for name in _SPEC} | {"enabled": self.enabled}
 
     def extra_repr(self) -> str:
         """Show what is drawn and how it is scaled."""

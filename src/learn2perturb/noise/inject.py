@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from learn2perturb.errors import NoiseError, SiteError
@@ -28,9 +27,7 @@ def _perturb_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (module.perturbation.perturb(args[0]), *args[1:])  # type: ignore[operator, union-attr]
 
 
-def _keep_noise_of_plain_checkpoint(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
-) -> None:
+def _keep_noise_of_plain_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     """Let a checkpoint without any noise load strictly: theta keeps the values that it has."""
     own = {
         f"{prefix}{name}.{key}": value
@@ -153,8 +150,10 @@ def insert(network: nn.Module, specs: list[dict[str, Any]]) -> nn.Module:
         if hasattr(names[spec["site"]], CHILD):
             raise SiteError(f"site {spec['site']!r} is perturbed already; call remove_noise(network) first")
     for spec in specs:
-        arguments = {key: value for key, value in spec.items() if key != "kind"}
-        _insert(network, Perturbation(tuple(arguments.pop("feature_shape")), **arguments))
+        arguments = {key: value for key, value in spec.items() if key not in ("kind", "enabled")}
+        noise = Perturbation(tuple(arguments.pop("feature_shape")), **arguments)
+        noise.enabled = spec.get("enabled", True)  # off in a checkpoint from before a noise delay had passed
+        _insert(network, noise)
     _drop_hook(network._load_state_dict_pre_hooks, _keep_noise_of_plain_checkpoint)
     network.register_load_state_dict_pre_hook(_keep_noise_of_plain_checkpoint)
     return network
@@ -182,9 +181,7 @@ def noise_sites(network: nn.Module) -> list[str]:
         NoiseError: ``network`` is no module.
     """
     _check_module(network)
-    return [
-        name.rpartition(".")[0] for name, module in network.named_modules() if isinstance(module, NoiseModule)
-    ]
+    return [name.rpartition(".")[0] for name, module in network.named_modules() if isinstance(module, NoiseModule)]
 
 
 def noise_parameters(network: nn.Module) -> list[nn.Parameter]:

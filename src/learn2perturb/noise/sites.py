@@ -80,6 +80,7 @@ class _Flow(TorchFunctionMode):
         self.probe = probe
         self.depth: dict[int, int] = {}
         self.maker: dict[int, str] = {}
+        self.giver: dict[int, str] = {}
         self.alive: list[Tensor] = []  # ids are only unique among living objects
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -100,21 +101,31 @@ class _Flow(TorchFunctionMode):
 
     def layer(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Record that a submodule made ``output``; a layer with weights makes it one deeper than what went in."""
-        if not isinstance(output, Tensor) or not isinstance(module, (*NORMS, *CONVOLUTIONS, nn.Linear)):
+        if not isinstance(output, Tensor):
+            return
+        self.giver.setdefault(id(output), name)  # innermost first: hooks of children run before their parent's
+        if not isinstance(module, (*NORMS, *CONVOLUTIONS, nn.Linear)):
             return
         depth = max((self.depth.get(id(value), 0) for value in _tensors(args)), default=0)
         self._note(output, depth + 1)
         self.maker.setdefault(id(output), name)
 
     def _addition(self, operands: list[Tensor]) -> None:
-        """A sum of two activations: the deeper operand is the main branch, and its maker ends it."""
+        """A sum of two activations: the deeper operand is the main branch, and what made it ends it.
+
+        That is a layer, or the module that gave it: a LayerScale, an attention's dropout, a squeeze-and-excite.
+        """
+        if not all(id(value) in self.depth for value in operands):
+            return
         made = [value for value in operands if id(value) in self.maker]
-        if made and all(id(value) in self.depth for value in operands):
-            main = max(operands, key=lambda value: self.depth[id(value)])
-            name = self.maker.get(id(main))
-            if name is not None and name not in self.probe.branch_ends:
-                self.probe.branch_ends.append(name)
-            self.probe.shortcuts += [self.maker[id(value)] for value in made if value is not main]
+        depths = [self.depth[id(value)] for value in operands]
+        if not made and depths[0] == depths[1]:
+            return
+        main = operands[depths.index(max(depths))]
+        name = self.maker.get(id(main)) or self.giver.get(id(main))
+        if name is not None and name not in self.probe.branch_ends:
+            self.probe.branch_ends.append(name)
+        self.probe.shortcuts += [self.maker[id(value)] for value in made if value is not main]
 
 
 def submodules(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -8,8 +8,9 @@ from learn2perturb.training.config import RECIPES, TrainConfig, load_recipe, rea
 
 if TYPE_CHECKING:
     from learn2perturb.training.loading import load
-    from learn2perturb.training.loop import Run, choose_device, train
+    from learn2perturb.training.loop import Run, train
     from learn2perturb.training.metrics import read_metrics
+    from learn2perturb.training.state import choose_device
 
 __all__ = [
     "RECIPES",
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 # What needs torch is imported when it is first asked for: the command line reads a config without it.
-_LAZY = {"Run": "loop", "choose_device": "loop", "load": "loading", "read_metrics": "metrics", "train": "loop"}
+_LAZY = {"Run": "loop", "choose_device": "state", "load": "loading", "read_metrics": "metrics", "train": "loop"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,54 @@
+"""The run folder: what it says of the run in it, and a refusal to train into anything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from learn2perturb.errors import CheckpointError, ConfigError
+from learn2perturb.training.config import TrainConfig
+
+# Where a resumed training may differ from what the run folder says: none of these change what is computed.
+_FREE = ("device", "data_dir", "download", "checkpoint_minutes", "tensorboard", "log_every")
+
+
+def settings_text(config: TrainConfig) -> str:
+    """Return the text of ``config.yaml``.
+
+    Raises:
+        ConfigError: a setting is no plain value.
+    """
+    try:
+        return yaml.safe_dump(config.to_dict(), sort_keys=False)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"a setting is no plain value ({reason}); use numbers, text, lists and mappings") from None
+
+
+def _left_behind(path: Path) -> bool:
+    """Tell whether ``path`` is the temporary file of a training that was killed while it wrote ``config.yaml``."""
+    return path.name.startswith(".config.yaml.") and path.suffix == ".tmp"
+
+
+def check_folder(out: Path, config: TrainConfig) -> None:
+    """Refuse to train into a folder that holds something else.
+
+    Raises:
+        ConfigError: it holds another run, or other files.
+    """
+    path = out / "config.yaml"
+    if path.exists():
+        try:
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); give another --out") from None
+        if not isinstance(before, dict):
+            raise CheckpointError(f"{path} holds no settings; give another --out")
+        now = yaml.safe_load(settings_text(config))  # as it reads after a round trip: tuples are lists there
+        differing = [key for key in now if key not in _FREE and now[key] != before.get(key)]
+        if differing:
+            shown = ", ".join(f"{key} ({before.get(key)!r} there, {now[key]!r} now)" for key in differing[:4])
+            raise ConfigError(f"{out} holds another run: {shown} differ; give another --out, or the same settings")
+    elif out.exists() and (not out.is_dir() or any(not _left_behind(path) for path in out.iterdir())):
+        raise ConfigError(f"{out} exists and is no run folder; give another --out so that nothing in it is lost")

@@ -1,0 +1,310 @@
+"""The state of one training: what it is built from, one step of it, saving and restoring it.
+
+Every random number of a step is a function of (seed, step), and the order and augmentation of a batch of (seed, epoch,
+batch). So a training resumed at any step goes on exactly as if it had never stopped, without any generator's state.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from learn2perturb.data import BatchSource, ImageData, load_data, make_source
+from learn2perturb.defenses import Clock, Defense, Losses, Stage, build_defense, forward, training_adversary
+from learn2perturb.engine import gears
+from learn2perturb.engine.devices import checked_device
+from learn2perturb.engine.random import isolated_rng, seed_torch
+from learn2perturb.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InputError,
+    Learn2PerturbError,
+    NonFiniteError,
+)
+from learn2perturb.models import build_model
+from learn2perturb.progress import Reporter
+from learn2perturb.training.alternating import Optimizers, iterate
+from learn2perturb.training.checkpoint import (
+    RESUME_FORMAT,
+    VERSION,
+    checkpoints,
+    model_bytes,
+    read_model,
+    read_resume,
+    write_checkpoint,
+)
+from learn2perturb.training.config import TrainConfig
+from learn2perturb.training.metrics import MetricsFile, Totals
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called ``name``; ``auto`` is CUDA, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return checked_device(name)
+
+
+def sources(config: TrainConfig, data: Any, device: torch.device) -> tuple[BatchSource, BatchSource | None, str]:
+    """Return training batches, batches to monitor, and what the latter are."""
+    if data is None:
+        train_set: Any = load_data(config.dataset, "train", root=config.data_dir, download=config.download)
+        watched: Any = load_data(config.dataset, "test", root=config.data_dir) if not config.validation else None
+    elif isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[0], (torch.Tensor, np.ndarray)):
+        train_set, watched = data
+    else:
+        train_set, watched = data, None
+    label = "test"
+    if config.validation:
+        if not isinstance(train_set, ImageData):
+            raise DataError("validation splits the package's own data sets; give yours as data=(train, validation)")
+        train_set, watched = train_set.split(config.validation, config.seed)
+        label = "validation"
+    batch_size = config.batch_size or 128
+    train = make_source(
+        train_set, batch_size=batch_size, shuffle=True, augment=config.augment is not False, seed=config.seed,
+        device=device, limit=config.limit,
+    )  # fmt: skip
+    monitor = None
+    if config.monitor and watched is not None:
+        monitor = make_source(watched, batch_size=250, device=device, seed=config.seed, limit=config.monitor)
+    return train, monitor, label
+
+
+class Training:
+    """The state of one training: built from the config, moved forward step by step, saved, restored."""
+
+    def __init__(
+        self, config: TrainConfig, model: nn.Module | None, data: Any, out: Path | None, reporter: Reporter
+    ) -> None:
+        self.config, self.out, self.reporter = config, out, reporter
+        self.device = choose_device(config.device)
+        self.defense: Defense = build_defense(config.defense, config.options)
+        self.source, self.monitor, self.monitored = sources(config, data, self.device)
+        self.batches = self.source.num_batches
+        self.plan: tuple[Stage, ...] = self.defense.stages(config)
+        self.epochs = sum(stage.epochs for stage in self.plan)
+        pixels = self.epochs * self.source.num_examples * math.prod((self.source.input_shape or (0,))[1:])
+        self.gear = gears.select(config.engine, self.device, pixels=pixels)
+        self.own_network = model is not None
+        self.model = self._build(model).to(self.device)
+        self.gear.place(self.model)
+        self.epoch, self.batch, self.stage = 0, 0, -1
+        self.optimizers: Optimizers = {}
+        self.totals = Totals(self.device)
+        self.metrics_bytes = 0
+        self.seconds = 0.0
+        self.last_good: Path | None = None
+
+    def _build(self, model: nn.Module | None) -> nn.Module:
+        config, shape = self.config, self.source.input_shape
+        if shape is None:
+            raise DataError("the training data do not say their image shape; give at least one batch (N, C, H, W)")
+        self.input_shape = shape
+        seed_torch(config.seed, "weights")
+        if model is None:
+            classes = self.source.num_classes
+            if classes is None:
+                raise DataError("the number of classes is not known from these data; give train() your own model")
+            for name in ("num_classes", "input_shape"):
+                if name in config.model_options:
+                    raise ConfigError(f"model_options has {name!r}, which follows from the data; leave it out")
+            model = build_model(config.model, num_classes=classes, input_shape=shape, **config.model_options)
+        return self.defense.prepare(model, shape)
+
+    # -- position ---------------------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Number of the next step."""
+        return self.epoch * self.batches + self.batch
+
+    def clock(self) -> Clock:
+        """Return where the training stands."""
+        start = 0
+        for index, stage in enumerate(self.plan):
+            if self.epoch < start + stage.epochs or index == len(self.plan) - 1:
+                return Clock(self.epoch, self.batch, self.batches, index, self.epoch - start)
+            start += stage.epochs
+        raise ConfigError("the defense has no stages; return at least one from stages()")
+
+    def enter_stage(self, clock: Clock) -> None:
+        """Build the optimisers of the stage that the clock is in, if they are not the current ones."""
+        if clock.stage == self.stage:
+            return
+        # Optimisers are built over every parameter, also those that a delay has frozen so far.
+        self.optimizers = self.plan[clock.stage].optimizers(self.model)
+        self.stage = clock.stage
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["base_lr"] = group["lr"]
+
+    # -- saving and restoring ---------------------------------------------------------------------------------------
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what the header of a checkpoint says beside the network itself."""
+        return {
+            "config": self.config.to_dict(),
+            "input_shape": list(self.input_shape),
+            "defense": self.config.defense,
+            "predictor": self.defense.predictor,
+            "own_network": self.own_network,
+            "epoch": self.epoch,
+        }
+
+    def save(self, metrics: MetricsFile) -> None:
+        """Write a checkpoint, unless nothing is to be written.
+
+        Raises:
+            NonFiniteError: a weight is not finite; a checkpoint of it would be no good one.
+        """
+        if self.out is None:
+            return
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(f"weight {name!r} is not finite after step {self.step}; {self._mend()}")
+        resume = {
+            "format": RESUME_FORMAT,
+            "version": VERSION,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "stage": self.stage,
+            "batches": self.batches,
+            "gear": self.gear.name,
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "totals": self.totals.state(),
+            "seconds": self.seconds,
+            "metrics_bytes": metrics.sync(),
+        }
+        self.last_good = write_checkpoint(self.out, self.step, model_bytes(self.model, self.metadata()), resume)
+
+    def restore(self) -> bool:
+        """Go to the newest checkpoint of the run folder, if there is one."""
+        found = checkpoints(self.out) if self.out is not None else []
+        if not found:
+            return False
+        resume = read_resume(found[-1])
+        if resume["batches"] != self.batches:
+            raise CheckpointError(
+                f"{self.out} was trained with {resume['batches']} batches an epoch, these data give {self.batches}; "
+                "give the same data, or another --out"
+            )
+        if resume["gear"] != self.gear.name:
+            raise CheckpointError(
+                f"{self.out} was trained in gear {resume['gear']!r} and this would be {self.gear.name!r}; "
+                f"set engine={resume['gear']!r}, or another --out"
+            )
+        state, _ = read_model(found[-1] / "model.safetensors")
+        try:
+            self.model.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{self.out} holds a run of another network ({reason}); give another --out") from None
+        self.gear.place(self.model)
+        self.epoch, self.batch = resume["epoch"], resume["batch"]
+        if resume["stage"] >= 0:
+            self.optimizers = self.plan[resume["stage"]].optimizers(self.model)
+            self.stage = resume["stage"]
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(resume["optimizers"][name])
+        self.totals = Totals(self.device, resume["totals"])
+        self.metrics_bytes, self.seconds = resume["metrics_bytes"], resume["seconds"]
+        self.last_good = found[-1]
+        # Interrupted between the last step of an epoch and its scores: what the step had switched must be so again.
+        self.defense.begin_step(self.model, self.clock())
+        return True
+
+    def _mend(self) -> str:
+        kept = f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint yet"
+        return f"{kept}; lower lr (it is {self.config.lr:g}), or use engine 'plain'"
+
+    # -- going forward ----------------------------------------------------------------------------------------------
+
+    def run_step(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Run one iteration on a batch; it does not move the position.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite; nothing is updated.
+        """
+        clock = self.clock()
+        self.enter_stage(clock)
+        factor = self.plan[clock.stage].factor(clock)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+        seed_torch(self.config.seed, "step", clock.step)
+        self.model.train()
+        self.defense.begin_step(self.model, clock)
+        x = self.gear.place_images(x)
+
+        def check(losses: Losses) -> None:
+            # One synchronisation a step; on the CPU it is free. The update that would spread a NaN is not made.
+            if not math.isfinite(losses.total.item()):
+                raise NonFiniteError(
+                    f"the loss is {losses.total.item()} at step {clock.step} (epoch {clock.epoch}, batch "
+                    f"{clock.batch}); "
+                    f"{self._mend()}"
+                )
+
+        iteration = iterate(
+            self.defense, self.model, clock, self.optimizers,
+            lambda: self.defense.loss(self.model, x, y, clock, self.config), check,
+        )  # fmt: skip
+        self.totals.add_iteration(iteration, len(y))
+
+    @torch.no_grad()
+    def monitor_scores(self) -> dict[str, float]:
+        """Score the monitored images, clean and under the training adversary; one draw each."""
+        if self.monitor is None:
+            return {}
+        self.model.eval()
+        seed_torch(self.config.seed, "monitor", self.epoch)
+        attack = training_adversary(self.config)
+        hits = torch.zeros(2, dtype=torch.int64, device=self.device)
+        count = 0
+        for x, y in self.monitor.epoch(0):
+            x = self.gear.place_images(x)
+            adversarial = attack.craft(self.model, x, y)
+            hits += torch.stack([(forward(self.model, z).argmax(1) == y).sum() for z in (x, adversarial)])
+            count += len(y)
+        clean, pgd = (hits / max(count, 1)).tolist()
+        return {f"{self.monitored}_clean": clean, f"{self.monitored}_pgd": pgd, f"{self.monitored}_n": count}
+
+
+def check_network(training: Training, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Try the network on two images before the first step; it is in eval mode, so nothing of it moves.
+
+    Raises:
+        InputError: it does not take these images, gives no logits, or has fewer classes than there are labels.
+    """
+    training.model.eval()
+    with isolated_rng(), torch.no_grad():
+        try:
+            logits = training.model(x[:2])
+        except Learn2PerturbError:
+            raise
+        except Exception as error:  # a stranger's network may raise anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise InputError(
+                f"the network failed on images of shape {tuple(x.shape[1:])}: {reason}; give images of the size it was "
+                "made for"
+            ) from error
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(x[:2]):
+        what = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        raise InputError(f"the network gives {what} for {len(x[:2])} images; it must give logits (N, classes); wrap it")
+    highest = int(getattr(training.source, "labels", y).max())
+    if highest >= logits.shape[1]:
+        raise InputError(
+            f"label {highest} is outside 0..{logits.shape[1] - 1}, the network's classes; check data and network"
+        )
