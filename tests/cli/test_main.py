@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+import learn2perturb as l2p
 from learn2perturb.cli.main import VERBS, main
 from learn2perturb.evaluation import Evaluation
 
@@ -237,6 +238,18 @@ def test_the_eps_of_an_attack_is_its_own_else_that_of_the_run(trained, tmp_path,
     sizes = {row["attack"]: row["eps"] for row in json.loads(capsys.readouterr().out)["rows"]}
     assert sizes == {"clean": None, "fgsm": 0.1, "pgd:steps=1,eps=2/255": 2 / 255}
     assert main(words) == 0  # --out may replace a record
+
+
+def test_a_run_on_own_data_is_not_scored_on_a_data_set_it_never_saw(tmp_path, capsys):
+    data = l2p.load_data("digits", "train", limit=64)
+    config = l2p.TrainConfig(
+        defense="none", model="digits_cnn", recipe="fast", epochs=1, monitor=0, tensorboard=False
+    )  # its field dataset has the default, cifar10
+    l2p.train(config, data=(data.images, data.labels), model=l2p.build_model("digits_cnn", input_shape=(1, 8, 8)),
+              out=tmp_path / "own", progress=False)  # fmt: skip
+    assert main(["evaluate", str(tmp_path / "own"), "--limit", "20", "--attacks", "none"]) == 2
+    assert "--dataset NAME" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "own"), "--limit", "20", "--attacks", "none", "--dataset", "digits"]) == 0
 
 
 def test_eot_is_left_out_without_noise(tmp_path, capsys):

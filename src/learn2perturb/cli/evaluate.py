@@ -90,7 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     source = locate(arguments.run)
     header = read_model(source)[1]
-    config: dict[str, Any] = header.get("config") or {}
+    config: dict[str, Any] = {**(header.get("config") or {})}
+    config["dataset"] = header.get("dataset", config.get("dataset"))
     out = record_path(arguments)
     attacks = build_attacks(specs)
     model = load(arguments.run).to(device)
@@ -207,7 +208,7 @@ def _data(arguments: argparse.Namespace, config: Mapping[str, Any]) -> ImageData
 
     name = arguments.dataset or config.get("dataset")
     if not name:
-        raise ConfigError(f"{arguments.run} does not say what it was trained on; give --dataset NAME")
+        raise ConfigError(f"{arguments.run} was trained on data that have no name here; give --dataset NAME")
     root = arguments.data_dir or config.get("data_dir")
     if arguments.split != "validation":
         return load_data(name, arguments.split, root=root)

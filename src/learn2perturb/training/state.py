@@ -97,7 +97,8 @@ class Training:
         self.epochs = sum(stage.epochs for stage in self.plan)
         pixels = self.epochs * self.source.num_examples * math.prod((self.source.input_shape or (0,))[1:])
         self.gear = gears.select(config.engine, self.device, pixels=pixels)
-        self.own_network = model is not None
+        # None: data of the user's own, which no name brings back
+        self.dataset = config.dataset if data is None else None
         self.model = self._build(model).to(self.device)
         self.gear.place(self.model)
         self.epoch, self.batch, self.stage = 0, 0, -1
@@ -159,7 +160,7 @@ class Training:
             "input_shape": list(self.input_shape),
             "defense": self.config.defense,
             "predictor": self.defense.predictor,
-            "own_network": self.own_network,
+            "dataset": self.dataset,
             "epoch": self.epoch,
         }
 
