@@ -3,7 +3,7 @@
     python benchmarks/training_step.py --defense learn2perturb
 
 *Textbook* is the step as research code writes it: eager float32, NCHW, a whole ``loss.backward()`` in every step of the
-attack, one noise map a forward pass (``--sharing`` does not change that). *plain* and *fast* are the gears of this package.
+attack, one noise map a forward pass (``--sharing`` does not change that). *plain* and *fast* are this package's gears.
 Random images serve as well as real ones. The first step of each, with its compilation, is shown apart.
 """
 
