@@ -472,10 +472,11 @@ CONFIG = [
     case("unknown recipe", UnknownNameError, "papers|paper", lambda _: config(recipe="papers")),
     case("unknown engine", ConfigError, "quick|fast", lambda _: config(engine="quick")),
     case("seed -1", ConfigError, "seed|-1", lambda _: config(seed=-1)),
+    case("seed true", ConfigError, "True|whole number", lambda _: config(seed=True)),
     case("validation 1", ConfigError, "1.0|[0, 1)", lambda _: config(validation=1.0)),
     case("validation as text", ConfigError, "'0.1'|[0, 1)", lambda _: config(validation="0.1")),
     case("minutes as text", ConfigError, "'5'|> 0", lambda _: config(checkpoint_minutes="5")),
-    case("log every 0", ConfigError, "log_every|>= 1", lambda _: config(log_every=0)),
+    case("log every 0", ConfigError, "log_every|at least 1", lambda _: config(log_every=0)),
     case("options as a list", ConfigError, "options|mapping", lambda _: config(options=["gamma"])),
     case("epochs 1.5", ConfigError, "epochs|1.5", lambda _: config(epochs=1.5)),
     case("batch size 0 in training", ConfigError, "batch_size|0", lambda _: config(batch_size=0)),
@@ -765,7 +766,7 @@ CASES = [*BUILD, *NOISE, *ATTACKS, *DATA, *CONFIG, *TRAIN, *LOAD, *EVALUATE, *RE
 
 
 def test_the_table_is_as_long_as_it_should_be():
-    assert len(CASES) == 221
+    assert len(CASES) == 222
     assert len({one.label for one in CASES}) == len(CASES)
 
 

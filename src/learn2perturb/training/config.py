@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from learn2perturb.defenses.settings import Settings, one_of
+from learn2perturb.defenses.settings import Settings, one_of, whole
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.registry import DATASETS, DEFENSES, MODELS
 
@@ -88,10 +88,10 @@ class TrainConfig(Settings):
         if self.recipe not in RECIPES:
             raise UnknownNameError.of("recipe", self.recipe, RECIPES)
         one_of("engine", self.engine, ENGINES)
-        for name in ("seed", "monitor"):
-            _check(isinstance(getattr(self, name), int) and getattr(self, name) >= 0, name, self, "a whole number >= 0")
-        _check(isinstance(self.log_every, int) and self.log_every >= 1, "log_every", self, "a whole number >= 1")
-        _check(self.limit is None or (isinstance(self.limit, int) and self.limit >= 1), "limit", self, ">= 1")
+        for name, least in (("seed", 0), ("monitor", 0), ("log_every", 1)):
+            _check(getattr(self, name) is not None, name, self, f"a whole number, at least {least}")
+            whole(name, getattr(self, name), least)
+        whole("limit", self.limit, 1)
         for name in ("validation", "checkpoint_minutes"):
             value = getattr(self, name)
             real = isinstance(value, (int, float)) and not isinstance(value, bool)
