@@ -17,6 +17,7 @@ from learn2perturb.attacks.balls import BALLS, Ball
 from learn2perturb.attacks.gradients import AVERAGES, Average, input_gradient
 from learn2perturb.attacks.losses import LOSSES, margin
 from learn2perturb.engine import gears
+from learn2perturb.engine.modes import in_mode
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, InputError, Learn2PerturbError
 
@@ -234,24 +235,16 @@ def _prepared(model: Model, mode: Mode, x: Tensor) -> Iterator[None]:
     """
     if mode not in ("eval", "train", "keep"):
         raise ConfigError(f"mode must be 'eval', 'train' or 'keep', got {mode!r}")
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    flags = [module.training for module in modules]
-    weights = [p for module in modules for p in module.parameters(recurse=False) if p.requires_grad]
-    try:
-        if modules and mode != "keep" and any(flag != (mode == "train") for flag in flags):
-            modules[0].train(mode == "train")
-        for weight in weights:
-            weight.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad(), gears.attacking(model, _plain(x), mode == "eval"):
-            yield
-    finally:
-        for weight in weights:
-            weight.requires_grad_(True)
-        # From the root down and by train(), not by the flag alone: some modules work there (they merge weights).
-        for module, flag in zip(modules, flags, strict=True):
-            if module.training != flag:
-                module.train(flag)
-                module.training = flag
+    weights = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    with in_mode(model, None if mode == "keep" else mode == "train"):
+        try:
+            for weight in weights:
+                weight.requires_grad_(False)
+            with torch.inference_mode(False), torch.enable_grad(), gears.attacking(model, _plain(x), mode == "eval"):
+                yield
+        finally:
+            for weight in weights:
+                weight.requires_grad_(True)
 
 
 def _plain(tensor: Tensor) -> Tensor:

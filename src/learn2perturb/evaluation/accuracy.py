@@ -19,6 +19,7 @@ from learn2perturb.attacks import Attack
 from learn2perturb.data import make_source
 from learn2perturb.engine import gears
 from learn2perturb.engine.devices import checked_device
+from learn2perturb.engine.modes import in_mode
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError, InputError, UnknownNameError
 from learn2perturb.evaluation.intervals import majority
@@ -111,7 +112,7 @@ def evaluate(
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     # One pass over the data, all rows on each batch: every row sees the same images even where the user's loader
     # shuffles or augments in its own way.
-    with isolated_rng(), _eval_mode(model):
+    with isolated_rng(), in_mode(model, False):
         for index, (x, y) in enumerate(source.epoch(0)):
             if limit is not None:
                 x, y = x[: limit - done], y[: limit - done]
@@ -376,21 +377,6 @@ def _passes_differ(model: Model, x: Tensor, seed: int) -> bool:
             elif not torch.allclose(logits, first, rtol=tolerance, atol=tolerance):
                 return True
     return False
-
-
-@contextlib.contextmanager
-def _eval_mode(model: Model) -> Iterator[None]:
-    """Put every submodule in eval mode, and give each its own mode back, whatever happens."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    try:
-        if isinstance(model, nn.Module) and any(mode for _, mode in modes):
-            model.eval()
-        yield
-    finally:
-        # From the root down and by train(), not by the flag alone: some modules do work there (merged weights).
-        for module, mode in modes:
-            if module.training != mode:
-                module.train(mode)
 
 
 def _expand(attacks: Mapping[str, Attack] | None, eps: float | Sequence[float] | None) -> list[tuple[str, Attack]]:

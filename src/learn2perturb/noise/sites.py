@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from learn2perturb.engine.modes import in_mode
 from learn2perturb.engine.random import isolated_rng
 from learn2perturb.errors import InputError, SiteError
 from learn2perturb.noise.base import NoiseModule
@@ -135,17 +135,6 @@ def submodules(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-@contextmanager
-def _eval_mode(network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def probe(network: nn.Module, input_shape: tuple[int, ...]) -> Probe:
     """Run one pass of two random images in eval mode and record it; modes, statistics and RNG are left as found.
 
@@ -171,7 +160,7 @@ def probe(network: nn.Module, input_shape: tuple[int, ...]) -> Probe:
     device = parameter.device if parameter is not None else torch.device("cpu")
     dtype = parameter.dtype if parameter is not None else torch.float32
     try:
-        with isolated_rng(torch_only=True), _eval_mode(network), torch.no_grad(), flow:
+        with isolated_rng(torch_only=True), in_mode(network, False), torch.no_grad(), flow:
             network(torch.rand(2, *shape, device=device, dtype=dtype))
     except Exception as error:  # a stranger's network may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]

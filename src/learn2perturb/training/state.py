@@ -18,6 +18,7 @@ from learn2perturb.data import BatchSource, ImageData, load_data, make_source
 from learn2perturb.defenses import Clock, Defense, Losses, Stage, build_defense, forward, training_adversary
 from learn2perturb.engine import gears
 from learn2perturb.engine.devices import checked_device
+from learn2perturb.engine.modes import in_mode
 from learn2perturb.engine.random import isolated_rng, seed_torch
 from learn2perturb.errors import (
     CheckpointError,
@@ -289,8 +290,7 @@ def check_network(training: Training, x: torch.Tensor, y: torch.Tensor) -> None:
     Raises:
         InputError: it does not take these images, gives no logits, or has fewer classes than there are labels.
     """
-    training.model.eval()
-    with isolated_rng(), torch.no_grad():
+    with isolated_rng(), in_mode(training.model, False), torch.no_grad():
         try:
             logits = training.model(x[:2])
         except Learn2PerturbError:
