@@ -201,6 +201,7 @@ def test_a_finished_run_returns_at_once_and_changes_nothing(tmp_path, monkeypatc
     first = train(small(), out=tmp_path / "run", progress=False)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     monkeypatch.setattr("learn2perturb.training.state.iterate", lambda *a, **k: pytest.fail("it trained"))
+    monkeypatch.setattr("learn2perturb.training.loop.environment", lambda device: {"git": "of another day"})
     second = train(small(), out=tmp_path / "run", progress=False)
     assert second.metrics == first.metrics
     state = first.model.state_dict()

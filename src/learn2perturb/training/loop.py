@@ -89,10 +89,12 @@ def train(
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write(folder / "config.yaml", settings_text(config))
-            atomic_write(folder / "environment.json", json.dumps(environment(training.device), indent=1))
         resumed = training.restore()
-        if resumed and training.epoch < training.epochs:
+        if resumed and _unfinished(training):
             reporter.line(f"resuming {folder} at epoch {training.epoch}, batch {training.batch}")
+        if folder is not None and (not resumed or _unfinished(training)):
+            # Not for a finished run that is called again: it was made where and by what the file says already.
+            atomic_write(folder / "environment.json", json.dumps(environment(training.device), indent=1))
         metrics = _run(training)
     training.model.eval()
     return Run(folder, training.model, config, metrics)
