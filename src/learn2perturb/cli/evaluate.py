@@ -116,6 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed, batch_size=arguments.batch_size, limit=arguments.limit, device=device,
             engine=arguments.engine, name=str(arguments.run), progress=reporter,
         )  # fmt: skip
+    if not arguments.out:
+        out = record_path(arguments)  # another evaluation may have taken the name in the meantime
     result.save(out)
     if arguments.json:
         print_json(
