@@ -1,0 +1,103 @@
+"""BatchNorm folded into the convolution before it: the same function, and nothing folded that must not be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from learn2perturb.engine import gears
+from learn2perturb.engine.folding import folded
+from learn2perturb.models import build_model
+from learn2perturb.noise import fixed_noise, perturb
+
+
+def lived_in(network: nn.Module) -> nn.Module:
+    """Give every norm statistics and weights as after a training, and go to eval mode."""
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.5, 0.5, generator=generator)
+            module.running_var.uniform_(0.5, 2.0, generator=generator)
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+            module.bias.data.uniform_(-0.5, 0.5, generator=generator)
+    return network.eval()
+
+
+class Block(nn.Module):
+    """A convolution and a norm; the convolution's output goes to a second place when ``twice``."""
+
+    def __init__(self, twice: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm, self.twice = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        return self.norm(h) + h if self.twice else self.norm(h)
+
+
+@pytest.mark.parametrize(("name", "pairs"), [("digits_cnn", 5), ("resnet20", 19), ("resnet18", 20)])
+def test_a_folded_network_is_the_same_function_with_its_noise(name, pairs):
+    torch.manual_seed(0)
+    network = lived_in(perturb(build_model(name)))
+    x = torch.rand(2, 3, 32, 32, requires_grad=True)
+    with fixed_noise(network, seed=0):
+        plain = network(x)
+        wanted = torch.autograd.grad(plain.sum(), x)[0]
+        with folded(network, x.detach()) as count:
+            merged = network(x)
+        gradient = torch.autograd.grad(merged.sum(), x)[0]
+        again = network(x)
+    assert count == pairs
+    assert not torch.equal(merged, plain)  # it did run otherwise
+    torch.testing.assert_close(merged, plain, rtol=1e-3, atol=1e-3)
+    assert (gradient - wanted).norm() <= 1e-3 * wanted.norm()
+    assert torch.equal(again, plain)  # and nothing is left of it
+    assert not any("forward" in module.__dict__ for module in network.modules())
+
+
+def test_what_comes_between_is_not_folded_over():
+    x = torch.rand(2, 3, 8, 8)
+
+    def count(network: nn.Module) -> int:
+        with folded(network, x) as pairs:
+            return pairs
+
+    assert count(lived_in(Block())) == 1
+    assert count(lived_in(Block(twice=True))) == 0
+    assert count(lived_in(Block()).train()) == 0
+    assert count(lived_in(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)))) == 0
+    assert count(perturb(lived_in(Block()), input_shape=(3, 8, 8), sites=["conv"])) == 0  # noise before the norm
+    assert count(perturb(lived_in(Block()), input_shape=(3, 8, 8), sites=["norm"])) == 1  # noise after it
+    assert count(perturb(lived_in(Block()), input_shape=(3, 8, 8), sites=["norm"], place="input")) == 0
+    weights = lived_in(Block())
+    parametrize.register_parametrization(weights.conv, "weight", nn.Identity())
+    assert count(weights) == 0
+    shared = Block()
+    assert count(lived_in(nn.Sequential(shared.conv, shared.norm, nn.Conv2d(4, 3, 1), shared.conv, shared.norm))) == 0
+
+
+def test_noise_that_is_added_later_is_seen_though_the_trace_is_remembered():
+    network, x = lived_in(Block()), torch.rand(2, 3, 8, 8)
+    with folded(network, x) as before:
+        pass
+    perturb(network, input_shape=(3, 8, 8), sites=["conv"])
+    with folded(network, x) as after:
+        pass
+    assert (before, after) == (1, 0)
+
+
+def test_a_failure_leaves_the_layers_as_they_were():
+    network, x = lived_in(Block()), torch.rand(2, 3, 8, 8)
+    wanted = network(x)
+    with pytest.raises(ZeroDivisionError), folded(network, x):
+        raise ZeroDivisionError
+    assert torch.equal(network(x), wanted)
+
+
+def test_only_attacks_in_eval_mode_in_a_gear_that_folds_are_folded():
+    network, x = lived_in(Block()), torch.rand(2, 3, 8, 8)
+    for gear, in_eval, wanted in ((gears.FAST, True, 1), (gears.FAST, False, None), (gears.PLAIN, True, None)):
+        with gears.running(gear), gears.attacking(network, x, in_eval) as count:
+            assert count == wanted
