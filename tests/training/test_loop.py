@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from learn2perturb.data import load_data
-from learn2perturb.errors import CheckpointError, ConfigError, NonFiniteError
+from learn2perturb.errors import CheckpointError, ConfigError, InputError, NonFiniteError
 from learn2perturb.models import build_model
 from learn2perturb.noise import fixed_noise, noise_modules, noise_sites
 from learn2perturb.training import TrainConfig, load, train
@@ -253,3 +253,11 @@ def test_a_validation_share_is_monitored_in_place_of_the_test_set():
     assert "validation_clean" in line
     assert "test_clean" not in line
     assert len(load_data("digits").split(0.1, 0)[1]) > line["validation_n"] == 20
+
+
+def test_a_label_beyond_the_classes_in_a_later_batch_is_one_clear_line():
+    x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    y[13] = 10
+    loader = DataLoader(TensorDataset(x, y), batch_size=4)
+    with pytest.raises(InputError, match=r"^label 10 is outside 0\.\.9, the network's classes"):
+        train(config(), model=build_model("digits_cnn", input_shape=(1, 8, 8)), data=loader, progress=False)

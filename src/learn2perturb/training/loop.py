@@ -30,7 +30,7 @@ from learn2perturb.training.environment import environment
 from learn2perturb.training.folder import check_folder, settings_text
 from learn2perturb.training.interrupt import Interrupt
 from learn2perturb.training.metrics import MetricsFile, Totals, read_metrics, theta_report
-from learn2perturb.training.state import Training, check_network
+from learn2perturb.training.state import Training, check_labels, check_network
 
 
 @dataclass(frozen=True)
@@ -112,16 +112,17 @@ def _run(training: Training) -> list[dict[str, Any]]:
         expected = next(islice(schedule, training.step - 1, None))
     lines: list[dict[str, Any]] = []
     interrupt = Interrupt()
-    checked = False
+    classes = None
     try:
         with gears.running(training.gear), interrupt.listening():
             while _unfinished(training):
                 start, seen, saved = time.perf_counter(), 0, time.monotonic()
                 before = training.seconds
                 for x, y in training.source.epoch(training.epoch, training.batch):
-                    if not checked:
-                        check_network(training, x, y)
-                        checked = True
+                    if classes is None:
+                        classes = check_network(training, x, y)
+                    elif not hasattr(training.source, "labels"):
+                        check_labels(y, classes)  # of a set in memory, all have been checked at once
                     training.run_step(x, y)
                     seen += len(y)
                     training.batch += 1

@@ -284,8 +284,8 @@ class Training:
         return {f"{self.monitored}_clean": clean, f"{self.monitored}_pgd": pgd, f"{self.monitored}_n": count}
 
 
-def check_network(training: Training, x: torch.Tensor, y: torch.Tensor) -> None:
-    """Try the network on two images before the first step; it is in eval mode, so nothing of it moves.
+def check_network(training: Training, x: torch.Tensor, y: torch.Tensor) -> int:
+    """Try the network on two images before the first step, in eval mode, so nothing moves; return its classes.
 
     Raises:
         InputError: it does not take these images, gives no logits, or has fewer classes than there are labels.
@@ -304,8 +304,17 @@ def check_network(training: Training, x: torch.Tensor, y: torch.Tensor) -> None:
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(x[:2]):
         what = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
         raise InputError(f"the network gives {what} for {len(x[:2])} images; it must give logits (N, classes); wrap it")
-    highest = int(getattr(training.source, "labels", y).max())
-    if highest >= logits.shape[1]:
-        raise InputError(
-            f"label {highest} is outside 0..{logits.shape[1] - 1}, the network's classes; check data and network"
-        )
+    check_labels(getattr(training.source, "labels", y), logits.shape[1])
+    return logits.shape[1]
+
+
+def check_labels(y: torch.Tensor, classes: int) -> None:
+    """Check that labels are classes of the network.
+
+    Raises:
+        InputError: one is not.
+    """
+    lowest, highest = int(y.min()), int(y.max())
+    if lowest < 0 or highest >= classes:
+        wrong = lowest if lowest < 0 else highest
+        raise InputError(f"label {wrong} is outside 0..{classes - 1}, the network's classes; check data and network")
