@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from learn2perturb.data.dataset import ImageData, load_data
-from learn2perturb.data.loader import BatchSource, make_source
+from learn2perturb.data.loader import BatchSource, check_labels, make_source
 
-__all__ = ["BatchSource", "ImageData", "load_data", "make_source"]
+__all__ = ["BatchSource", "ImageData", "check_labels", "load_data", "make_source"]

@@ -324,3 +324,15 @@ def _length(sized: Any) -> int | None:
         return len(sized)
     except TypeError:
         return None
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Check that labels are classes of the network.
+
+    Raises:
+        InputError: one is not.
+    """
+    lowest, highest = int(y.min()), int(y.max())
+    if lowest < 0 or highest >= classes:
+        wrong = lowest if lowest < 0 else highest
+        raise InputError(f"label {wrong} is outside 0..{classes - 1}, the network's classes; check data and network")

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from learn2perturb.engine.random import isolated_rng
+from learn2perturb.engine.tracing import tensors_in
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 
@@ -37,11 +38,9 @@ class _Uses(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, (bool, int, float, torch.Size, torch.dtype, torch.device)):
             return result  # x.dim() or x.shape computes nothing from the values
-        for value in [*args, *(kwargs or {}).values()]:
-            for item in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(item, Tensor):
-                    self.count[id(item)] = self.count.get(id(item), 0) + 1
-                    self.alive.append(item)
+        for value in tensors_in([*args, *(kwargs or {}).values()]):
+            self.count[id(value)] = self.count.get(id(value), 0) + 1
+            self.alive.append(value)
         return result
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from learn2perturb.attacks import Attack
-from learn2perturb.data import make_source
+from learn2perturb.data import check_labels, make_source
 from learn2perturb.engine import gears
 from learn2perturb.engine.devices import checked_device
 from learn2perturb.engine.modes import in_mode
@@ -120,7 +120,7 @@ def evaluate(
             if not runs:
                 num_classes = _classes(model, x, seed)
                 runs = _plan(model, x, table, predictors, draws, members, noise_off, seed, gear)
-            _check_labels(y, num_classes)
+            check_labels(y, num_classes)
             labels.append(y.cpu().numpy())
             for number, run in enumerate(runs):
                 run.add(model, x, y, index)
@@ -429,13 +429,6 @@ def _device(model: Model, device: str | torch.device | None) -> torch.device:
     if asked is not None and (asked.type != own.type or asked.index not in (None, own.index)):
         raise ConfigError(f"the model is on {own}, but device is {device!r}; move it first: model.to({device!r})")
     return own
-
-
-def _check_labels(y: Tensor, num_classes: int) -> None:
-    lowest, highest = int(y.min()), int(y.max())
-    if lowest < 0 or highest >= num_classes:
-        wrong = lowest if lowest < 0 else highest
-        raise InputError(f"label {wrong} is outside 0..{num_classes - 1}, the model's classes; check data and model")
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -120,9 +120,6 @@ def perturb(
         chosen = site_rules.guess(seen)
         print(f"perturb: no sites given; chose {len(chosen)}: {', '.join(chosen)}", file=sys.stderr)
     shapes = {name: site_rules.check(name, seen, place) for name in chosen}
-    taken = [name for name in chosen if hasattr(network.get_submodule(name), CHILD)]
-    if taken:
-        raise SiteError(f"site {taken[0]!r} is perturbed already; call remove_noise(network) first")
     insert(
         network,
         [
@@ -222,16 +219,23 @@ def remove_noise(network: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def noise_disabled(network: nn.Module) -> Iterator[nn.Module]:
-    """Switch the noise off for the body; with it off the network equals the plain one bit for bit."""
-    before = [(module, module.enabled) for module in noise_modules(network)]
+def _held(network: nn.Module, attribute: str, value: object) -> Iterator[list[NoiseModule]]:
+    """Set an attribute of every noise module for the body, and give each its own back."""
+    before = [(module, getattr(module, attribute)) for module in noise_modules(network)]
     try:
         for module, _ in before:
-            module.enabled = False
-        yield network
+            setattr(module, attribute, value)
+        yield [module for module, _ in before]
     finally:
-        for module, enabled in before:
-            module.enabled = enabled
+        for module, own in before:
+            setattr(module, attribute, own)
+
+
+@contextlib.contextmanager
+def noise_disabled(network: nn.Module) -> Iterator[nn.Module]:
+    """Switch the noise off for the body; with it off the network equals the plain one bit for bit."""
+    with _held(network, "enabled", False):
+        yield network
 
 
 def set_noise(network: nn.Module, enabled: bool) -> None:
@@ -249,13 +253,10 @@ def fixed_noise(network: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise NoiseError(f"seed is {seed!r}; fixed_noise needs a whole number")
-    before = [(module, module.replay) for module in noise_modules(network)]
-    try:
-        for module, _ in before:
-            module.replay = seed
-        yield network
-    finally:
-        for module, replay in before:
-            module.replay = replay
-            if isinstance(module, Perturbation):
-                module.forget()
+    with _held(network, "replay", seed) as modules:
+        try:
+            yield network
+        finally:
+            for module in modules:
+                if isinstance(module, Perturbation):
+                    module.forget()

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from learn2perturb.engine.modes import in_mode
 from learn2perturb.engine.random import isolated_rng
+from learn2perturb.engine.tracing import tensors_in
 from learn2perturb.errors import InputError, SiteError
 from learn2perturb.noise.base import NoiseModule
 
@@ -61,17 +62,6 @@ class Probe:
     shortcuts: list[str] = field(default_factory=list)
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Return the tensors among ``values``, also those inside tuples and lists (``cat``, ``stack``, ``unbind``)."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (tuple, list)):
-            found += _tensors(value)
-    return found
-
-
 class _Flow(TorchFunctionMode):
     """Follows tensors through one forward pass: which submodule made each, and after how many layers."""
 
@@ -84,12 +74,12 @@ class _Flow(TorchFunctionMode):
         self.alive: list[Tensor] = []  # ids are only unique among living objects
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        operands = _tensors([*args, *(kwargs or {}).values()])
+        operands = tensors_in([*args, *(kwargs or {}).values()])
         if func in _ADDITIONS and len(operands) == 2 and operands[0].shape == operands[1].shape:
             self._addition(operands)
         depth = max((self.depth.get(id(value), 0) for value in operands), default=0)
         result = func(*args, **(kwargs or {}))
-        for made in _tensors([result]):
+        for made in tensors_in([result]):
             if not any(made is value for value in operands):
                 self.maker.pop(id(made), None)
             self._note(made, depth)
@@ -106,7 +96,7 @@ class _Flow(TorchFunctionMode):
         self.giver.setdefault(id(output), name)  # innermost first: hooks of children run before their parent's
         if not isinstance(module, (*NORMS, *CONVOLUTIONS, nn.Linear)):
             return
-        depth = max((self.depth.get(id(value), 0) for value in _tensors(args)), default=0)
+        depth = max((self.depth.get(id(value), 0) for value in tensors_in(args)), default=0)
         self._note(output, depth + 1)
         self.maker.setdefault(id(output), name)
 

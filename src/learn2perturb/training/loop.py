@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from learn2perturb.data import check_labels
 from learn2perturb.engine import gears
 from learn2perturb.engine.random import isolated_rng
 from learn2perturb.errors import (
@@ -30,7 +31,7 @@ from learn2perturb.training.environment import environment
 from learn2perturb.training.folder import check_folder, settings_text
 from learn2perturb.training.interrupt import Interrupt
 from learn2perturb.training.metrics import MetricsFile, Totals, read_metrics, theta_report
-from learn2perturb.training.state import Training, check_labels, check_network
+from learn2perturb.training.state import Training, check_network
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from learn2perturb.data import BatchSource, ImageData, load_data, make_source
+from learn2perturb.data import BatchSource, ImageData, check_labels, load_data, make_source
 from learn2perturb.defenses import Clock, Defense, Losses, Stage, build_defense, forward, training_adversary
 from learn2perturb.engine import gears
 from learn2perturb.engine.devices import checked_device
@@ -143,11 +143,13 @@ class Training:
 
     def enter_stage(self, clock: Clock) -> None:
         """Build the optimisers of the stage that the clock is in, if they are not the current ones."""
-        if clock.stage == self.stage:
-            return
-        # Optimisers are built over every parameter, also those that a delay has frozen so far.
-        self.optimizers = self.plan[clock.stage].optimizers(self.model)
-        self.stage = clock.stage
+        if clock.stage != self.stage:
+            self._build_optimizers(clock.stage)
+
+    def _build_optimizers(self, stage: int) -> None:
+        # Over every parameter, also those that a delay has frozen so far.
+        self.optimizers = self.plan[stage].optimizers(self.model)
+        self.stage = stage
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["base_lr"] = group["lr"]
@@ -216,8 +218,7 @@ class Training:
         self.gear.place(self.model)
         self.epoch, self.batch = resume["epoch"], resume["batch"]
         if resume["stage"] >= 0:
-            self.optimizers = self.plan[resume["stage"]].optimizers(self.model)
-            self.stage = resume["stage"]
+            self._build_optimizers(resume["stage"])
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(resume["optimizers"][name])
         self.totals = Totals(self.device, resume["totals"])
@@ -306,15 +307,3 @@ def check_network(training: Training, x: torch.Tensor, y: torch.Tensor) -> int:
         raise InputError(f"the network gives {what} for {len(x[:2])} images; it must give logits (N, classes); wrap it")
     check_labels(getattr(training.source, "labels", y), logits.shape[1])
     return logits.shape[1]
-
-
-def check_labels(y: torch.Tensor, classes: int) -> None:
-    """Check that labels are classes of the network.
-
-    Raises:
-        InputError: one is not.
-    """
-    lowest, highest = int(y.min()), int(y.max())
-    if lowest < 0 or highest >= classes:
-        wrong = lowest if lowest < 0 else highest
-        raise InputError(f"label {wrong} is outside 0..{classes - 1}, the network's classes; check data and network")
