@@ -11,8 +11,10 @@ import torch
 from scipy import stats
 from torch import nn
 
+from learn2perturb.attacks import PGD
 from learn2perturb.engine import FAST, PLAIN, draws, fused, gears, running
 from learn2perturb.engine.draws import standard_normal
+from learn2perturb.engine.random import seed_torch
 from learn2perturb.noise import noise_disabled, perturb
 
 CPU = torch.device("cpu")
@@ -73,6 +75,57 @@ def test_rows_halves_and_calls_are_independent(gear):
     check_independence(torch.cat([first, second]))
 
 
+def seeded_rows(make, steps):
+    """Return the rows that training steps draw: every step seeds torch from its number alone."""
+    rows = []
+    for number in range(steps):
+        seed_torch(0, "step", number)
+        rows.append(make())
+    return torch.cat(rows)
+
+
+def test_training_steps_are_independent(gear):
+    check_independence(seeded_rows(lambda: standard_normal((ROWS, FEATURES), CPU)[:8], 12))
+
+
+class Watched(nn.Module):
+    """Two sites in a row; keeps the noise that each added in each pass, one row an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Identity(), nn.Identity()
+        self.noise = []
+
+    def forward(self, x):
+        h = x.repeat(1, 64, 1, 1).to(torch.bfloat16)
+        for site in (self.first, self.second):
+            noisy = site(h)
+            self.noise.append((noisy - h).detach().float().flatten(1))
+            h = noisy
+        return h.float().mean(dim=(2, 3))[:, :5]
+
+
+def attacked(distribution="gaussian"):
+    """Return the noise of three steps of an attack, two sites and six rows, each a row of its own."""
+    network = Watched().eval()
+    perturb(network, input_shape=(3, 16, 16), sites=["first", "second"], init=1.0, distribution=distribution)
+    PGD(steps=3).craft(network, torch.full((6, 3, 16, 16), 0.5), torch.zeros(6, dtype=torch.int64))
+    noise = torch.cat(network.noise[-6:])  # a pass before may have been a trace
+    assert noise.shape == (3 * 2 * 6, 64 * 3 * 16 * 16)
+    assert noise.std().item() == pytest.approx(1, abs=0.01)
+    return noise
+
+
+def test_rows_sites_and_steps_of_an_attack_are_independent(gear, monkeypatch):
+    monkeypatch.setattr(fused, "can_fuse", lambda h: False)  # the fused path has this test below
+    check_independence(attacked())
+
+
+@pytest.mark.parametrize("distribution", ["laplace", "uniform"])
+def test_so_they_are_under_other_distributions(distribution):
+    check_independence(attacked(distribution))
+
+
 def test_the_default_generator_alone_decides(gear):
     torch.manual_seed(5)
     first, then = standard_normal((ROWS, FEATURES), CPU), standard_normal((ROWS, FEATURES), CPU)
@@ -97,6 +150,15 @@ def test_fused_numbers_have_their_law_to_four_sigma():
 
 def test_fused_rows_sites_and_passes_are_independent():
     check_independence(torch.cat([fused_draws(32, 4096) for _ in range(6)]))
+
+
+def test_fused_training_steps_are_independent():
+    check_independence(seeded_rows(lambda: fused_draws(8, 4096), 24))
+
+
+def test_fused_rows_sites_and_steps_of_an_attack_are_independent(compiler):
+    with running(FAST):
+        check_independence(attacked())
 
 
 def test_fused_neighbours_within_a_row_are_independent():

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
@@ -24,6 +25,9 @@ from learn2perturb.engine.tracing import tensors_in
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 
 _plans: weakref.WeakKeyDictionary[nn.Module, list[Pair]] = weakref.WeakKeyDictionary()
+# What folded convolutions answer with: made once and filled anew in every context, because compiled code knows them by
+# identity and would be compiled again for new ones.
+_forwards: weakref.WeakKeyDictionary[nn.Conv2d, functools.partial[Tensor]] = weakref.WeakKeyDictionary()
 
 
 class _Uses(TorchFunctionMode):
@@ -75,21 +79,53 @@ def _trace(network: nn.Module, x: Tensor) -> list[Pair]:
 
 
 def _can_fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
-    """Tell whether nothing comes between the two layers now: no hook, no parametrised weight, frozen statistics."""
+    """Tell whether nothing comes between the two layers now: no hook, frozen statistics."""
     return not (
         norm.training
         or norm.running_mean is None
+        or conv.padding_mode != "zeros"
         or conv._forward_hooks
         or norm._forward_pre_hooks
-        or parametrize.is_parametrized(conv)
-        or parametrize.is_parametrized(norm)
         or "forward" in conv.__dict__
         or "forward" in norm.__dict__
     )
 
 
-def _folded_conv(conv: nn.Conv2d, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    return conv._conv_forward(x, weight, bias)
+@torch.no_grad()
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of the one convolution that does what the two layers do."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    # Once each: where a weight is noisy, every look at it is another draw.
+    gain, offset, own = norm.weight, norm.bias, conv.bias
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    scale = scale if gain is None else scale * gain
+    shift = -norm.running_mean if own is None else own - norm.running_mean
+    bias = shift * scale if offset is None else torch.addcmul(offset, shift, scale)
+    return conv.weight * scale.view(-1, 1, 1, 1), bias
+
+
+def _constant_forward(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> functools.partial[Tensor]:
+    """Return the folded forward of ``conv``: the object of the last time, filled anew, where it fits."""
+    weight, bias = _fold(conv, norm)
+    kept = _forwards.get(conv)
+    new = {"weight": weight, "bias": bias}
+    if kept is not None and all(_alike(kept.keywords[name], tensor) for name, tensor in new.items()):
+        for name, tensor in new.items():
+            kept.keywords[name].copy_(tensor)
+        return kept
+    # It holds no reference to the layer, which would keep it alive.
+    shape = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
+    _forwards[conv] = functools.partial(F.conv2d, **new, **shape)
+    return _forwards[conv]
+
+
+def _noisy_forward(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Fold at every pass: the weights of the two layers are drawn anew for each."""
+    return conv._conv_forward(x, *_fold(conv, norm))
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -113,26 +149,22 @@ def pairs(network: nn.Module, x: Tensor) -> list[Pair]:
 def folded(network: nn.Module, x: Tensor) -> Iterator[int]:
     """Run the passes of the body with BatchNorm folded where possible; yields how many pairs are.
 
-    The weights of the fold are constants: gradients reach the images, not the convolution and norm.
+    The weights of the fold are constants: gradients reach the images, not the convolution and norm. Weights that are
+    parametrised, as noisy ones are, are computed and folded anew in every pass.
     """
     if "_orig_mod" in network._modules:  # of torch.compile; naming its class would import the compiler: seconds
         yield 0
         return
     done: list[nn.Module] = []
     try:
-        with torch.no_grad():
-            for conv, norm in pairs(network, x):
-                if not _can_fold(conv, norm):
-                    continue
-                assert norm.running_mean is not None and norm.running_var is not None
-                scale = torch.rsqrt(norm.running_var + norm.eps)
-                scale = scale if norm.weight is None else scale * norm.weight
-                shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
-                bias = shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale)
-                weight = conv.weight * scale.view(-1, 1, 1, 1)
-                conv.forward = functools.partial(_folded_conv, conv, weight, bias)  # type: ignore[method-assign]
-                norm.forward = _identity  # type: ignore[method-assign, assignment]
-                done += [conv, norm]
+        for conv, norm in pairs(network, x):
+            if not _can_fold(conv, norm):
+                continue
+            drawn = parametrize.is_parametrized(conv) or parametrize.is_parametrized(norm)
+            forward = functools.partial(_noisy_forward, conv, norm) if drawn else _constant_forward(conv, norm)
+            conv.forward = forward  # type: ignore[method-assign]
+            norm.forward = _identity  # type: ignore[method-assign, assignment]
+            done += [conv, norm]
         yield len(done) // 2
     finally:
         for module in done:
