@@ -120,6 +120,23 @@ MODELS.register(
     **_RESNET,
 )
 MODELS.register(
+    "resnext29_2x64d",
+    "learn2perturb.models.resnext:resnext29_2x64d",
+    "ResNeXt-29 with 2 groups of 64 channels and a 1 x 1 stem, the network of RSE",
+    paper="Xie et al., Aggregated Residual Transformations for Deep Neural Networks",
+    year=2017,
+    sites=("bn1", "layer*.*.bn3"),
+)
+MODELS.register(
+    "wrn_28_10",
+    "learn2perturb.models.wide_resnet:wrn_28_10",
+    "wide pre-activation ResNet, 28 layers, 10 times as wide; shortcut='pad', leak=0.1 is PixelDP's",
+    paper="Zagoruyko, Komodakis, Wide Residual Networks",
+    year=2016,
+    # In a pre-activation network nothing follows the stem but the addition, and a branch ends in a convolution.
+    sites=("conv1", "layer*.*.conv2"),
+)
+MODELS.register(
     "digits_cnn",
     "learn2perturb.models.digits_cnn:digits_cnn",
     "small residual network for the 8 x 8 digits: seconds an epoch on a laptop",
@@ -167,6 +184,72 @@ ATTACKS.register(
     paper="Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks",
     year=2018,
 )
+_AUTO: dict[str, Any] = {
+    "paper": "Croce, Hein, Reliable evaluation of adversarial robustness with an ensemble of parameter-free attacks",
+    "year": 2020,
+}
+ATTACKS.register(
+    "apgd",
+    "learn2perturb.attacks.apgd:APGD",
+    "PGD with momentum that halves its step, image by image, where the loss no longer rises",
+    **_AUTO,
+)
+ATTACKS.register(
+    "apgd_t",
+    "learn2perturb.attacks.apgd:APGD",
+    "APGD on the targeted difference-of-logits ratio, for the 9 most likely wrong classes in turn",
+    arguments={"loss": "dlr", "targets": 9},
+    **_AUTO,
+)
+ATTACKS.register(
+    "fab",
+    "learn2perturb.attacks.fab:FAB",
+    "the nearest image that fools the model, by steps onto the linearised boundary",
+    paper="Croce, Hein, Minimally distorted Adversarial Examples with a Fast Adaptive Boundary Attack",
+    year=2020,
+)
+ATTACKS.register(
+    "square",
+    "learn2perturb.attacks.square:Square",
+    "random search with squares of falling size; reads logits only",
+    paper="Andriushchenko et al., Square Attack: a query-efficient black-box adversarial attack via random search",
+    year=2020,
+)
+ATTACKS.register(
+    "autoattack",
+    "learn2perturb.attacks.auto_attack:AutoAttack",
+    "APGD-CE, APGD-T, FAB-T and Square; each image's worst",
+    **_AUTO,
+)
+ATTACKS.register(
+    "autoattack_rand",
+    "learn2perturb.attacks.auto_attack:AutoAttack",
+    "APGD-CE and APGD-DLR with 20 draws a gradient; each image's worst by repeated fresh draws",
+    arguments={"version": "rand", "eot": 20},
+    **_AUTO,
+)
+ATTACKS.register(
+    "cw",
+    "learn2perturb.attacks.cw:CW",
+    "smallest l2 perturbation that gives a margin of the confidence, by Adam and a search for the constant",
+    paper="Carlini, Wagner, Towards Evaluating the Robustness of Neural Networks",
+    year=2017,
+)
+ATTACKS.register(
+    "few_pixel",
+    "learn2perturb.attacks.few_pixel:FewPixel",
+    "differential evolution over places and colours of eps pixels; a black-box attack",
+    paper="Su et al., One pixel attack for fooling deep neural networks",
+    year=2019,
+)
+ATTACKS.register(
+    "transfer",
+    "learn2perturb.attacks.transfer:Transfer",
+    "images crafted on another model, the source",
+    paper="Papernot et al., Transferability in machine learning",
+    year=2016,
+    needs=("attack", "source"),
+)
 
 DEFENSES.register(
     "none",
@@ -182,6 +265,20 @@ DEFENSES.register(
     aliases=("vanilla",),
 )
 DEFENSES.register(
+    "madry",
+    "learn2perturb.defenses.madry:Madry",
+    "PGD adversarial training as first proposed, on adversarial examples only",
+    paper="Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks",
+    year=2018,
+)
+DEFENSES.register(
+    "trades",
+    "learn2perturb.defenses.trades:Trades",
+    "clean loss and stability: the KL between the predictions for x and for its worst neighbour",
+    paper="Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy",
+    year=2019,
+)
+DEFENSES.register(
     "learn2perturb",
     "learn2perturb.defenses.learn2perturb:Learn2Perturb",
     "learned feature noise by alternating back-propagation, with PGD adversarial training",
@@ -195,4 +292,34 @@ DEFENSES.register(
     paper="Jeddi et al., Learn2Perturb, section 4.1",
     year=2020,
     arguments={"noise_from_loss": False},
+)
+DEFENSES.register(
+    "pni",
+    "learn2perturb.defenses.pni:PNI",
+    "learned noise of the size of the weights (or of layer outputs or inputs), with PGD adversarial training",
+    paper="He et al., Parametric Noise Injection",
+    year=2019,
+)
+DEFENSES.register(
+    "adv_bnn",
+    "learn2perturb.defenses.adv_bnn:AdvBNN",
+    "variational weights by Adam on adversarial examples, mean softmax over draws",
+    paper="Liu et al., Adv-BNN: Improved Adversarial Defense through Robust Bayesian Neural Network",
+    year=2018,
+)
+for _name, _how, _adversarial in (("rse", "clean training", False), ("rse_at", "PGD adversarial training", True)):
+    DEFENSES.register(
+        _name,
+        "learn2perturb.defenses.rse:RSE",
+        f"fixed Gaussian noise before every convolution, {_how}, mean softmax over draws",
+        paper="Liu et al., Towards Robust Neural Networks via Random Self-ensemble",
+        year=2018,
+        arguments={"adversarial": _adversarial},
+    )
+DEFENSES.register(
+    "pixeldp",
+    "learn2perturb.defenses.pixeldp:PixelDP",
+    "one noise layer whose size follows from a bound on what precedes it, so that answers are certified",
+    paper="Lecuyer et al., Certified Robustness to Adversarial Examples with Differential Privacy",
+    year=2019,
 )

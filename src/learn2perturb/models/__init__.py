@@ -26,8 +26,9 @@ def build_model(
     """Build the registered network ``name``: images (N, C, H, W) in [0, 1] to logits (N, ``num_classes``).
 
     Its weights come from torch's global generator, so ``torch.manual_seed`` decides them. ``normalization`` is
-    ``"paper"``, ``"cifar10"``, ``"cifar100"``, ``None`` or ``(mean, std)``; ``options`` go to the network's builder.
-    The network carries ``registered_name`` and ``build_arguments`` (fit for JSON), from which a checkpoint rebuilds it:
+    ``"paper"``, ``"cifar10"``, ``"cifar100"``, ``"centered"``, ``None`` or ``(mean, std)``; ``options`` go to the
+    network's builder. The network carries ``registered_name`` and ``build_arguments`` (fit for JSON), from which a
+    checkpoint rebuilds it:
     ``build_model(network.registered_name, **network.build_arguments)``.
 
     Raises:

@@ -62,8 +62,8 @@ class Normalize(nn.Module):
 def normalization_layer(normalization: Any, channels: int) -> nn.Module:
     """Return the layer for ``normalization`` and images of ``channels`` channels.
 
-    ``"paper"`` (for other than 3 channels: mean 0.5, std 0.5), ``"cifar10"``, ``"cifar100"``, ``None`` (identity), or
-    explicit ``(mean, std)``, one number per channel.
+    ``"paper"`` (for other than 3 channels: mean 0.5, std 0.5), ``"cifar10"``, ``"cifar100"``, ``"centered"`` ([-0.5,
+    0.5]: mean 0.5, std 1), ``None`` (identity), or explicit ``(mean, std)``, one number per channel.
 
     Raises:
         UnknownNameError: a name that is none of these.
@@ -76,8 +76,10 @@ def normalization_layer(normalization: Any, channels: int) -> nn.Module:
             raise ConfigError(
                 "normalization 'dataset' needs the data set's statistics: pass normalization=(data.mean, data.std)"
             )
+        if normalization == "centered":
+            return Normalize((0.5,) * channels, (1.0,) * channels)
         if normalization not in STATISTICS:
-            raise UnknownNameError.of("normalization", normalization, STATISTICS)
+            raise UnknownNameError.of("normalization", normalization, (*STATISTICS, "centered"))
         mean, std = STATISTICS[normalization]
         if normalization == "paper" and channels != len(mean):
             mean, std = (0.5,) * channels, (0.5,) * channels
@@ -86,7 +88,8 @@ def normalization_layer(normalization: Any, channels: int) -> nn.Module:
             mean, std = normalization
         except (TypeError, ValueError):
             raise ConfigError(
-                f"normalization {normalization!r} is not allowed; give {', '.join(STATISTICS)}, None or (mean, std)"
+                f"normalization {normalization!r} is not allowed; give {', '.join(STATISTICS)}, centered, None or "
+                "(mean, std)"
             ) from None
     layer = Normalize(mean, std)
     if layer.mean.numel() != channels:
