@@ -49,6 +49,12 @@ def draw(name: str, shape: Sequence[int], device: torch.device, *, channels_last
     return _FROM_UNIFORM[name](torch.rand(tuple(shape), device=device))
 
 
+def is_channels_last(tensor: Tensor) -> bool:
+    """Tell whether a tensor is laid out as NHWC and in no other way; noise for it is then drawn so too."""
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return last and not tensor.is_contiguous()
+
+
 def draw_seeded(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """Draw on the CPU from a generator of its own, seeded: the same numbers on every machine's every pass."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,39 @@ from learn2perturb.engine import fused, gears
 from learn2perturb.engine.random import derive_seed
 from learn2perturb.errors import ConfigError, SiteError
 from learn2perturb.noise.base import NoiseModule
-from learn2perturb.noise.distributions import check_distribution, draw, draw_seeded
+from learn2perturb.noise.distributions import check_distribution, draw, draw_seeded, is_channels_last
 
 GRANULARITIES = ("element", "channel", "layer")
 SHARINGS = ("per_example", "per_batch")
 PLACES = ("output", "input")
-_SPEC = ("site", "place", "granularity", "sharing", "distribution", "init", "minimum", "learned", "channel_dim")
+CHILD = "perturbation"
+_SPEC = (
+    "site", "place", "granularity", "sharing", "distribution", "init", "minimum", "learned", "channel_dim", "relative",
+)  # fmt: skip
 
 
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+# Module-level functions, not closures: a network with noise can be pickled, deep-copied and compiled.
+def _perturb_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return module.perturbation.perturb(output)  # type: ignore[operator, union-attr]
+
+
+def _perturb_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (module.perturbation.perturb(args[0]), *args[1:])  # type: ignore[operator, union-attr]
+
+
+def drop_hook(hooks: dict[int, Any], function: Any) -> None:
+    """Remove ``function`` from a hook table. By identity, because handles do not survive a deep copy."""
+    for key, hook in list(hooks.items()):
+        if hook is function or getattr(hook, "hook", None) is function:
+            del hooks[key]
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """Return ``value`` if it is among ``allowed``.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if value not in allowed:
         raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
     return value
@@ -33,6 +57,13 @@ def map_shape(feature_shape: tuple[int, ...], granularity: str, channel_dim: int
     if granularity == "channel":
         shape[channel_dim] = feature_shape[channel_dim]
     return tuple(shape)
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """Return the standard deviation over the whole of ``tensor``: unbiased, float32, a constant to autograd."""
+    values = tensor.detach()
+    values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+    return values.std() if values.numel() > 1 else values.new_zeros(())  # of one number there is none
 
 
 class Perturbation(NoiseModule):
@@ -52,10 +83,14 @@ class Perturbation(NoiseModule):
         minimum: theta is projected to at least this after each step.
         learned: whether theta is trained; a fixed scale (RSE, PixelDP) is not.
         channel_dim: index of the channel dimension in ``feature_shape``.
+        relative: theta is in units of the features' own standard deviation, taken over the whole tensor (rows of the
+            batch included, unbiased, without gradient): PNI on activations, whose papers call theta alpha.
 
     Raises:
         ConfigError: a choice is unknown, or not 0 <= minimum <= init.
     """
+
+    kind: ClassVar[str] = "feature"
 
     def __init__(
         self,
@@ -70,6 +105,7 @@ class Perturbation(NoiseModule):
         minimum: float = 0.01,
         learned: bool = True,
         channel_dim: int = 0,
+        relative: bool = False,
     ) -> None:
         super().__init__(site)
         for name, value in (("init", init), ("minimum", minimum)):
@@ -78,23 +114,57 @@ class Perturbation(NoiseModule):
         if not 0 <= minimum <= init < float("inf"):
             raise ConfigError(f"theta init is {init} and minimum is {minimum}; allowed: 0 <= minimum <= init")
         self.feature_shape = tuple(feature_shape)
-        self.place = _choice("place", place, PLACES)
-        self.granularity = _choice("granularity", granularity, GRANULARITIES)
-        self.sharing = _choice("sharing", sharing, SHARINGS)
+        self.place = check_choice("place", place, PLACES)
+        self.granularity = check_choice("granularity", granularity, GRANULARITIES)
+        self.sharing = check_choice("sharing", sharing, SHARINGS)
         self.distribution = check_distribution(distribution)
         self.init, self.minimum, self.learned, self.channel_dim = init, minimum, learned, channel_dim
+        self.relative = relative
         self.theta = nn.Parameter(
             torch.full(map_shape(self.feature_shape, granularity, channel_dim), float(init)), requires_grad=learned
         )
         self._rows: tuple[int, Tensor] | None = None
 
+    @property
+    def path(self) -> str:
+        """Its name below the submodule it perturbs."""
+        return CHILD
+
+    def refusal(self, parent: nn.Module) -> str | None:
+        """Refuse a submodule that has noise on its features."""
+        return "is perturbed already; call remove_noise(network) first" if hasattr(parent, CHILD) else None
+
+    def attach(self, parent: nn.Module) -> None:
+        """Become a child of ``parent``, applied by a hook on its output or input."""
+        parent.add_module(CHILD, self)
+        if self.place == "output":
+            parent.register_forward_hook(_perturb_output)
+        else:
+            parent.register_forward_pre_hook(_perturb_input)
+
+    def detach(self, parent: nn.Module) -> None:
+        """Remove child and hook."""
+        delattr(parent, CHILD)
+        drop_hook(parent._forward_hooks, _perturb_output)
+        drop_hook(parent._forward_pre_hooks, _perturb_input)
+
     def noise_parameters(self) -> list[nn.Parameter]:
         """Return theta where it is learned."""
         return [self.theta] if self.learned else []
 
+    def scale(self) -> tuple[str, Tensor]:
+        """Return theta, or |alpha| where it is relative and free in sign."""
+        return ("alpha", self.theta.abs()) if self.relative else ("theta", self.theta)
+
+    @classmethod
+    def from_spec(cls, arguments: dict[str, Any]) -> Perturbation:
+        """Return a module of this description."""
+        arguments = dict(arguments)
+        return cls(tuple(arguments.pop("feature_shape")), **arguments)
+
     def spec(self) -> dict[str, Any]:
         """Return the arguments that build this module again."""
-        shape = {"kind": "feature", "feature_shape": list(self.feature_shape)}
+        shape = {"kind": self.kind, "feature_shape": list(self.feature_shape)}
         return shape | {name: getattr(self, name) for name in _SPEC} | {"enabled": self.enabled}
 
     def extra_repr(self) -> str:
@@ -117,12 +187,18 @@ class Perturbation(NoiseModule):
         if not self.enabled:
             return h
         self._check(h)
-        if gears.current().fused_noise and self.sharing == "per_example" and self.replay is None and fused.can_fuse(h):
-            noisy = fused.add_noise(h, self.theta, self.distribution)
+        scale = self.theta * spread(h) if self.relative else self.theta
+        shared = self.sharing == "per_batch"
+        if fused.can_inline(h) and self.replay is None:
+            return fused.add_noise_inlined(h, scale, self.distribution, shared=shared)
+        if gears.current().fused_noise and not shared and self.replay is None and fused.can_fuse(h):
+            noisy = fused.add_noise(h, scale, self.distribution)
             if noisy is not None:
                 return noisy
         eps = self.draw(h)
-        return torch.addcmul(h, self.theta.to(h.dtype), eps.to(h.dtype))
+        if shared and gears.current().fused_noise and h.is_floating_point():
+            return fused.add_shared_noise(h, scale, eps)
+        return torch.addcmul(h, scale.to(h.dtype), eps.to(h.dtype))
 
     @torch.no_grad()
     def draw(self, h: Tensor) -> Tensor:
@@ -130,8 +206,7 @@ class Perturbation(NoiseModule):
         rows = 1 if self.sharing == "per_batch" else h.shape[0]
         if self.replay is not None:
             return self._replayed(self.replay, rows, tuple(h.shape[1:])).to(h.device)
-        channels_last = h.dim() == 4 and h.is_contiguous(memory_format=torch.channels_last) and not h.is_contiguous()
-        return draw(self.distribution, (rows, *h.shape[1:]), h.device, channels_last=channels_last)
+        return draw(self.distribution, (rows, *h.shape[1:]), h.device, channels_last=is_channels_last(h))
 
     def _replayed(self, seed: int, rows: int, shape: tuple[int, ...]) -> Tensor:
         """Return draws that are a function of seed, site and row alone; kept while the same seed is replayed."""

@@ -7,55 +7,33 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils import parametrize
 
 from learn2perturb.errors import NoiseError, SiteError
 from learn2perturb.noise import sites as site_rules
 from learn2perturb.noise.base import NoiseModule
-from learn2perturb.noise.feature import Perturbation
+from learn2perturb.noise.feature import Perturbation, drop_hook
+from learn2perturb.noise.weight import VariationalWeight, WeightPerturbation
 from learn2perturb.registry import MODELS
 
-CHILD = "perturbation"
+KINDS: dict[str, type[NoiseModule]] = {
+    kind.kind: kind for kind in (Perturbation, WeightPerturbation, VariationalWeight)
+}
+LAYERS = (*site_rules.CONVOLUTIONS, nn.Linear)
 
 
-# Module-level functions, not closures: a network with noise can be pickled, deep-copied and compiled.
-def _perturb_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return module.perturbation.perturb(output)  # type: ignore[operator, union-attr]
-
-
-def _perturb_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (module.perturbation.perturb(args[0]), *args[1:])  # type: ignore[operator, union-attr]
-
-
-def _keep_noise_of_plain_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Let a checkpoint without any noise load strictly: theta keeps the values that it has."""
-    own = {
-        f"{prefix}{name}.{key}": value
-        for name, noise in module.named_modules()
-        if isinstance(noise, NoiseModule)
-        for key, value in noise.state_dict().items()
-    }
+def _load_plain_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Let a checkpoint without any noise load strictly: the noise keeps the values that it has."""
+    own: dict[str, Any] = {}
+    for site, noise in named_noise(module):
+        above = f"{prefix}{site}."
+        own |= {f"{above}{noise.path}.{key}": value for key, value in noise.state_dict().items()}
+        for plain, now in noise.moved.items():
+            if above + plain in state_dict and above + now not in state_dict:
+                state_dict[above + now] = state_dict.pop(above + plain)
     if not any(key in state_dict for key in own):
         state_dict.update(own)
-
-
-def _drop_hook(hooks: dict[int, Any], function: Any) -> None:
-    """Remove ``function`` from a hook table. By identity, because handles do not survive a deep copy."""
-    for key, hook in list(hooks.items()):
-        if hook is function or getattr(hook, "hook", None) is function:
-            del hooks[key]
-
-
-def _insert(network: nn.Module, noise: Perturbation) -> None:
-    parent = network.get_submodule(noise.site)
-    parameter = next(parent.parameters(), None)
-    if parameter is None:
-        parameter = next(network.parameters(), None)
-    parent.add_module(CHILD, noise.to(parameter.device) if parameter is not None else noise)
-    if noise.place == "output":
-        parent.register_forward_hook(_perturb_output)
-    else:
-        parent.register_forward_pre_hook(_perturb_input)
 
 
 def _is_compiled(network: nn.Module) -> bool:
@@ -78,6 +56,7 @@ def perturb(
     minimum: float = 0.01,
     place: str = "output",
     learned: bool = True,
+    relative: bool = False,
 ) -> nn.Module:
     """Insert learned noise ``h + theta * eps`` (Learn2Perturb, eqs. 3 to 5) into ``network``, in place, and return it.
 
@@ -94,6 +73,7 @@ def perturb(
         minimum: lower bound that training projects theta to.
         place: ``output`` or ``input`` of the sites.
         learned: whether theta is trained.
+        relative: theta is in units of the features' own standard deviation, taken over the whole batch (PNI).
 
     Raises:
         SiteError: a site does not exist, is called other than once, gives no tensor, or is perturbed already.
@@ -124,14 +104,93 @@ def perturb(
         network,
         [
             {
-                "kind": "feature", "feature_shape": shape, "site": name, "place": place, "granularity": granularity,
-                "sharing": sharing, "distribution": distribution, "init": init, "minimum": minimum,
-                "learned": learned, "channel_dim": channel_dim,
+                "kind": Perturbation.kind, "feature_shape": shape, "site": name, "place": place,
+                "granularity": granularity, "sharing": sharing, "distribution": distribution, "init": init,
+                "minimum": minimum, "learned": learned, "channel_dim": channel_dim, "relative": relative,
             }
             for name, (shape, channel_dim) in shapes.items()
         ],
     )  # fmt: skip
     return network
+
+
+def perturb_weights(
+    network: nn.Module, *, sites: site_rules.Sites | None = None, granularity: str = "layer", init: float = 0.25
+) -> nn.Module:
+    """Insert PNI's weight noise ``w + alpha * eta``, ``eta ~ N(0, std(w)^2)``, into ``network``, in place; return it.
+
+    Args:
+        network: any module; plain, not compiled.
+        sites: as for :func:`perturb`. Default: every convolution and linear layer.
+        granularity: alpha per ``layer``, output ``channel`` or ``element`` of the weight.
+        init: first value of alpha, in units of the weight's standard deviation.
+
+    Raises:
+        SiteError: a site does not exist, has no weight, or is perturbed already.
+        ConfigError: another argument has a value that is not allowed.
+    """
+    arguments = {"granularity": granularity, "init": init}
+    return _insert_weight_noise(network, WeightPerturbation.kind, sites, LAYERS, ("weight",), arguments)
+
+
+def vary_weights(
+    network: nn.Module, *, sites: site_rules.Sites | None = None, init: float = 0.1, prior: float = 0.1
+) -> nn.Module:
+    """Make weights and biases of ``network`` Gaussian posteriors (Adv-BNN), ``mu + exp(s) * eps``, in place; return it.
+
+    Args:
+        network: any module; plain, not compiled. Its parameters become the means.
+        sites: as for :func:`perturb`. Default: every convolution, linear layer, and norm with affine parameters.
+        init: first standard deviation, exp(s).
+        prior: standard deviation sigma_0 of the prior N(0, sigma_0^2).
+
+    Raises:
+        SiteError: a site does not exist, has no weight, or is perturbed already.
+        ConfigError: another argument has a value that is not allowed.
+    """
+    types, arguments = (*LAYERS, *site_rules.NORMS), {"init": init, "prior": prior}
+    return _insert_weight_noise(network, VariationalWeight.kind, sites, types, ("weight", "bias"), arguments)
+
+
+def _insert_weight_noise(
+    network: nn.Module,
+    kind: str,
+    sites: site_rules.Sites | None,
+    types: tuple[type[nn.Module], ...],
+    tensors: tuple[str, ...],
+    arguments: dict[str, Any],
+) -> nn.Module:
+    """Insert weight noise on ``tensors`` of the chosen layers: by default, of all layers of ``types`` that have any."""
+    _check_module(network)
+    if _is_compiled(network):
+        raise NoiseError("the network is compiled, and a weight perturbed now may go unnoticed; perturb, then compile")
+    layers = dict(site_rules.submodules(network))
+    able = [
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, types) and (_own(layer, tensors) or parametrize.is_parametrized(layer))
+    ]
+    chosen = able if sites is None else site_rules.select(network, able, sites)
+    if not chosen:
+        raise SiteError("no layer with weights to perturb was found; name the sites: sites='encoder.*'")
+    specs: list[dict[str, Any]] = []
+    for name in chosen:
+        own = _own(layers[name], tensors)
+        if not own:
+            raise SiteError(
+                f"site {name!r} ({type(layers[name]).__name__}) has no {' or '.join(tensors)} of its own that is not "
+                "parametrised already; choose another layer, or call remove_noise(network) first"
+            )
+        specs += [{"kind": kind, "site": name, "tensor": key, "shape": list(own[key].shape)} | arguments for key in own]
+        if kind == WeightPerturbation.kind and getattr(layers[name], "transposed", False):
+            specs[-1]["channel_dim"] = 1
+    return insert(network, specs)
+
+
+def _own(layer: nn.Module, tensors: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """Return those of ``tensors`` that ``layer`` has as parameters, not made by a parametrisation or another layer."""
+    found = {tensor: layer._parameters.get(tensor) for tensor in tensors}
+    return {tensor: own for tensor, own in found.items() if own is not None}
 
 
 def insert(network: nn.Module, specs: list[dict[str, Any]]) -> nn.Module:
@@ -141,18 +200,25 @@ def insert(network: nn.Module, specs: list[dict[str, Any]]) -> nn.Module:
         SiteError: a site does not exist in this network.
     """
     names = dict(network.named_modules())
+    made = []
     for spec in specs:  # all are checked before any is inserted, so that a failure leaves the network as it was
         if spec["site"] not in names:
             raise SiteError(f"the noise was made for a network with a submodule {spec['site']!r}, which this one lacks")
-        if hasattr(names[spec["site"]], CHILD):
-            raise SiteError(f"site {spec['site']!r} is perturbed already; call remove_noise(network) first")
-    for spec in specs:
-        arguments = {key: value for key, value in spec.items() if key not in ("kind", "enabled")}
-        noise = Perturbation(tuple(arguments.pop("feature_shape")), **arguments)
+        kind = spec.get("kind")
+        if kind not in KINDS:
+            raise NoiseError(f"noise of kind {kind!r} is unknown; known: {', '.join(KINDS)}; update learn2perturb")
+        noise = KINDS[kind].from_spec({key: value for key, value in spec.items() if key not in ("kind", "enabled")})
         noise.enabled = spec.get("enabled", True)  # off in a checkpoint from before a noise delay had passed
-        _insert(network, noise)
-    _drop_hook(network._load_state_dict_pre_hooks, _keep_noise_of_plain_checkpoint)
-    network.register_load_state_dict_pre_hook(_keep_noise_of_plain_checkpoint)
+        reason = noise.refusal(names[noise.site])
+        if reason is not None:
+            raise SiteError(f"site {noise.site!r} {reason}")
+        made.append(noise)
+    for noise in made:
+        parent = names[noise.site]
+        near = next(parent.parameters(), next(network.parameters(), None))
+        noise.to(near.device if near is not None else None).attach(parent)
+    drop_hook(network._load_state_dict_pre_hooks, _load_plain_checkpoint)
+    network.register_load_state_dict_pre_hook(_load_plain_checkpoint)
     return network
 
 
@@ -161,24 +227,33 @@ def _check_module(network: object) -> None:
         raise NoiseError(f"network is a {type(network).__name__}; only a torch.nn.Module can hold noise")
 
 
+def named_noise(network: nn.Module) -> list[tuple[str, NoiseModule]]:
+    """Return the noise modules of ``network`` and the submodules they perturb, as these are named in it now.
+
+    Raises:
+        NoiseError: it is no module.
+    """
+    _check_module(network)
+    found = [(name, module) for name, module in network.named_modules() if isinstance(module, NoiseModule)]
+    return [(name.removesuffix(module.path).rstrip("."), module) for name, module in found]
+
+
 def noise_modules(network: nn.Module) -> list[NoiseModule]:
     """Return the noise modules of ``network`` in the order of its submodules.
 
     Raises:
         NoiseError: it is no module.
     """
-    _check_module(network)
-    return [module for module in network.modules() if isinstance(module, NoiseModule)]
+    return [module for _, module in named_noise(network)]
 
 
 def noise_sites(network: nn.Module) -> list[str]:
-    """Return the names of the perturbed submodules.
+    """Return the names of the perturbed submodules, each once.
 
     Raises:
         NoiseError: ``network`` is no module.
     """
-    _check_module(network)
-    return [name.rpartition(".")[0] for name, module in network.named_modules() if isinstance(module, NoiseModule)]
+    return list(dict.fromkeys(site for site, _ in named_noise(network)))
 
 
 def noise_parameters(network: nn.Module) -> list[nn.Parameter]:
@@ -188,8 +263,7 @@ def noise_parameters(network: nn.Module) -> list[nn.Parameter]:
 
 def noise_spec(network: nn.Module) -> list[dict[str, Any]]:
     """Describe the noise of ``network`` in plain JSON values, for :func:`insert`; sites as they are named in it now."""
-    named = zip(noise_sites(network), noise_modules(network), strict=True)
-    return [module.spec() | {"site": site} for site, module in named]
+    return [module.spec() | {"site": site} for site, module in named_noise(network)]
 
 
 def is_stochastic(model: Any) -> bool:
@@ -207,14 +281,11 @@ def remove_noise(network: nn.Module) -> nn.Module:
     """
     if _is_compiled(network):
         raise NoiseError("the network is compiled; remove the noise from the plain one, or use noise_disabled(model)")
-    for name in noise_sites(network):
-        parent = network.get_submodule(name)
+    for site, module in named_noise(network):
         # A graph that torch.compile made of this very network reads the flag, so switch before removing.
-        parent.perturbation.enabled = False  # type: ignore[union-attr]
-        delattr(parent, CHILD)
-        _drop_hook(parent._forward_hooks, _perturb_output)
-        _drop_hook(parent._forward_pre_hooks, _perturb_input)
-    _drop_hook(network._load_state_dict_pre_hooks, _keep_noise_of_plain_checkpoint)
+        module.enabled = False
+        module.detach(network.get_submodule(site))
+    drop_hook(network._load_state_dict_pre_hooks, _load_plain_checkpoint)
     return network
 
 
@@ -258,5 +329,4 @@ def fixed_noise(network: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
             yield network
         finally:
             for module in modules:
-                if isinstance(module, Perturbation):
-                    module.forget()
+                module.forget()

@@ -119,9 +119,9 @@ class _Flow(TorchFunctionMode):
 
 
 def submodules(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the named submodules that noise could go to: all but the root and noise modules themselves."""
+    """Yield the named submodules that noise could go to: all but the root, noise, and what holds parametrisations."""
     for name, module in network.named_modules():
-        if name and not isinstance(module, NoiseModule):
+        if name and not isinstance(module, NoiseModule) and "parametrizations" not in name.split("."):
             yield name, module
 
 
@@ -164,6 +164,11 @@ def probe(network: nn.Module, input_shape: tuple[int, ...]) -> Probe:
     return seen
 
 
+def convolutions(seen: Probe) -> list[str]:
+    """Return the names of the convolutions that were called, in the order of their calls."""
+    return [name for name, call in seen.calls.items() if isinstance(call.module, CONVOLUTIONS)]
+
+
 def matches(name: str, pattern: str) -> bool:
     """Tell whether a dotted ``name`` matches a glob: ``*`` stays within one part, ``**`` stands for any parts."""
     return _match(name.split("."), pattern.split("."))
@@ -177,8 +182,10 @@ def _match(parts: list[str], globs: list[str]) -> bool:
     return bool(parts) and fnmatch.fnmatchcase(parts[0], globs[0]) and _match(parts[1:], globs[1:])
 
 
-def select(network: nn.Module, seen: Probe, sites: Sites) -> list[str]:
+def select(network: nn.Module, seen: Probe | list[str], sites: Sites) -> list[str]:
     """Return the names that ``sites`` asks for: a glob, a selector such as ``@convolutions``, names, or a predicate.
+
+    ``seen`` is what the probe saw, or names; candidates for the message when nothing is found.
 
     Raises:
         SiteError: a name or a glob matches nothing; near names are listed.
@@ -296,9 +303,13 @@ def _channels_are_last(module: nn.Module, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and not isinstance(module, (*NORMS, *CONVOLUTIONS))
 
 
-def _candidates(seen: Probe, most: int = 12) -> str:
+def _candidates(seen: Probe | list[str], most: int = 12) -> str:
     """Name submodules that can be perturbed, norms first."""
-    good = [name for name, call in seen.calls.items() if call.times == 1 and isinstance(call.output, Tensor)]
-    good.sort(key=lambda name: not isinstance(seen.calls[name].module, NORMS))
+    if isinstance(seen, Probe):
+        calls = seen.calls
+        good = [name for name, call in calls.items() if call.times == 1 and isinstance(call.output, Tensor)]
+        good.sort(key=lambda name: not isinstance(calls[name].module, NORMS))
+    else:
+        good = seen
     more = f" and {len(good) - most} more" if len(good) > most else ""
     return (", ".join(good[:most]) or "none") + more
