@@ -14,18 +14,37 @@ from learn2perturb.attacks import FGSM, PGD, Attack, AttackResult, build_attack,
 from learn2perturb.attacks.gradients import AVERAGES
 from learn2perturb.attacks.losses import LOSSES, margin
 from learn2perturb.errors import ConfigError, InputError, Learn2PerturbError, UnknownNameError
+from learn2perturb.registry import ATTACKS
 from tests.problems import Linear, NoisyLinear, Quadratic
 
 SHAPE = (3, 4, 4)
 RADII = {"linf": 8 / 255, "l2": 0.5}
-CASES = [(name, norm) for name in list_attacks() for norm in RADII]
+SIZES = {**RADII, "l0": 2}
+# Small budgets: the contract is the same for any.
+SMALL = {
+    "apgd": {"steps": 5},
+    "apgd_t": {"steps": 4, "targets": 2, "loss": "margin"},  # DLR with targets needs four classes
+    "fab": {"steps": 6, "targets": 2},
+    "square": {"queries": 12},
+    "cw": {"steps": 10, "search_steps": 2, "lr": 0.2, "initial_c": 10.0, "draws": 2},
+    "few_pixel": {"population": 5, "generations": 3},
+    "autoattack": {"steps": 3, "targets": 2, "queries": 6, "draws": 3},
+    "autoattack_rand": {"steps": 3, "draws": 3, "eot": 2},
+}
+# An attack that needs another model is tested on its own.
+CASES = [(entry.name, norm) for entry in ATTACKS if "needs" not in entry.facts for norm in entry.load().norms]
 every_attack = pytest.mark.parametrize(("name", "norm"), CASES)
 
 
 def test_the_cases_are_all_there():
-    assert list_attacks() == ["fgsm", "pgd"]
-    assert len(CASES) == 4
+    assert set(list_attacks()) >= {"fgsm", "pgd", *SMALL}
+    assert len(CASES) >= 16
     assert list_attacks("p*") == ["pgd"]
+
+
+def small(name: str, norm: str, **settings) -> Attack:
+    """Return the attack with a small budget and the radius of its norm."""
+    return build_attack(name, **{"eps": SIZES[norm], "norm": norm, **SMALL.get(name, {}), **settings})
 
 
 def network() -> nn.Sequential:
@@ -55,11 +74,11 @@ def zeros(x: torch.Tensor) -> torch.Tensor:
 
 @every_attack
 def test_result(name, norm, batch):
-    x, y = batch
+    x, model = batch[0], network().eval()
+    y = model(x).argmax(dim=1)  # an image that is wrong already may be left as it is
     x.requires_grad_()
     before = x.detach().clone(), y.clone()
-    attack = build_attack(name, eps=RADII[norm], norm=norm)
-    model = network().eval()
+    attack = small(name, norm)
     result = attack.run(model, x, y)
     x_adv = result.x_adv
     assert isinstance(result, AttackResult)
@@ -73,7 +92,7 @@ def test_result(name, norm, batch):
     difference = (x_adv - x.detach()).flatten(1)
     torch.testing.assert_close(result.linf, difference.abs().amax(dim=1))
     torch.testing.assert_close(result.l2, difference.norm(dim=1))
-    assert getattr(result, norm).max() <= RADII[norm] + 1e-6
+    assert getattr(result, norm).max() <= SIZES[norm] + 1e-6
     assert torch.equal(result.success, model(x_adv).argmax(dim=1) != y)
     assert result.success_rate == pytest.approx(result.success.double().mean().item())
     assert result.seconds > 0
@@ -91,7 +110,7 @@ def test_modes_and_gradients_are_put_back(name, norm, mode, fails, batch):
     x, y = batch
     model = network()
     model[5].weight.grad = torch.ones_like(model[5].weight)
-    attack, before, seen = build_attack(name, eps=RADII[norm], norm=norm), state_of(model), []
+    attack, before, seen = small(name, norm), state_of(model), []
 
     def look(*_):
         seen.append((model.training, model[1].training, any(p.requires_grad for p in model.parameters())))
@@ -131,48 +150,49 @@ def test_modules_that_work_in_train_are_told_and_not_only_flagged():
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 def test_works_where_the_caller_has_gradients_off(name, norm, context):
     model = network()
-    attack = build_attack(name, eps=RADII[norm], norm=norm, seed=3)
+    attack = small(name, norm, seed=3)
     torch.manual_seed(0)
     x, y = torch.rand(6, *SHAPE), torch.randint(5, (6,))
-    expected = attack(model, x, y)
+    expected, crafted = attack(model, x, y), attack.craft(model, x, y)
     with context():
         torch.manual_seed(0)
         x, y = torch.rand(6, *SHAPE), torch.randint(5, (6,))
         assert torch.equal(attack(model, x, y), expected)
-        assert torch.equal(attack.craft(model, x, y), expected)
+        assert torch.equal(attack.craft(model, x, y), crafted)
         assert not torch.is_grad_enabled()
 
 
 @every_attack
 def test_a_callable_that_is_no_module_gives_the_same(name, norm, batch):
-    model, attack = network().eval(), build_attack(name, eps=RADII[norm], norm=norm, seed=0)
+    model, attack = network().eval(), small(name, norm, seed=0)
     assert torch.equal(attack(model, *batch), attack(model, *batch))
     assert all(p.grad is None for p in model.parameters())
 
 
 @every_attack
 def test_seed_decides_everything_and_leaves_the_callers_generators_alone(name, norm, batch):
-    x, model = batch[0], NoisyLinear(SHAPE)
-    attack = build_attack(name, eps=RADII[norm], norm=norm, seed=1, eot=2)
+    x, model = batch[0], NoisyLinear(SHAPE, sigma=0.1)
+    y = model(x).argmax(dim=1)  # images that are right: a minimum-norm attack has something to do
+    attack = small(name, norm, seed=1, eot=2, eps=2 * SIZES[norm])
     states = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    first = attack.run(model, x, zeros(x))
+    first = attack.run(model, x, y)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.random.get_state()[1].tolist() == states[1]
     torch.rand(3)
-    second = attack.run(model, x, zeros(x))
+    second = attack.run(model, x, y)
     assert torch.equal(first.x_adv, second.x_adv)
     assert torch.equal(first.success, second.success)
-    other = dataclasses.replace(attack, seed=2)(model, x, zeros(x))
+    other = dataclasses.replace(attack, seed=2)(model, x, y)
     assert not torch.equal(first.x_adv, other)
-    assert torch.equal(attack.craft(model, x, zeros(x)), first.x_adv)
+    assert torch.equal(attack.craft(model, x, y), first.x_adv)
 
 
 @every_attack
 @pytest.mark.parametrize("seed", [None, 4])
 def test_success_is_judged_by_a_draw_that_the_attack_never_saw(name, norm, seed, batch):
     x, model = batch[0], NoisyLinear(SHAPE)
-    result = build_attack(name, eps=RADII[norm], norm=norm, seed=seed, eot=2).run(model, x, zeros(x))
-    assert len(model.draws) == result.forward_passes + 1
+    result = small(name, norm, seed=seed, eot=2).run(model, x, zeros(x))
+    assert sum(map(len, model.draws)) == pytest.approx((result.forward_passes + 1) * len(x))
     assert len({draw.numpy().tobytes() for draw in model.draws}) == len(model.draws)
 
 
@@ -189,14 +209,14 @@ def test_passes_are_counted_per_image(average, eot, settings, gradients, scores,
 
 @every_attack
 def test_eps_zero_returns_the_images(name, norm, batch):
-    x_adv = build_attack(name, eps=0, norm=norm)(network(), *batch)
+    x_adv = small(name, norm, eps=0)(network(), *batch)
     assert torch.equal(x_adv, batch[0])
     assert x_adv.data_ptr() != batch[0].data_ptr()
 
 
 @every_attack
 def test_float64_stays_float64(name, norm, batch):
-    x_adv = build_attack(name, eps=RADII[norm], norm=norm)(network().double(), batch[0].double(), batch[1])
+    x_adv = small(name, norm)(network().double(), batch[0].double(), batch[1])
     assert x_adv.dtype == torch.float64
 
 
@@ -210,7 +230,7 @@ def test_a_model_that_works_in_place_cannot_change_what_is_returned(name, norm, 
             x.mul_(0).add_(1)
         return x.flatten(1)[:, :5] - 1
 
-    x_adv = build_attack(name, eps=RADII[norm], norm=norm)(model, *batch)
+    x_adv = small(name, norm)(model, *batch)
     assert torch.equal(x_adv, seen[-1])
 
 
@@ -224,7 +244,7 @@ def test_craft_never_waits_for_the_device(name, norm, batch):
                 reads.append(function)
             return function(*args, **(kwargs or {}))
 
-    attack, model = build_attack(name, eps=RADII[norm], norm=norm), network()
+    attack, model = small(name, norm), network()
     with Watch():
         attack.craft(model, *batch)
     assert reads == []
@@ -233,16 +253,18 @@ def test_craft_never_waits_for_the_device(name, norm, batch):
     assert reads  # the watch does see what run() reads
 
 
-@every_attack
+TO_THE_END = {"fgsm": {}, "pgd": {"steps": 100, "step_size": 0.05}, "apgd": {"early_stop": False}}
+
+
+@pytest.mark.parametrize("name", TO_THE_END)
+@pytest.mark.parametrize("norm", RADII)
 @pytest.mark.parametrize("loss", ["ce", "margin"])
 def test_linear_optimum(name, norm, loss):
     model = Linear(SHAPE)
     x = torch.rand(5, *SHAPE) if norm == "linf" else 0.4 + 0.2 * torch.rand(5, *SHAPE)
     eps = {"linf": 0.1, "l2": 0.3}[norm]
-    x_adv = build_attack(
-        name, eps=eps, norm=norm, loss=loss, **({"steps": 100, "step_size": 0.05} if name == "pgd" else {})
-    )(model, x, zeros(x))
-    torch.testing.assert_close(x_adv, model.optimum(x, eps, norm), atol=1e-5, rtol=0)
+    x_adv = build_attack(name, eps=eps, norm=norm, loss=loss, **TO_THE_END[name])(model, x, zeros(x))
+    torch.testing.assert_close(x_adv, model.optimum(x, eps, norm), atol=3e-5, rtol=0)
 
 
 @pytest.mark.parametrize("norm", RADII)
@@ -291,13 +313,31 @@ def test_fgsm_averages_before_the_sign():
     torch.testing.assert_close(FGSM(0.1, eot=4)(model, x, zeros(x)), x + 0.1 * gradient.sign(), atol=1e-6, rtol=0)
 
 
-@every_attack
-@pytest.mark.parametrize("loss", LOSSES)
+TARGETED = [
+    (name, norm, loss)
+    for name, norm in CASES
+    for loss in ATTACKS.entry(name).load().losses
+    if ATTACKS.entry(name).load().can_target and name != "apgd_t"
+]
+
+
+def test_the_targeted_cases_are_all_there():
+    assert len(TARGETED) >= 24
+    with pytest.raises(ConfigError, match="targeted must be False, got True: AutoAttack has no targeted form"):
+        small("autoattack", "linf", targeted=True)
+    with pytest.raises(ConfigError, match="targets=9 tries wrong classes in turn, targeted=True asks for one"):
+        build_attack("apgd_t", targeted=True)
+
+
+@pytest.mark.parametrize(("name", "norm", "loss"), TARGETED)
 def test_targeted_reaches_the_class_asked_for(name, norm, loss):
+    torch.manual_seed(0)
     weights = torch.randn(4, 48)
     x, target = 0.4 + 0.2 * torch.rand(8, *SHAPE), torch.arange(8) % 4
-    steps = {"steps": 40, "step_size": 0.05} if name == "pgd" else {}
-    result = build_attack(name, eps={"linf": 0.3, "l2": 2.0}[norm], norm=norm, targeted=True, loss=loss, **steps).run(
+    steps = {"pgd": {"steps": 40, "step_size": 0.05}, "square": {"queries": 200}, "few_pixel": {"generations": 20}}.get(
+        name, {}
+    )
+    result = small(name, norm, eps={"linf": 0.3, "l2": 2.0, "l0": 8}[norm], targeted=True, loss=loss, **steps).run(
         lambda x: x.flatten(1) @ weights.T, x, target
     )
     predicted = (result.x_adv.flatten(1) @ weights.T).argmax(dim=1)

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from learn2perturb.attacks.gradients import AVERAGES, input_gradient
+from learn2perturb.attacks.gradients import AVERAGES, input_gradient, value_and_gradient
 from learn2perturb.attacks.losses import LOSSES
 from learn2perturb.errors import InputError
 from tests.problems import NoisyLinear
@@ -83,7 +83,25 @@ def test_every_pass_draws_afresh_and_no_row_is_replicated(average):
 
 
 @averages
-def test_memory_is_flat_in_the_number_of_draws(average):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_values_come_from_the_very_draws_of_the_gradient(average, loss):
+    model, y = Cycle(5), torch.tensor([0, 1, 2])
+    x = torch.rand(3, *SHAPE, dtype=torch.float64)
+    values, gradient = value_and_gradient(model, LOSSES[loss], x, y, eot=5, average=average)
+    assert model.calls == (5 if average == "loss" else 10)
+    torch.testing.assert_close(gradient, input_gradient(model, LOSSES[loss], x, y, eot=5, average=average))
+    draws = torch.stack([model(x) for _ in range(5)])
+    mean = draws.softmax(dim=2).mean(dim=0).log() if average == "probability" else draws.mean(dim=0)
+    torch.testing.assert_close(values.logits, mean)
+    for name, found in ((loss, values.loss), ("margin", values.margin)):
+        each = torch.stack([LOSSES[name](z, y) for z in draws]).mean(dim=0)
+        torch.testing.assert_close(found, each if average == "loss" else LOSSES[name](mean, y))
+    assert not values.loss.requires_grad
+
+
+@averages
+@pytest.mark.parametrize("function", [input_gradient, value_and_gradient])
+def test_memory_is_flat_in_the_number_of_draws(function, average):
     alive: weakref.WeakSet[Saved] = weakref.WeakSet()
     at_start = []
 
@@ -96,9 +114,10 @@ def test_memory_is_flat_in_the_number_of_draws(average):
     model.register_forward_pre_hook(lambda *_: at_start.append(len(alive)))
     x, y = torch.rand(2, *SHAPE), torch.zeros(2, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
-        input_gradient(model, LOSSES["ce"], x, y, eot=8, average=average)
+        kept = function(model, LOSSES["ce"], x, y, eot=8, average=average)
         model(x.requires_grad_())
     assert set(at_start) == {0}
+    assert kept is not None
     assert len(at_start) >= 9
 
 

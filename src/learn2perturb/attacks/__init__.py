@@ -5,13 +5,48 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from learn2perturb.attacks.apgd import APGD
+from learn2perturb.attacks.auto_attack import AutoAttack, AutoAttackReport, auto_attack_report
 from learn2perturb.attacks.base import Attack, AttackResult
+from learn2perturb.attacks.cw import CW
+from learn2perturb.attacks.export import to_adv_lib, to_art, to_foolbox, to_torchattacks
+from learn2perturb.attacks.fab import FAB
+from learn2perturb.attacks.few_pixel import FewPixel
 from learn2perturb.attacks.fgsm import FGSM
+from learn2perturb.attacks.foreign import from_adv_lib, from_art, from_foolbox, from_function, from_torchattacks
 from learn2perturb.attacks.pgd import PGD
+from learn2perturb.attacks.square import Square
+from learn2perturb.attacks.transfer import Source, Transfer
 from learn2perturb.errors import ConfigError
 from learn2perturb.registry import ATTACKS
 
-__all__ = ["FGSM", "PGD", "Attack", "AttackResult", "build_attack", "list_attacks"]
+__all__ = [
+    "APGD",
+    "CW",
+    "FAB",
+    "FGSM",
+    "PGD",
+    "Attack",
+    "AttackResult",
+    "AutoAttack",
+    "AutoAttackReport",
+    "FewPixel",
+    "Source",
+    "Square",
+    "Transfer",
+    "auto_attack_report",
+    "build_attack",
+    "list_attacks",
+    "from_adv_lib",
+    "from_art",
+    "from_foolbox",
+    "from_function",
+    "from_torchattacks",
+    "to_adv_lib",
+    "to_art",
+    "to_foolbox",
+    "to_torchattacks",
+]
 
 
 def list_attacks(pattern: str = "*") -> list[str]:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 
-class Ball(ABC):
+class Norm(ABC):
+    """A measure of perturbations."""
+
+    @abstractmethod
+    def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Return the norm of ``x_adv - x`` of each image, shape (N,), float64."""
+
+
+class Ball(Norm):
     """The norm ball of radius ``eps`` around an image."""
 
     @abstractmethod
@@ -27,10 +35,6 @@ class Ball(ABC):
     @abstractmethod
     def project(self, x_adv: Tensor, x: Tensor, eps: float) -> Tensor:
         """Return the point nearest to ``x_adv`` (in l2) in the ball of radius ``eps`` around ``x``."""
-
-    @abstractmethod
-    def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Return the norm of ``x_adv - x`` of each image, shape (N,), float64."""
 
 
 @final
@@ -84,6 +88,15 @@ class L2(Ball):
         return torch.linalg.vector_norm((x_adv.double() - x.double()).flatten(1), 2, dim=1)
 
 
+@final
+class L0(Norm):
+    """The number of places (row, column) at which any channel differs. A gradient does not say which to take."""
+
+    def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Return how many places of each image differ, shape (N,), float64."""
+        return (x_adv != x).any(dim=1).flatten(1).sum(dim=1).double()
+
+
 def _norm(delta: Tensor) -> Tensor:
     return torch.linalg.vector_norm(delta.flatten(1), 2, dim=1)
 
@@ -93,3 +106,4 @@ def _per_image(values: Tensor, like: Tensor) -> Tensor:
 
 
 BALLS: dict[str, Ball] = {"linf": Linf(), "l2": L2()}
+NORMS: dict[str, Norm] = {"l0": L0(), **BALLS}

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.attacks.balls import BALLS, Ball
-from learn2perturb.attacks.gradients import AVERAGES, Average, input_gradient
-from learn2perturb.attacks.losses import LOSSES, margin
+from learn2perturb.attacks.balls import BALLS, NORMS, Ball
+from learn2perturb.attacks.gradients import AVERAGES, Average, Values, input_gradient, value_and_gradient, values_of
+from learn2perturb.attacks.losses import LOSSES, Loss, margin
 from learn2perturb.engine import gears
 from learn2perturb.engine.modes import in_mode
 from learn2perturb.engine.random import isolated_rng, seed_everything
@@ -25,6 +25,11 @@ Model = Callable[[Tensor], Tensor]
 Mode = Literal["eval", "train", "keep"]
 
 TOLERANCE = 1e-6  # of pixel values and distances: float32 rounding, far below 1/255
+
+# Passes over a few images that are compared to tell whether a model draws noise: several, because rare or shared draws
+# may repeat. Together they cost less than one pass over a batch of 256.
+_PROBES = 8
+_PROBED_IMAGES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +42,7 @@ class AttackResult:
         success: (N,) bool, by ONE fresh forward pass after the attack: for a stochastic model a single draw, not the
             probability of success (see ``evaluate`` for many draws). Prediction != y, or == y if targeted.
         linf, l2: (N,) norms of ``x_adv - x``, pixel scale [0, 1].
+        l0: (N,) the number of places (row, column) that changed.
         forward_passes, backward_passes: passes of each image through the model, the verification not counted.
         seconds: wall time of the attack, without the verification.
     """
@@ -46,6 +52,7 @@ class AttackResult:
     success: Tensor
     linf: Tensor
     l2: Tensor
+    l0: Tensor
     forward_passes: float
     backward_passes: float
     seconds: float
@@ -54,6 +61,14 @@ class AttackResult:
     def success_rate(self) -> float:
         """The share of images on which the attack succeeded in the one verifying draw."""
         return self.success.float().mean().item()
+
+    @property
+    def norms(self) -> Tensor:
+        """(N,) the norm, in the attack's own ball, that fooled the model; infinity where none did.
+
+        What minimum-norm attacks are compared by: ``(norms > eps).float().mean()`` is the accuracy left at ``eps``.
+        """
+        return torch.where(self.success, getattr(self, self.attack.norm), torch.inf)
 
     def __str__(self) -> str:
         return (
@@ -66,6 +81,10 @@ class AttackResult:
 @dataclass(frozen=True)
 class Attack(ABC):
     """A frozen spec; a subclass adds fields and :meth:`perturb`, everything else is done here, once.
+
+    A minimum-norm attack (``minimum_norm = True``) looks for the nearest image that fools the model. Its ``eps`` may be
+    infinite: then it returns what it found, however far. With a finite ``eps`` the caller projects what it found onto
+    the ball, so that, as for every other attack, success is success inside the ball.
 
     Attributes:
         eps: radius of the ball, [0, 1] pixel scale (8/255, not 8).
@@ -90,20 +109,29 @@ class Attack(ABC):
     eot_average: Average = field(default="loss", kw_only=True)
     seed: int | None = field(default=None, kw_only=True)
 
+    # What an attack can do; a setting that asks for more fails when the spec is made.
     needs_gradient: ClassVar[bool] = True
+    minimum_norm: ClassVar[bool] = False
+    can_target: ClassVar[bool] = True
+    norms: ClassVar[tuple[str, ...]] = tuple(BALLS)
+    losses: ClassVar[tuple[str, ...]] = tuple(LOSSES)
 
     def __post_init__(self) -> None:
-        _check_choice("norm", self.norm, BALLS)
-        _check_choice("loss", self.loss, LOSSES)
+        _check_choice("norm", self.norm, self.norms)
+        _check_choice("loss", self.loss, self.losses)
         _check_choice("eot_average", self.eot_average, AVERAGES)
-        _check_size("eps", self.eps, lowest=0.0)
-        if self.norm == "linf" and self.eps > 1:
+        unbounded = self.minimum_norm and self.eps == math.inf
+        if not unbounded:
+            _check_size("eps", self.eps, lowest=0.0)
+        if self.norm == "linf" and self.eps > 1 and not unbounded:
             raise ConfigError(
                 f"eps={self.eps!r} is more than a pixel's whole range: eps is in [0, 1] pixel scale, write 8/255, not 8"
             )
         check_count("eot", self.eot)
         if not isinstance(self.targeted, bool):
             raise ConfigError(f"targeted must be True or False, got {self.targeted!r}; give the target classes as y")
+        if self.targeted and not self.can_target:
+            raise ConfigError(f"targeted must be False, got True: {type(self).__name__} has no targeted form")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise ConfigError(f"seed must be a whole number or None, got {self.seed!r}")
 
@@ -111,6 +139,11 @@ class Attack(ABC):
     def ball(self) -> Ball:
         """The set of allowed perturbations (without its radius)."""
         return BALLS[self.norm]
+
+    @property
+    def sized(self) -> bool:
+        """Whether a common eps may replace this one: not a number of pixels, nor where the norm is looked for."""
+        return self.norm in BALLS and self.eps < math.inf
 
     @abstractmethod
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
@@ -134,39 +167,43 @@ class Attack(ABC):
         Raises:
             InputError: images, labels or logits are not as said above.
         """
-        _check_images(model, x, y)
+        check_images(model, x, y)
         with _prepared(model, "eval", x), self._random_stream("attack"):
             x, y = _plain(x), _plain(y)
             query = Query(model, self, y, strict=True)
             start = time.perf_counter()
-            x_adv = self._clipped(query, x, y)
-            linf, l2 = self._measured(x_adv, x)
+            x_adv = self.search(query, x, y)
+            norms = self._measured(x_adv, x)
             seconds = time.perf_counter() - start
             passes = query.forwards / len(x), query.backwards / len(x)
             with self._random_stream("verify"), torch.no_grad():
                 # A copy, here and in Query.score: the model may work on its input in place.
                 predicted = query.logits(x_adv.clone()).argmax(dim=1)
             success = predicted == y if self.targeted else predicted != y
-        return AttackResult(self, x_adv, success, linf, l2, *passes, seconds)
+        return AttackResult(self, x_adv, success, norms["linf"], norms["l2"], norms["l0"], *passes, seconds)
 
     @final
     def craft(self, model: Model, x: Tensor, y: Tensor, *, mode: Mode = "eval") -> Tensor:
         """Return adversarial images as :meth:`run` does, for training loops: values unseen, no verification, no record.
 
-        Nothing here waits for the device. ``mode`` is that of the modules during the attack; in ``"train"`` mode batch
-        statistics are used and the running ones move, as in any forward pass of training.
+        Nothing here waits for the device, so no image leaves before the attack is over. ``mode`` is that of the modules
+        meanwhile; in ``"train"`` mode batch statistics are used and the running ones move, as in any pass of training.
         """
         with _prepared(model, mode, x), self._random_stream("attack"):
             x, y = _plain(x), _plain(y)
-            return self._clipped(Query(model, self, y, strict=False), x, y)
+            return self.search(Query(model, self, y, strict=False), x, y)
 
-    def _clipped(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
+    @final
+    def search(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
+        """Return what :meth:`perturb` finds, in the box and the ball; for the caller and attacks made of attacks."""
         if self.eps == 0:
             return x.clone()
-        return self.perturb(query, x, y).clamp(0.0, 1.0)
+        x_adv = self.perturb(query, x, y).clamp(0.0, 1.0)
+        # Towards x, which is in the box: so the box is not left again.
+        return self.ball.project(x_adv, x, self.eps) if self.minimum_norm and self.eps < math.inf else x_adv
 
-    def _measured(self, x_adv: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        distances = {name: ball.distance(x_adv, x) for name, ball in BALLS.items()}
+    def _measured(self, x_adv: Tensor, x: Tensor) -> dict[str, Tensor]:
+        distances = {name: norm.distance(x_adv, x) for name, norm in NORMS.items()}
         farthest = distances[self.norm].max().item()
         if math.isnan(farthest):
             raise InputError("the attack met a NaN gradient: the logits or their derivatives are not finite near x")
@@ -175,7 +212,7 @@ class Attack(ABC):
                 f"{type(self).__name__} left its {self.norm} ball: distance {farthest:.8g}, eps {self.eps:.8g}; "
                 "this is a bug of the attack, whose perturb() must project"
             )
-        return distances["linf"].to(x.dtype), distances["l2"].to(x.dtype)
+        return {name: distance.to(x.dtype) for name, distance in distances.items()}
 
     @contextlib.contextmanager
     def _random_stream(self, purpose: str) -> Iterator[None]:
@@ -189,7 +226,11 @@ class Attack(ABC):
 
 @final
 class Query:
-    """What an attack may ask of the model it attacks; counts the image passes and checks the first logits."""
+    """What an attack may ask of the model it attacks; counts the image passes and checks the first logits.
+
+    Losses and margins come back in the direction of the attack's aim: larger is nearer to it, targeted or not, and a
+    margin is positive where the attack has its way.
+    """
 
     def __init__(self, model: Model, attack: Attack, y: Tensor, *, strict: bool) -> None:
         self.forwards = 0
@@ -200,6 +241,8 @@ class Query:
         self._labels = y
         self._strict = strict
         self._checked = False
+        self._deterministic: bool | None = None if strict else False
+        self._num_classes: int | None = None
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits (N, K) of one forward pass, at least float32."""
@@ -208,6 +251,7 @@ class Query:
         if not self._checked:
             _check_logits(logits, x, self._labels, values=self._strict)
             self._checked = True
+            self._num_classes = logits.shape[1]
         self.forwards += len(x)
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -218,6 +262,26 @@ class Query:
         self.backwards += attack.eot * len(x)
         return -gradient if attack.targeted else gradient
 
+    def value_and_gradient(self, x: Tensor, y: Tensor, *, loss: Loss | None = None) -> tuple[Values, Tensor]:
+        """Return what the same ``eot`` draws say: mean loss, margin and logits of each image, and the gradient.
+
+        ``loss``, of logits (N, K) and labels (N,), replaces the attack's own; it is one to be maximised, targeted or
+        not, and its sign is not touched.
+        """
+        attack = self._attack
+        values, gradient = value_and_gradient(
+            self.logits, loss or self._loss, x, y, eot=attack.eot, average=attack.eot_average
+        )
+        self.backwards += attack.eot * len(x)
+        return self._aimed(values, own=loss is None), -gradient if attack.targeted and loss is None else gradient
+
+    def value(self, x: Tensor, y: Tensor, *, loss: Loss | None = None) -> Values:
+        """Return the same values from ``eot`` fresh forward passes, without a gradient."""
+        average = self._attack.eot_average
+        with torch.no_grad():
+            draws = [self.logits(x.clone()) for _ in range(self._attack.eot)]
+            return self._aimed(values_of(draws, loss or self._loss, y, average), own=loss is None)
+
     def score(self, x: Tensor, y: Tensor, draws: int) -> Tensor:
         """Return the mean margin (N,) over ``draws`` fresh forward passes, positive where the attack has its way."""
         total = torch.zeros(len(x), device=x.device)
@@ -225,6 +289,76 @@ class Query:
             for _ in range(draws):
                 total = total + margin(self.logits(x.clone()), y)
         return (-total if self._attack.targeted else total) / draws
+
+    def success(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+        """Return the share (N,) of ``draws`` fresh passes in which the attack has its way, and the mean margin (N,)."""
+        margins = []
+        with torch.no_grad():
+            for _ in range(draws):
+                margins.append(margin(self.logits(x.clone()), y))
+        stacked = torch.stack(margins) * (-1 if self._attack.targeted else 1)
+        return (stacked > 0).to(stacked.dtype).mean(dim=0), stacked.mean(dim=0)
+
+    def deterministic(self, x: Tensor) -> bool:
+        """Tell whether passes over the same images agree, so that an image once broken stays so and may drop out.
+
+        Asked once; in :meth:`Attack.craft`, where nothing may wait for the device, the answer is no.
+        """
+        if self._deterministic is None:
+            with _probing():
+                self._deterministic = passes_agree(self.logits, x)
+        return self._deterministic
+
+    def broken(self, x: Tensor, y: Tensor, margins: Tensor) -> Tensor:
+        """Return which images (N, bool) of a deterministic model are broken for good, from their ``margins``.
+
+        In a gear of low precision a pass in full precision confirms it: rounding alone must not end an attack.
+        """
+        broken = margins > 0
+        if gears.current().dtype is None or not bool(broken.any()):
+            return broken
+        with gears.running(gears.PLAIN):
+            confirmed = self.score(x[broken], y[broken], 1) > 0
+        return broken.masked_scatter(broken, confirmed)
+
+    def num_classes(self, x: Tensor) -> int:
+        """Return the number of classes: by a forward pass, if there was none yet."""
+        if self._num_classes is None:
+            with _probing():
+                return self.logits(x.clone()).shape[1]
+        return self._num_classes
+
+    @contextlib.contextmanager
+    def part(self, attack: Attack) -> Iterator[Query]:
+        """Give the query of ``attack``, a part of this one, to call its :meth:`Attack.perturb` with; add its passes."""
+        part = Query(self._model, attack, self._labels, strict=self._strict)
+        part._checked, part._deterministic = self._checked, self._deterministic
+        try:
+            yield part
+        finally:
+            self.forwards += part.forwards
+            self.backwards += part.backwards
+
+    def _aimed(self, values: Values, *, own: bool) -> Values:
+        if not self._attack.targeted:
+            return values
+        return Values(-values.loss if own else values.loss, -values.margin, values.logits)
+
+
+@contextlib.contextmanager
+def _probing() -> Iterator[None]:
+    """Draw from a stream of its own: an attack draws the same numbers whether or not it has asked."""
+    with torch.no_grad(), isolated_rng():
+        seed_everything("probe")
+        yield
+
+
+def passes_agree(logits_of: Model, x: Tensor) -> bool:
+    """Tell whether several passes over a few of the images give the same logits: exactly so on the CPU."""
+    # Kernels of accelerators may add in another order each time; that is no noise.
+    tolerance = 0.0 if x.device.type == "cpu" else 1e-3
+    passes = torch.stack([logits_of(x[:_PROBED_IMAGES].clone()) for _ in range(_PROBES)])
+    return torch.allclose(passes, passes[:1].expand_as(passes), rtol=tolerance, atol=tolerance)
 
 
 @contextlib.contextmanager
@@ -252,10 +386,16 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise ConfigError unless ``value`` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+def check_count(name: str, value: Any, *, lowest: int = 1) -> None:
+    """Raise ConfigError unless ``value`` is a whole number of at least ``lowest``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ConfigError(f"{name} must be a whole number of at least {lowest}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ConfigError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {value!r}")
 
 
 def check_step(name: str, value: Any) -> None:
@@ -278,7 +418,8 @@ def _check_choice(name: str, value: Any, allowed: Any) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _check_images(model: Any, x: Any, y: Any) -> None:
+def check_images(model: Any, x: Any, y: Any) -> None:
+    """Raise InputError unless ``model`` is callable and ``x`` and ``y`` are what attacks want."""
     if not callable(model):
         raise InputError(f"model must be callable, mapping images to logits, got {type(model).__name__}")
     if not isinstance(x, Tensor):

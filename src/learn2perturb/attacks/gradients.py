@@ -3,19 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.losses import Loss
+from learn2perturb.attacks.losses import Loss, margin
 from learn2perturb.errors import InputError
 
 Average = Literal["loss", "probability", "logits"]
 AVERAGES: tuple[Average, ...] = ("loss", "probability", "logits")
 
 _LARGEST_WEIGHT = 1e30  # of one draw against the mean probability; only keeps inf * 0 out of the gradient
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """What the draws of one EOT average say of N images.
+
+    Attributes:
+        loss: (N,) the mean loss over the draws, or the loss of their mean probability or logits.
+        margin: (N,) the same of the margin, ``max_{j != y} z_j - z_y``.
+        logits: (N, K) the mean logits; for ``"probability"`` the log of the mean softmax.
+    """
+
+    loss: Tensor
+    margin: Tensor
+    logits: Tensor
+
+
+def values_of(draws: Sequence[Tensor], loss: Loss, y: Tensor, average: Average) -> Values:
+    """Return loss, margin and logits averaged over ``draws``, each the logits (N, K) of one forward pass."""
+    mean = _mean(draws, average)
+    if average == "loss" and len(draws) > 1:
+        each = torch.stack([loss(logits, y) for logits in draws]).mean(dim=0)
+        return Values(each, torch.stack([margin(logits, y) for logits in draws]).mean(dim=0), mean)
+    return Values(loss(mean, y), margin(mean, y), mean)
+
+
+def value_and_gradient(
+    logits_of: Callable[[Tensor], Tensor], loss: Loss, x: Tensor, y: Tensor, *, eot: int = 1, average: Average = "loss"
+) -> tuple[Values, Tensor]:
+    """Return what :func:`input_gradient` returns and, from the same draws, the averages: no pass is made twice.
+
+    Of each draw only its logits are kept, which are small; its graph is freed before the next.
+    """
+    draws: list[Tensor] = []
+
+    def remembered(images: Tensor) -> Tensor:
+        logits = logits_of(images)
+        draws.append(logits.detach())
+        return logits
+
+    gradient = input_gradient(remembered, loss, x, y, eot=eot, average=average)
+    with torch.no_grad():
+        return values_of(draws, loss, y, average), gradient
 
 
 def input_gradient(
@@ -82,13 +126,13 @@ def _objective(
 
 def mean_logits(logits_of: Callable[[Tensor], Tensor], x: Tensor, draws: int, average: Average) -> Tensor:
     """Return the logits averaged over ``draws`` forward passes; for ``"probability"``, the log of the mean softmax."""
-    total: Tensor | None = None
-    for _ in range(draws):
-        logits = logits_of(x)
-        if average == "probability":
-            logits = torch.log_softmax(logits, dim=1)
-            total = logits if total is None else torch.logaddexp(total, logits)
-        else:
-            total = logits if total is None else total + logits
-    assert total is not None  # draws >= 1 is checked by the attack's spec
-    return total - math.log(draws) if average == "probability" else total / draws
+    return _mean([logits_of(x) for _ in range(draws)], average)
+
+
+def _mean(draws: Sequence[Tensor], average: Average) -> Tensor:
+    if len(draws) == 1:
+        return draws[0]
+    stacked = torch.stack(list(draws))
+    if average == "probability":
+        return torch.log_softmax(stacked, dim=2).logsumexp(dim=0) - math.log(len(draws))
+    return stacked.mean(dim=0)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from learn2perturb.errors import InputError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+TargetedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -41,4 +42,39 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) / (largest[:, 0] - largest[:, 2] + 1e-12)
 
 
+def targeted_cross_entropy(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Return ``log softmax(z)_t`` of each row, shape (N,): ``y`` plays no part but that of the class to leave."""
+    return -cross_entropy(logits, target)
+
+
+def targeted_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Return ``z_t - z_y`` of each row, shape (N,): where it is positive, the prediction is not y."""
+    return (logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))).squeeze(1)
+
+
+def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Return ``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)`` of each row, shape (N,): Croce, Hein 2020, equation 7.
+
+    Raises:
+        InputError: fewer than 4 classes, for which it is not defined.
+    """
+    if logits.shape[1] < 4:
+        raise InputError(f"loss 'dlr' with targets needs at least 4 classes, got {logits.shape[1]}; use loss='margin'")
+    largest = logits.topk(4, dim=1).values
+    scale = largest[:, 0] - (largest[:, 2] + largest[:, 3]) / 2
+    return targeted_margin(logits, y, target) / (scale + 1e-12)
+
+
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
+# The same, on the way from class y to a given class t: what an untargeted attack tries for several t in turn.
+TARGETED_LOSSES: dict[str, TargetedLoss] = {
+    "ce": targeted_cross_entropy,
+    "margin": targeted_margin,
+    "dlr": targeted_dlr,
+}
+
+
+def towards(target: Tensor, name: str) -> Loss:
+    """Return the targeted form of the loss ``name``, on the way to the classes ``target`` (N,)."""
+    loss = TARGETED_LOSSES[name]
+    return lambda logits, y: loss(logits, y, target)

@@ -8,8 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import Attack, Query, check_count, check_step
-from learn2perturb.errors import ConfigError
+from learn2perturb.attacks.base import Attack, Query, check_count, check_flag, check_step
 
 
 @final
@@ -37,8 +36,7 @@ class PGD(Attack):
         check_step("step_size", self.step_size)
         check_count("steps", self.steps)
         check_count("restarts", self.restarts)
-        if not isinstance(self.random_start, bool):
-            raise ConfigError(f"random_start must be True or False, got {self.random_start!r}")
+        check_flag("random_start", self.random_start)
 
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return the best restart; costs ``restarts * steps * eot`` gradients and ``eot`` draws to judge a restart."""

@@ -1,0 +1,147 @@
+"""FAB: the nearest image that fools the model, found by steps onto the linearised decision boundary."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from learn2perturb.attacks.base import Attack, Query, check_count, check_flag
+from learn2perturb.attacks.losses import towards
+from learn2perturb.attacks.runs import likely_targets, per_image
+from learn2perturb.errors import ConfigError
+
+_ALPHA = 0.1  # the most that a step is drawn towards x
+_OVERSHOOT = 1.05  # of the step onto the boundary, to land behind it
+_BACK = 0.9  # from a point that fools the model, go on at this share of the way from x to it
+_BISECTIONS = 8  # at the end, between x and the nearest such point
+_WIDEST_START = {"linf": 0.3, "l2": 1.0}  # a random start is at most half as far
+
+
+@final
+@dataclass(frozen=True)
+class FAB(Attack):
+    """Fast adaptive boundary attack: minimises the norm of the perturbation, and so needs no radius.
+
+    A step goes onto the hyperplane where the linearised difference of two logits is zero, in the box, from the current
+    point and from ``x``, and mixes the two. Croce, Hein, Minimally distorted adversarial examples with a fast
+    adaptive boundary attack, 2020, https://arxiv.org/abs/1907.02044, algorithm 1, in the targeted form that AutoAttack
+    uses: one run for each of the most likely wrong classes. Gradients and the test whether a point fools the model
+    are averages over ``eot`` draws, the test by the mean margin.
+
+    Attributes:
+        eps: infinite by default: the norms are the result. Finite: success is success inside the ball.
+        steps: gradients in a run.
+        targets: wrong classes tried; 0 takes at every step the likeliest one (one run). No part if ``targeted``.
+        restarts: runs (for each target), all but the first from a random point nearby.
+        early_stop: with a finite ``eps``, images of a deterministic model drop out once broken inside the ball; their
+            norms are then not the smallest.
+    """
+
+    eps: float = math.inf
+    loss: str = field(default="margin", kw_only=True)
+    steps: int = field(default=100, kw_only=True)
+    targets: int = field(default=9, kw_only=True)
+    restarts: int = field(default=1, kw_only=True)
+    early_stop: bool = field(default=False, kw_only=True)
+
+    minimum_norm: ClassVar[bool] = True
+    losses: ClassVar[tuple[str, ...]] = ("margin",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("steps", self.steps)
+        check_count("targets", self.targets, lowest=0)
+        check_count("restarts", self.restarts)
+        check_flag("early_stop", self.early_stop)
+        if self.early_stop and self.eps == math.inf:
+            raise ConfigError("early_stop=True needs a finite eps, within which an image counts as broken; got eps=inf")
+
+    def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
+        """Return the nearest points found, ``x`` where none is; a step costs 2 forward, 1 backward ``eot``."""
+        drop = self.early_stop and self.eot == 1 and query.deterministic(x)
+        best = x.clone()
+        # An image that is wrong as it is needs no perturbation.
+        norms = torch.where(query.value(x, y).margin > 0, 0.0, torch.inf).to(x.dtype)
+        targets = likely_targets(query, x, y, self.targets) if self.targets and not self.targeted else [None]
+        for target in targets:
+            for restart in range(self.restarts):
+                left = (norms > self.eps).nonzero().squeeze(1) if drop else torch.arange(len(x), device=x.device)
+                if not len(left):
+                    return best
+                aim = None if target is None else target[left]
+                best[left], norms[left] = self._search(query, x[left], y[left], aim, best[left], norms[left], restart)
+        return self._bisected(query, x, y, best)
+
+    def _search(
+        self, query: Query, x: Tensor, y: Tensor, target: Tensor | None, best: Tensor, norms: Tensor, restart: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the nearest points and their norms after one run."""
+        loss = None if target is None else towards(target, "margin")
+        point = x
+        if restart:
+            widest = norms.clamp_max(min(self.eps, _WIDEST_START[self.norm]))
+            point = (x + 0.5 * per_image(widest) * self.ball.random(x, 1.0)).clamp_(0.0, 1.0)
+        for _ in range(self.steps):
+            values, gradient = query.value_and_gradient(point, y, loss=loss)
+            # Where the linearised loss is zero: w . (z - point) = -loss.
+            normal, offset = gradient.flatten(1), -values.loss.to(x.dtype)
+            there = to_plane(point.flatten(1), normal, offset, self.norm).view_as(x)
+            away = (normal * (point - x).flatten(1)).sum(dim=1)
+            direct = to_plane(x.flatten(1), normal, offset + away, self.norm).view_as(x)
+            near, far = self._size(there), self._size(direct)
+            share = per_image((near / (near + far).clamp_min(1e-12)).clamp(0.0, _ALPHA))
+            point = (1 - share) * (point + _OVERSHOOT * there) + share * (x + _OVERSHOOT * direct)
+            point = point.clamp_(0.0, 1.0)
+            fooled = query.value(point, y).margin > 0
+            size = self._size(point - x)
+            nearer = fooled & (size < norms)
+            best = torch.where(per_image(nearer), point, best)
+            norms = torch.where(nearer, size, norms)
+            point = torch.where(per_image(fooled), x + _BACK * (point - x), point)
+        return best, norms
+
+    def _bisected(self, query: Query, x: Tensor, y: Tensor, best: Tensor) -> Tensor:
+        """Return the points nearest to ``x``, on the way from there to ``best``, that bisection finds to be wrong."""
+        low = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        high = torch.ones_like(low)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            fooled = query.value(x + per_image(middle) * (best - x), y).margin > 0
+            low, high = torch.where(fooled, low, middle), torch.where(fooled, middle, high)
+        return x + per_image(high) * (best - x)
+
+    def _size(self, delta: Tensor) -> Tensor:
+        flat = delta.flatten(1)
+        return flat.abs().amax(dim=1) if self.norm == "linf" else flat.norm(dim=1)
+
+
+def to_plane(x: Tensor, normal: Tensor, offset: Tensor, norm: str) -> Tensor:
+    """Return the smallest ``d`` with ``normal . d = offset`` and ``x + d`` in [0, 1]; all rows (N, D), ``offset`` (N,).
+
+    Coordinate i goes ``min(t u_i, room_i)`` towards the plane, ``u = 1`` for linf and ``|normal|`` for l2: the smallest
+    d is of this form, and t solves a piecewise linear equation, by sorting. Where the plane does not meet the box,
+    ``d`` goes to the corner nearest to it.
+    """
+    sign = normal.sign() * offset.sign().unsqueeze(1)
+    weight = normal.abs()
+    # A coordinate without weight stays where it is: it has no room and no pace.
+    room = torch.where(sign > 0, 1 - x, torch.where(sign < 0, x, 0.0)).clamp_min(0.0)
+    pace = (weight > 0).to(x.dtype) if norm == "linf" else weight
+    tiny = torch.finfo(x.dtype).tiny
+    ends = torch.where(pace > 0, room / pace.clamp_min(tiny), torch.inf)
+    order = ends.argsort(dim=1)
+    ends, gain, full = ends.gather(1, order), (weight * pace).gather(1, order), (weight * room).gather(1, order)
+    # Up to the k-th end, those before it have given all their room and the others move on at their pace.
+    spent = full.cumsum(dim=1) - full
+    moving = gain.flip(1).cumsum(dim=1).flip(1)
+    needed = offset.abs().unsqueeze(1)
+    reached = torch.where(moving > 0, spent + moving * ends, torch.inf) >= needed
+    first = reached.to(torch.uint8).argmax(dim=1, keepdim=True)
+    time = (needed - spent.gather(1, first)) / moving.gather(1, first).clamp_min(tiny)
+    time = torch.where(reached.any(dim=1, keepdim=True), time.clamp_min(0.0), torch.inf)
+    far = torch.where(pace > 0, time * pace, 0.0)
+    return sign * torch.minimum(far, room)

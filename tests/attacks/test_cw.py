@@ -1,0 +1,172 @@
+"""Carlini-Wagner: the least norm on problems where it is known, and what counts on a stochastic model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from learn2perturb.attacks import CW
+from learn2perturb.engine import gears
+from learn2perturb.errors import ConfigError
+from tests.problems import Linear, Quadratic, two_logits
+
+SHAPE = (3, 4, 4)
+FAST = {"lr": 0.01, "steps": 120, "search_steps": 8, "initial_c": 0.05}
+SHORT = {"lr": 0.02, "steps": 40, "search_steps": 3, "initial_c": 0.1}
+
+
+def zeros(x: Tensor) -> Tensor:
+    return torch.zeros(len(x), dtype=torch.int64)
+
+
+def images(count: int = 4) -> Tensor:
+    return 0.35 + 0.3 * torch.rand(count, *SHAPE)
+
+
+def linear(x: Tensor) -> Linear:
+    """Return a linear problem on which no image is misclassified."""
+    model = Linear(SHAPE)
+    with torch.no_grad():
+        model.bias -= model(x)[:, 1].max() + 0.3
+    return model
+
+
+class NoisyBoundary(nn.Module):
+    """The linear problem with noise on its one logit."""
+
+    def __init__(self, inner: Linear, sigma: float) -> None:
+        super().__init__()
+        self.inner, self.sigma = inner, sigma
+
+    def forward(self, x: Tensor) -> Tensor:
+        return two_logits(self.inner(x)[:, 1] + self.sigma * torch.randn(len(x)))
+
+
+class Around(nn.Module):
+    """The class changes on a sphere around the centre."""
+
+    def __init__(self, centre: Tensor, radius: float) -> None:
+        super().__init__()
+        self.distance, self.radius = Quadratic(centre), radius
+
+    def forward(self, x: Tensor) -> Tensor:
+        return two_logits(self.distance(x)[:, 1] + self.radius**2)
+
+
+@pytest.mark.parametrize("abort_early", [True, False])
+@pytest.mark.parametrize("confidence", [0.0, 0.5])
+def test_least_norm_on_a_linear_problem(confidence, abort_early):
+    x = images()
+    model = linear(x)
+    result = CW(confidence=confidence, abort_early=abort_early, **FAST).run(model, x, zeros(x))
+    optimum = ((confidence - model(x)[:, 1]) / model.weight.norm()).detach()
+    assert result.success.all()
+    ratio = result.l2 / optimum
+    assert ratio.max() <= 1.05
+    assert ratio.min() >= 1 - 1e-4
+    assert (model(result.x_adv)[:, 1] > confidence).all()
+    assert torch.equal(result.norms, result.l2)
+
+
+def test_least_norm_on_a_quadratic_problem():
+    x = images()
+    result = CW(**FAST).run(Around(torch.full((1, *SHAPE), 0.5), 0.2), x, zeros(x))
+    optimum = (x - 0.5).flatten(1).norm(dim=1) - 0.2
+    assert result.success.all()
+    assert (result.l2 / optimum).max() <= 1.05
+
+
+def test_targeted_reaches_the_target_with_the_least_norm():
+    weights = torch.eye(3, 48) * 2 - 1
+    x, target = images(), torch.tensor([1, 2, 1, 2])
+
+    def model(x: Tensor) -> Tensor:
+        return x.flatten(1) @ weights.T + torch.tensor([5.0, 0.0, 0.0]) * 0.05
+
+    result = CW(targeted=True, **FAST).run(model, x, target)
+    assert torch.equal(model(result.x_adv).argmax(dim=1), target)
+    assert result.l2.max() < 1
+
+
+def test_images_that_are_wrong_stay_as_they_are_and_cost_nothing():
+    x = images()
+    model = linear(x)
+    model.bias.data += 10
+    result = CW(**FAST).run(model, x, zeros(x))
+    assert torch.equal(result.x_adv, x)
+    assert result.backward_passes == 0
+    assert result.success.all()
+
+
+def test_early_abort_saves_passes_and_not_norm():
+    x = images()
+    model = linear(x)
+    long, short = (CW(abort_early=abort, **FAST).run(model, x, zeros(x)) for abort in (False, True))
+    assert short.backward_passes < 0.9 * long.backward_passes
+    assert (short.l2 <= 1.02 * long.l2).all()
+
+
+def test_each_image_has_its_own_constant():
+    """An image attacked in company gets what it gets alone: nothing of the search is shared."""
+    x = images()
+    model = linear(x)
+    together = CW(**SHORT)(model, x, zeros(x))
+    alone = torch.cat([CW(**SHORT)(model, one, zeros(one)) for one in x.split(1)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_what_one_draw_let_pass_is_not_kept_on_a_stochastic_model():
+    x = images()
+    model = NoisyBoundary(linear(x), sigma=0.3)
+    budget = {"lr": 0.02, "steps": 40, "search_steps": 4, "initial_c": 0.1, "seed": 0}
+    single, mean = (CW(keep=keep, **budget).run(model, x, zeros(x)) for keep in ("single", "mean"))
+    margins = [model.inner(result.x_adv)[:, 1].detach() for result in (single, mean)]
+    # The nearest of hundreds of points that one draw let pass is one whose draw was rare.
+    assert margins[0].mean() < -0.3
+    assert margins[1].mean() > -0.1
+    assert (margins[1] > margins[0]).all()
+    # Noise ends no search step early.
+    assert mean.backward_passes == budget["steps"] * budget["search_steps"]
+
+
+def test_finite_eps_is_success_inside_the_ball():
+    x = images()
+    model = linear(x)
+    norms = CW(**SHORT).run(model, x, zeros(x)).l2
+    eps = norms.sort().values[1:3].mean().item()
+    result = CW(eps=eps, **SHORT).run(model, x, zeros(x))
+    assert result.l2.max() <= eps + 1e-6
+    assert torch.equal(result.success, norms < eps)
+
+
+def test_low_precision_is_confirmed_in_full():
+    x = images()
+    model = linear(x)
+
+    def optimistic(x: Tensor) -> Tensor:
+        return model(x) + 0.02 * torch.is_autocast_enabled("cpu") * torch.tensor([0.0, 1.0])
+
+    with gears.running(gears.Gear("half", dtype=torch.bfloat16)):
+        result = CW(**SHORT).run(optimistic, x, zeros(x))
+    moved = result.l2 > 0
+    assert moved.any()
+    assert (model(result.x_adv)[moved][:, 1] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"norm": "linf"}, "norm must be one of 'l2', got 'linf'"),
+        ({"loss": "ce"}, "loss must be one of 'margin', got 'ce'"),
+        ({"confidence": -1}, "confidence must be a number of at least 0, in logits, got -1"),
+        ({"confidence": "1"}, "confidence must be a number"),
+        ({"keep": "best"}, "keep must be one of 'mean', 'single', got 'best'"),
+        ({"largest_c": 1e-6}, "largest_c=1e-06 is below initial_c=0.001; raise it"),
+        ({"steps": 0}, "steps must be a whole number"),
+        ({"lr": 0}, "lr must be finite and more than 0"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        CW(**settings)

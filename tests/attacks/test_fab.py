@@ -1,0 +1,128 @@
+"""FAB and what every minimum-norm attack shares: the smallest norm, by closed form and by linear programming."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linprog, minimize
+from torch import nn
+
+from learn2perturb.attacks import FAB
+from learn2perturb.attacks.fab import to_plane
+from learn2perturb.errors import ConfigError
+from tests.problems import Linear, two_logits
+
+SHAPE = (3, 4, 4)
+norms = pytest.mark.parametrize("norm", ["linf", "l2"])
+
+
+def zeros(x):
+    return torch.zeros(len(x), dtype=torch.int64)
+
+
+class Outside(nn.Module):
+    """``z = r^2 - |x - c|^2``: images farther from c than r are right, the nearest wrong one is at ``|x - c| - r``."""
+
+    def __init__(self, centre, radius):
+        super().__init__()
+        self.register_buffer("centre", centre)
+        self.radius = radius
+
+    def forward(self, x):
+        return two_logits(self.radius**2 - (x - self.centre).flatten(1).square().sum(dim=1))
+
+
+@norms
+def test_a_step_to_the_plane_is_the_smallest_in_the_box(norm):
+    x, normal = torch.rand(12, 9, dtype=torch.float64), torch.randn(12, 9, dtype=torch.float64)
+    normal[:, 2] = 0
+    x[:3, 4] = 1.0
+    delta = to_plane(x, normal, offset := torch.randn(12, dtype=torch.float64), norm)
+    assert (x + delta).min() >= 0
+    assert (x + delta).max() <= 1
+    met = 0
+    for row in range(12):
+        w, b, low, high = normal[row].numpy(), offset[row].item(), -x[row].numpy(), 1 - x[row].numpy()
+        reach = np.where(w * np.sign(b) > 0, high, low) @ w
+        if abs(reach) < abs(b):  # the plane misses the box: the nearest corner
+            assert (w @ delta[row].numpy()) == pytest.approx(reach)
+            continue
+        met += 1
+        assert (w @ delta[row].numpy()) == pytest.approx(b, abs=1e-9)
+        if norm == "linf":  # minimise t with -t <= d <= t
+            eye, ones = np.eye(9), np.ones((9, 1))
+            rows = np.vstack([np.hstack([eye, -ones]), np.hstack([-eye, -ones])])
+            bounds = [*zip(low, high, strict=True), (0, None)]
+            best = linprog([0] * 9 + [1], rows, np.zeros(18), [[*w, 0]], [b], bounds=bounds).fun
+            assert delta[row].abs().max().item() == pytest.approx(best, abs=1e-7)
+        else:
+            plane = {"type": "eq", "fun": lambda d, w=w, b=b: w @ d - b}
+            start = np.clip(b * w / (w @ w), low, high)
+            best = minimize(lambda d: d @ d, start, bounds=list(zip(low, high, strict=True)), constraints=plane).fun
+            assert delta[row].norm().item() <= math.sqrt(best) + 1e-5
+    assert met >= 6
+
+
+@norms
+def test_linear_problem_norm_within_five_per_cent_of_the_smallest(norm):
+    model, x = Linear(SHAPE), 0.4 + 0.2 * torch.rand(6, *SHAPE)
+    model.bias.data -= model(x)[:, 1].detach().max() + 0.5
+    gap = -model(x)[:, 1].detach()
+    size = model.weight.detach().abs().sum() if norm == "linf" else model.weight.detach().norm()
+    result = FAB(norm=norm, steps=10).run(model, x, zeros(x))
+    assert result.success.all()
+    ratio = result.norms / (gap / size)
+    assert ratio.min() >= 0.999
+    assert ratio.max() <= 1.05
+
+
+def test_quadratic_problem_norm_within_five_per_cent_of_the_smallest():
+    x = torch.rand(6, *SHAPE)
+    model = Outside(torch.full((1, *SHAPE), 0.5), 0.4)
+    smallest = (x - 0.5).flatten(1).norm(dim=1) - 0.4
+    result = FAB(norm="l2", steps=30).run(model, x, zeros(x))
+    assert result.success.all()
+    assert (result.norms / smallest).min() >= 0.999
+    assert (result.norms / smallest).max() <= 1.05
+
+
+def test_a_radius_bounds_what_a_minimum_norm_attack_gives_back():
+    x = torch.rand(6, *SHAPE)
+    model = Outside(torch.full((1, *SHAPE), 0.5), 0.4)
+    free = FAB(norm="l2", steps=20).run(model, x, zeros(x))
+    eps = free.norms.median().item() + 1e-3
+    bound = FAB(eps, norm="l2", steps=20).run(model, x, zeros(x))
+    assert torch.equal(bound.success, free.norms <= eps)
+    assert 0 < bound.success.sum() < 6
+    assert bound.l2.max() <= eps + 1e-6
+    assert torch.equal(bound.norms.isinf(), ~bound.success)
+
+
+def test_an_image_that_is_wrong_already_is_not_moved(trained):
+    network, x, y = trained
+    wrong = y.clone()
+    wrong[:10] = (network(x[:10]).argmax(dim=1) + 1) % 10
+    result = FAB(steps=2, targets=1).run(network, x[:20], wrong[:20])
+    assert torch.equal(result.x_adv[:10], x[:10])
+    assert (result.norms[:10] == 0).all()
+
+
+def test_more_targets_and_restarts_are_never_farther(trained):
+    network, x, y = trained
+    one = FAB(norm="l2", steps=15, targets=1, seed=0).run(network, x[:30], y[:30])
+    more = FAB(norm="l2", steps=15, targets=9, restarts=2, seed=0).run(network, x[:30], y[:30])
+    assert (more.norms <= one.norms * 1.005).all()
+    assert (more.norms < one.norms * 0.995).any()
+
+
+def test_early_stop_ends_at_the_radius(trained):
+    network, x, y = trained
+    full = FAB(0.2, steps=10, targets=4).run(network, x[:30], y[:30])
+    fast = FAB(0.2, steps=10, targets=4, early_stop=True).run(network, x[:30], y[:30])
+    assert torch.equal(full.success, fast.success)
+    assert fast.backward_passes < full.backward_passes
+    with pytest.raises(ConfigError, match="early_stop=True needs a finite eps"):
+        FAB(early_stop=True)

@@ -1,0 +1,149 @@
+"""The few-pixel attack: it finds a planted pixel, changes no more than k, and is not fooled by a lucky draw."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from learn2perturb.attacks import FewPixel
+from learn2perturb.attacks.few_pixel import STRATEGIES, _others
+from learn2perturb.engine import gears
+from learn2perturb.errors import ConfigError, InputError
+from tests.problems import two_logits
+
+SHAPE = (3, 6, 6)
+COLOUR = torch.tensor([1.0, 0.0, 0.0])
+
+
+def planted(x: Tensor) -> Tensor:
+    """Return logits that change class where the pixel (4, 1) is nearly red, and rise on the way there."""
+    return two_logits(1 - 4 * (x[:, :, 4, 1] - COLOUR).abs().sum(dim=1))
+
+
+def batch(count: int = 5) -> tuple[Tensor, Tensor]:
+    x = 0.3 + 0.4 * torch.rand(count, *SHAPE)
+    return x, torch.zeros(count, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("pixels", [1, 2])
+def test_finds_the_planted_pixel_and_changes_no_more_than_k(pixels, strategy):
+    x, y = batch()
+    generations = {"best1bin": 40, "rand1": 150}[strategy]
+    result = FewPixel(pixels, population=60, generations=generations, strategy=strategy, seed=0).run(planted, x, y)
+    assert result.success.all()
+    changed = (result.x_adv != x).any(dim=1)
+    assert changed[:, 4, 1].all()
+    assert torch.equal(result.l0, changed.flatten(1).sum(dim=1).float())
+    assert result.l0.max() <= pixels
+    assert result.backward_passes == 0
+
+
+def test_whole_generations_of_all_images_are_scored_in_passes_of_bounded_size():
+    x, y = batch(3)
+    sizes = []
+
+    def stubborn(x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return two_logits(x.flatten(1).sum(dim=1) - 1000)
+
+    result = FewPixel(population=10, generations=2, chunk=16).run(stubborn, x, y)
+    generations = sizes[9:-1]  # after 8 probes and the clean pass, before the verification
+    assert generations == [16, 14] * 3
+    assert result.forward_passes == pytest.approx(sum(sizes[:-1]) / 3)
+
+
+def test_images_leave_once_broken_and_wrong_ones_stay_as_they_are():
+    x, y = batch(4)
+    y[0] = 1  # wrong as it is
+    left = []
+
+    def model(x: Tensor) -> Tensor:
+        left.append(len(x))
+        return planted(x)
+
+    result = FewPixel(population=60, generations=60, seed=0, chunk=10_000).run(model, x, y)
+    assert torch.equal(result.x_adv[0], x[0])
+    assert result.success.all()
+    generations = left[9:-1]
+    assert generations[0] == 180
+    assert generations == sorted(generations, reverse=True)
+    assert generations[-1] < 180
+    assert len(generations) < 60
+
+
+def test_a_targeted_attack_reaches_its_class():
+    x, y = batch()
+    result = FewPixel(population=60, generations=40, targeted=True, seed=0).run(planted, x, y + 1)
+    assert result.success.all()
+
+
+def test_lucky_draws_choose_nothing_on_a_stochastic_model():
+    """Red helps, all the rest is noise as large: what is kept is red, and success is that of fresh draws."""
+    x, y = batch(6)
+
+    def noisy(x: Tensor) -> Tensor:
+        return planted(x) + 1.0 * torch.randn(len(x), 1) * torch.tensor([0.0, 1.0])
+
+    result = FewPixel(population=60, generations=30, eot=4, seed=0).run(noisy, x, y)
+    assert planted(result.x_adv)[:, 1].mean() > 0
+    # No image has left: each was scored in every generation, its elite twice, and the elite judged at the end.
+    assert result.forward_passes == pytest.approx(4 * (2 + 31 * 60 + 30 * 6 + 5 * 6))
+
+
+def test_seeds_reproduce():
+    x, y = batch()
+    first, again, other = (
+        FewPixel(population=10, generations=3, seed=seed)(lambda x: planted(x) - 10, x, y) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_parents_are_different_members_and_none_is_the_candidate_itself(count):
+    size = 5
+    genes = torch.arange(size, dtype=torch.float32).view(1, size, 1, 1).expand(400, size, 1, 1)
+    drawn = torch.stack([genes, *_others(genes, count)]).flatten(3).squeeze(3)  # (1 + count, 400, size)
+    for a in range(count + 1):
+        for b in range(a):
+            assert (drawn[a] != drawn[b]).all()
+    for one in drawn[1:]:
+        for own in range(size):
+            share = torch.bincount(one[:, own].long(), minlength=size) / 400
+            assert share[own] == 0
+            assert (share - 0.25).abs().sort().values[:-1].max() < 0.12  # uniform over the others
+
+
+def test_what_low_precision_alone_takes_for_broken_is_not_kept_as_such():
+    x, y = batch()
+
+    def model(x: Tensor) -> Tensor:
+        return planted(x) + 4.0 * torch.is_autocast_enabled("cpu") * torch.tensor([0.0, 1.0])
+
+    with gears.running(gears.Gear("half", dtype=torch.bfloat16)):
+        result = FewPixel(population=60, generations=40, seed=0).run(model, x, y)
+    assert (model(result.x_adv)[:, 1] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eps": 8 / 255}, "eps of a few-pixel attack is a number of pixels, 1, 2, 3, ..., got 0.031"),
+        ({"norm": "linf"}, "norm must be one of 'l0', got 'linf'"),
+        ({"population": 3}, "population must be at least 4, got 3"),
+        ({"strategy": "best2bin"}, "strategy must be one of 'best1bin', 'rand1', got 'best2bin'"),
+        ({"generations": 0}, "generations must be a whole number"),
+        ({"chunk": 0}, "chunk must be a whole number"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        FewPixel(**settings)
+
+
+def test_more_pixels_than_the_image_has_are_refused():
+    x, y = batch()
+    with pytest.raises(InputError, match="eps=37 pixels are more than the 36 of an image; lower eps"):
+        FewPixel(37)(planted, x, y)
