@@ -6,19 +6,34 @@ import pytest
 import torch
 from torch import nn
 
+from learn2perturb.attacks import FGSM
+from learn2perturb.data import ImageData
 from learn2perturb.defenses import Clock, build_defense, learning_rate_factor, list_defenses
 from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.evaluation import evaluate
+from learn2perturb.models import list_models
 from learn2perturb.noise import fixed_noise
 from learn2perturb.registry import DEFENSES
 from learn2perturb.training import TrainConfig, load, train
+from learn2perturb.training.checkpoint import read_model
 from learn2perturb.training.config import RECIPES
+from learn2perturb.training.loading import locate
 
 NAMES = [entry.name for entry in DEFENSES]
+# Their papers train on clean images only.
+CLEAN_ONLY = ("none", "rse", "pixeldp")
+EXPECTED = {
+    "none", "pgd_at", "madry", "trades", "learn2perturb", "learn2perturb_r",
+    "pni", "adv_bnn",
+    "rse", "rse_at", "pixeldp",
+}  # fmt: skip
 
 
 def test_every_registered_defense_is_tested_here():
-    assert list_defenses() == NAMES == ["none", "pgd_at", "learn2perturb", "learn2perturb_r"]
-    assert list_defenses("learn*") == NAMES[2:]
+    assert list_defenses() == NAMES
+    assert set(NAMES) == EXPECTED
+    assert len(NAMES) == len(EXPECTED)
+    assert list_defenses("learn*") == ["learn2perturb", "learn2perturb_r"]
     assert DEFENSES.entry("vanilla").name == "pgd_at"
 
 
@@ -35,8 +50,42 @@ def test_every_defense_trains_saves_and_loads(name, tmp_path):
     with torch.no_grad(), fixed_noise(run.model, 1), fixed_noise(twin, 1):
         assert torch.equal(run.model(x), twin(x))
     (line,) = run.metrics
-    assert ("adversarial_loss" in line) is (name != "none")
+    assert ("adversarial_loss" in line) is (name not in CLEAN_ONLY)
     assert ("theta_mean" in line) is name.startswith("learn2perturb")
+
+
+# Every other network takes seconds to minutes for each defense.
+FAST_NETWORKS = ("resnet20",)
+NETWORKS = [
+    network if network in FAST_NETWORKS else pytest.param(network, marks=[pytest.mark.slow, pytest.mark.timeout(600)])
+    for network in list_models()
+]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_defense_meets_every_network(name, network, tmp_path):
+    """A step, saving, loading and scoring as the defense predicts; tiny images, for these networks take any size."""
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
+    data = ImageData("random", images, torch.arange(6) % 3, ("a", "b", "c"), False, 0, (0.5,) * 3, (0.25,) * 3)
+    config = TrainConfig(
+        defense=name, model=network, recipe="fast", epochs=1, batch_size=6, attack_steps=1, monitor=0,
+        engine="plain", device="cpu", tensorboard=False,
+    )  # fmt: skip
+    run = train(config, data=data, out=tmp_path / "run", progress=False)
+    assert (run.model.registered_name, run.metrics[0]["step"]) == (network, 1)
+    twin = load(tmp_path / "run")
+    header = read_model(locate(tmp_path / "run"))[1]
+    defense = build_defense(name, run.config.options)
+    assert (header["predictor"], header["members"]) == (defense.predictor, defense.members)
+    x = torch.rand(4, 3, 8, 8)
+    with torch.no_grad(), fixed_noise(run.model, 1), fixed_noise(twin, 1):
+        assert torch.equal(run.model(x), twin(x))
+    result = evaluate(
+        twin, data, {"fgsm": FGSM()}, draws=2, predictor=defense.predictor, members=2, limit=3, noise_off=False
+    )
+    stochastic = name not in ("none", "pgd_at", "madry", "trades")
+    assert [(row.n, row.draws, row.stochastic) for row in result.rows] == [(3, 2 if stochastic else 1, stochastic)] * 2
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

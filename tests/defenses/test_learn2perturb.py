@@ -287,14 +287,20 @@ def test_learn2perturb_r_follows_the_recurrence_with_all_thetas_equal(theta_step
     }  # fmt: skip
     if theta_step == "sequential":
         options |= {"weight_steps": 1, "noise_steps": 2}
-    settings = config(options=options, schedule="one_cycle", epochs=4, attack_steps=1)
+    theta = follow_the_schedule(config(options=options, schedule="one_cycle", epochs=4, attack_steps=1))
+    assert theta > 0.26
+
+
+def follow_the_schedule(settings):
+    """Train for four epochs, each step checked against the schedule; return the one value that all thetas have."""
     defense, network, optimizers, x, y = setting(settings)
     schedule = defense.schedule_only(settings, BATCHES)
     factor = defense.stages(settings)[0].factor
     for epoch, batch in itertools.product(range(4), range(BATCHES)):
         clock = Clock(epoch, batch, BATCHES, stage_epoch=epoch)
         for optimizer in optimizers.values():
-            optimizer.param_groups[0]["lr"] = LR * factor(clock)
+            group = optimizer.param_groups[0]
+            group["lr"] = group.setdefault("base_lr", group["lr"]) * factor(clock)
         defense.begin_step(network, clock)
         iterate(
             defense,
@@ -307,7 +313,47 @@ def test_learn2perturb_r_follows_the_recurrence_with_all_thetas_equal(theta_step
         theta = noise_parameters(network)[0].detach()
         assert (theta == theta.flatten()[0]).all()
         assert theta[0].item() == pytest.approx(next(schedule), rel=1e-9)
-    assert theta[0] > 0.26
+    return theta[0].item()
+
+
+# --- theta shaped by the loss
+
+
+@pytest.mark.parametrize("target", [0.15, 0.6])
+@pytest.mark.parametrize("theta_step", ["combined", "released"])
+def test_a_target_draws_theta_to_itself_along_its_own_schedule(theta_step, target):
+    options = {
+        "noise_from_loss": False,
+        "theta_step": theta_step,
+        "noise_target": target,
+        "gamma": 0.1,
+        "theta_lr": 3.0,
+    }
+    theta = follow_the_schedule(config(options=options, epochs=4, attack_steps=1))
+    assert abs(theta - target) < 0.3 * abs(0.25 - target)
+
+
+def test_a_target_pulls_every_theta_alike_by_gamma_times_what_the_mean_is_off():
+    defense, network, *_ = setting(config(options={"noise_target": 0.4}))
+    theta = noise_parameters(network)[0]
+    with torch.no_grad():
+        theta.copy_(torch.linspace(0.1, 0.6, 6))
+    value = defense.regulariser(network, Clock(3, 0, BATCHES))
+    assert value.item() == pytest.approx(GAMMA / 2 * 6 * (0.35 - 0.4) ** 2)
+    (slope,) = torch.autograd.grad(value, theta)
+    assert torch.allclose(slope, torch.full((6,), GAMMA * (0.35 - 0.4), dtype=slope.dtype))
+
+
+def test_theta_has_a_learning_rate_of_its_own():
+    network, start, *batch = run(config(options={"theta_lr": 7.0}), 1)
+    by_hand = Transcription(start, *batch)
+    name = by_hand.theta_name
+    g = by_hand.gradients(0)
+    slope = g[name] + by_hand.regulariser()
+    by_hand.step_weights(g)
+    by_hand.v[name] = by_hand.v[name] - 7.0 * LR * (1 + MU) * slope
+    by_hand.project()
+    check_equal(network, by_hand)
 
 
 # SCIENCE of the schedule: at 391 iterations an epoch, s = 20; after epochs 30/50/100/150/250/350.

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
         learning_rate_factor,
         list_defenses,
         mixed_loss,
+        objective_loss,
         sgd_optimizers,
+        trades_loss,
         training_adversary,
     )
 
@@ -34,7 +36,9 @@ __all__ = [
     "learning_rate_factor",
     "list_defenses",
     "mixed_loss",
+    "objective_loss",
     "sgd_optimizers",
+    "trades_loss",
     "training_adversary",
 ]
 

@@ -6,49 +6,39 @@ one's own is one file (see ``examples/own_defense.py``).
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from learn2perturb.attacks import PGD
-from learn2perturb.defenses.settings import Settings, one_of
-from learn2perturb.engine import gears
+from learn2perturb.defenses.objectives import (
+    Clock,
+    Losses,
+    forward,
+    mixed_loss,
+    objective_loss,
+    trades_loss,
+    training_adversary,
+)
+from learn2perturb.defenses.settings import OBJECTIVES, Settings, one_of
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.noise import noise_parameters
 from learn2perturb.registry import DEFENSES
 
+# What a defense of one's own needs is had from here, wherever it is made.
+__all__ = [
+    "ALTERNATIONS", "Alternation", "Clock", "Defense", "Losses", "Optimizers", "Stage", "build_defense", "check_choice",
+    "forward", "learning_rate_factor", "list_defenses", "mixed_loss", "objective_loss", "restarted_stages",
+    "sgd_optimizers", "trades_loss", "training_adversary",
+]  # fmt: skip
+
 ALTERNATIONS = ("combined", "sequential", "released")
 Optimizers = dict[str, torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Where a training stands: everything that schedules may depend on, all counted from 0.
-
-    Attributes:
-        epoch: of the whole training.
-        batch: within the epoch.
-        batches: batches in an epoch.
-        stage: index of the stage.
-        stage_epoch: epoch within the stage.
-    """
-
-    epoch: int
-    batch: int
-    batches: int
-    stage: int = 0
-    stage_epoch: int = 0
-
-    @property
-    def step(self) -> int:
-        """Number of the step since the start of the training."""
-        return self.epoch * self.batches + self.batch
 
 
 @dataclass(frozen=True)
@@ -88,80 +78,6 @@ class Alternation:
     regulariser_through_optimizer: bool = True
 
 
-@dataclass(frozen=True)
-class Losses:
-    """What one evaluation of the objective gave: the loss to descend, and its parts for the metrics (detached).
-
-    Attributes:
-        total: scalar with a graph.
-        clean: clean cross-entropy, or None.
-        adversarial: adversarial cross-entropy, or None.
-        clean_correct: (N,) bool, or None.
-        adversarial_correct: (N,) bool, or None.
-        extra: further scalars for the metrics, by name.
-    """
-
-    total: Tensor
-    clean: Tensor | None = None
-    adversarial: Tensor | None = None
-    clean_correct: Tensor | None = None
-    adversarial_correct: Tensor | None = None
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-def forward(model: nn.Module, x: Tensor) -> Tensor:
-    """Return float32 logits of ``x`` in the current gear."""
-    with gears.autocast(x.device.type):
-        logits: Tensor = model(x)
-    return logits.float()
-
-
-def training_adversary(settings: Settings) -> PGD:
-    """Return the PGD attack that crafts training examples."""
-    return PGD(
-        eps=settings.eps or 0.0,
-        step_size=settings.attack_step_size or 0.01,
-        steps=settings.attack_steps or 1,
-        eot=settings.attack_eot or 1,
-    )
-
-
-def mixed_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: Settings) -> Losses:
-    """Return ``alpha CE(f(x), y) + beta CE(f(x'), y)``, x' by PGD (Learn2Perturb, eq. 11; eq. 10 when alpha is 0).
-
-    Before ``adversarial_delay`` it is the clean loss alone. The clean pass comes first, in train mode, as in the
-    released code, so the attack sees BatchNorm statistics that this batch has already moved.
-    """
-    attacked = clock.epoch >= (settings.adversarial_delay or 0)
-    if not attacked or settings.beta == 0:
-        logits = forward(model, x)
-        loss = F.cross_entropy(logits, y)
-        return Losses(loss, clean=loss.detach(), clean_correct=logits.detach().argmax(1) == y)
-    clean = correct = None
-    labels = y
-    total = torch.zeros((), device=x.device)
-    if settings.alpha or settings.attack_labels == "predicted":
-        logits = forward(model, x)
-        clean = F.cross_entropy(logits, y)
-        guessed = logits.detach().argmax(1)
-        correct = guessed == y
-        labels = guessed if settings.attack_labels == "predicted" else y
-        if settings.alpha:
-            total = settings.alpha * clean
-        clean = clean.detach()
-    mode: Literal["eval", "train"] = "train" if settings.attack_mode == "train" else "eval"
-    x_adv = training_adversary(settings).craft(model, x, labels, mode=mode)
-    adv_logits = forward(model, x_adv)
-    adversarial = F.cross_entropy(adv_logits, y)
-    return Losses(
-        total + (settings.beta or 0.0) * adversarial,
-        clean=clean,
-        adversarial=adversarial.detach(),
-        clean_correct=correct,
-        adversarial_correct=adv_logits.detach().argmax(1) == y,
-    )
-
-
 def learning_rate_factor(settings: Settings, total_epochs: int) -> Callable[[Clock], float]:
     """Return the schedule of ``settings`` over ``total_epochs``: a function of the clock alone, without state."""
 
@@ -180,8 +96,11 @@ def learning_rate_factor(settings: Settings, total_epochs: int) -> Callable[[Clo
     return factor
 
 
-def sgd_optimizers(settings: Settings) -> Callable[[nn.Module], Optimizers]:
-    """Return a builder of SGD for the weights and, where there is learned noise, for it: no weight decay on theta."""
+def sgd_optimizers(settings: Settings, *, noise_lr: float = 1.0) -> Callable[[nn.Module], Optimizers]:
+    """Return a builder of SGD for the weights and, where there is learned noise, for it: no weight decay on theta.
+
+    ``noise_lr`` is what the learning rate of the noise is multiplied by.
+    """
 
     def build(model: nn.Module) -> Optimizers:
         noise = noise_parameters(model)
@@ -196,10 +115,29 @@ def sgd_optimizers(settings: Settings) -> Callable[[nn.Module], Optimizers]:
             "weights": torch.optim.SGD(weights, weight_decay=settings.weight_decay or 0.0, **common)
         }
         if noise:
-            optimizers["noise"] = torch.optim.SGD(noise, weight_decay=0.0, **common)
+            optimizers["noise"] = torch.optim.SGD(noise, weight_decay=0.0, **{**common, "lr": common["lr"] * noise_lr})
         return optimizers
 
     return build
+
+
+def restarted_stages(settings: Settings, optimizers: Callable[[nn.Module], Optimizers]) -> tuple[Stage, ...]:
+    """Return a stage for each learning rate of a ``step`` schedule, each with fresh optimisers from ``optimizers``.
+
+    RSE and Adv-BNN are trained so: what differs from one stage is that momenta and moments start anew. Another
+    schedule has no steps, so it is one stage.
+    """
+    epochs = settings.epochs or 0
+    if settings.schedule != "step":
+        return (Stage(epochs, optimizers, learning_rate_factor(settings, epochs)),)
+    edges = [0, *sorted({m for m in settings.milestones or () if 0 < m < epochs}), epochs]
+    decay = 0.1 if settings.decay is None else settings.decay
+
+    def constant(value: float) -> Callable[[Clock], float]:
+        return lambda clock: value
+
+    lengths = [end - start for start, end in itertools.pairwise(edges)]
+    return tuple(Stage(length, optimizers, constant(decay**passed)) for passed, length in enumerate(lengths))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,9 +146,52 @@ class Defense(ABC):
 
     Attributes:
         predictor: how the defense's own paper predicts: ``single``, ``vote``, ``mean_probability``, ``mean_logits``.
+        members: passes that make one prediction of a predictor other than ``single``.
+        objectives: the values of the setting ``objective`` that :meth:`loss` follows. Empty, or not declared by a class
+            that overrides :meth:`loss`: a loss of the defense's own, which takes neither that setting nor ``awp``.
+        steady: every step does the same as the one before, on another batch (see :meth:`kind_of_step`).
     """
 
     predictor: ClassVar[str] = "single"
+    members: ClassVar[int] = 10
+    objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
+    steady: ClassVar[bool] = False
+
+    def kind_of_step(self, clock: Clock) -> Hashable | None:
+        """Return what a step depends on beside its batch, the model, the learning rate and :meth:`dials`.
+
+        Steps of one kind are recorded once and replayed where the engine can. None, the default, is safe: no step is
+        recorded. A schedule that moves in every step must be a dial, or the kind must be None.
+        """
+        return () if self.steady else None
+
+    def dials(self, clock: Clock) -> Mapping[str, float]:
+        """Return the numbers that loss, regulariser or :meth:`after_step` look up by ``clock.dial(name, value)``."""
+        return {}
+
+    def check(self, settings: Settings) -> None:
+        """Refuse settings that make no sense with this defense, before any work.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        kind = type(self).__name__
+        # Who overrides the loss and says nothing has one of his own: better refused than silently left out.
+        silent = type(self).loss is not Defense.loss and type(self).objectives is Defense.objectives
+        known = () if silent else self.objectives
+        if settings.objective not in (known or OBJECTIVES[:1]):
+            raise ConfigError(
+                f"objective is {settings.objective!r}, but {kind} trains on "
+                f"{' or '.join(map(repr, known)) or 'a loss of its own'}; leave it out, or take another defense"
+            )
+        if settings.awp and not known:
+            raise ConfigError(
+                f"awp is {settings.awp!r}, but {kind} has a loss of its own that takes none; leave it out"
+            )
+        if settings.awp and settings.objective == "mixed" and not settings.beta:
+            raise ConfigError(
+                f"awp is {settings.awp!r}, but beta is 0: there is no adversarial loss; set beta or drop awp"
+            )
 
     def prepare(self, network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
         """Insert what the defense needs into ``network``, in place, and return it."""
@@ -231,7 +212,7 @@ class Defense(ABC):
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: Settings) -> Losses:
         """Return the objective on one batch; the model is in train mode."""
-        return mixed_loss(model, x, y, clock, settings)
+        return objective_loss(model, x, y, clock, settings)
 
     def regulariser(self, model: nn.Module, clock: Clock) -> Tensor | None:
         """Return the term that only the noise parameters descend, or None."""

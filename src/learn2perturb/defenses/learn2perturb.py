@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.defenses.base import ALTERNATIONS, Alternation, Clock, Defense, check_choice
+from learn2perturb.defenses.base import (
+    ALTERNATIONS,
+    Alternation,
+    Clock,
+    Defense,
+    Stage,
+    check_choice,
+    learning_rate_factor,
+    sgd_optimizers,
+)
 from learn2perturb.defenses.settings import Settings, number, whole
 from learn2perturb.errors import ConfigError
 from learn2perturb.noise import Perturbation, noise_modules, noise_parameters, perturb, set_noise
@@ -36,6 +45,11 @@ class Learn2Perturb(Defense):
         theta_step: ``combined`` (algorithm 1), ``sequential`` (section 3.2), ``released`` (the released code's order).
         weight_steps: weight steps in a sequential iteration.
         noise_steps: theta steps in a sequential iteration.
+        theta_lr: what theta's learning rate is, in units of the weights'; a large one lets the loss shape theta in a
+            short training.
+        noise_target: mean of theta, over all elements of all sites, that the regulariser holds it to, in place of
+            pushing it up: ``R = (gamma / 2) n (mean(theta) - noise_target)^2``, n elements, no tau. The loss then
+            decides where the noise is, and this how much there is. None is the paper's regulariser.
         gamma_through_optimizer: scale the regulariser's gradient by the learning rate and let it join the momentum;
             False subtracts it as it is (algorithm 1 read literally).
         tau: ``harmonic`` is H_{e-s+1}; ``released`` is H_{e-s}, and 1 where that is 0 (the released code divides by
@@ -58,6 +72,8 @@ class Learn2Perturb(Defense):
     theta_step: str = "combined"
     weight_steps: int = 1
     noise_steps: int = 1
+    theta_lr: float = 1.0
+    noise_target: float | None = None
     gamma_through_optimizer: bool = True
     tau: str = "harmonic"
     init: float = 0.25
@@ -73,6 +89,8 @@ class Learn2Perturb(Defense):
         check_choice("tau", self.tau, TAUS)
         check_choice("placement", self.placement, PLACEMENTS)
         number("gamma", self.gamma, 0.0, math.inf)
+        number("theta_lr", self.theta_lr, 0.0, math.inf)
+        number("noise_target", self.noise_target, 0.0, math.inf)
         for name, low in (("noise_delay", 0), ("weight_steps", 1), ("noise_steps", 1)):
             whole(name, getattr(self, name), low)
         if not self.gamma >= 0:
@@ -93,11 +111,23 @@ class Learn2Perturb(Defense):
                 f"weight_steps : noise_steps is {self.weight_steps} : {self.noise_steps}, but theta_step "
                 f"{self.theta_step!r} makes one step of each; set theta_step='sequential'"
             )
+        self._check_target()
         # The noise module knows which of its own values are allowed; ask it before any work is done.
         Perturbation(
             (1,), site="", granularity=self.granularity, sharing=self.sharing, distribution=self.distribution,
             init=self.init, minimum=self.minimum,
         )  # fmt: skip
+
+    def _check_target(self) -> None:
+        if self.noise_target is None:
+            return
+        told = f"noise_target is {self.noise_target!r}, but"
+        if self.noise_target < self.minimum:
+            raise ConfigError(f"{told} theta is projected to at least minimum, {self.minimum!r}; raise the target")
+        if self.gamma == 0:
+            raise ConfigError(f"{told} gamma is 0, so nothing holds theta to it; set gamma, such as 1e-2")
+        if self.tau != "harmonic":
+            raise ConfigError(f"{told} tau is {self.tau!r}, which only the paper's regulariser has; leave tau out")
 
     def prepare(self, network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
         """Insert the noise, in place."""
@@ -108,6 +138,12 @@ class Learn2Perturb(Defense):
             network, input_shape=input_shape, sites=sites, granularity=self.granularity,
             distribution=self.distribution, sharing=self.sharing, init=self.init, minimum=self.minimum,
         )  # fmt: skip
+
+    def stages(self, settings: Settings) -> tuple[Stage, ...]:
+        """Return the one stage of the settings, with a learning rate of its own for theta."""
+        epochs = settings.epochs or 0
+        optimizers = sgd_optimizers(settings, noise_lr=self.theta_lr)
+        return (Stage(epochs, optimizers, learning_rate_factor(settings, epochs)),)
 
     def alternation(self) -> Alternation:
         """Return the chosen order of steps."""
@@ -124,11 +160,30 @@ class Learn2Perturb(Defense):
             parameter.requires_grad_(on)
 
     def regulariser(self, model: nn.Module, clock: Clock) -> Tensor | None:
-        """Return ``-(gamma / tau) sum sqrt(theta)``, a sum over all elements of all sites (eqs. 7 and 8)."""
+        """Return ``-(gamma / tau) sum sqrt(theta)``, a sum over all elements of all sites (eqs. 7 and 8).
+
+        With ``noise_target`` it is ``(gamma / 2) n (mean(theta) - noise_target)^2``, whose slope is
+        ``gamma (mean(theta) - noise_target)`` for every theta.
+        """
         if clock.epoch < self.noise_delay or self.gamma == 0:
             return None
+        if self.noise_target is not None:
+            total = torch.stack([parameter.sum() for parameter in noise_parameters(model)]).sum()
+            count = sum(parameter.numel() for parameter in noise_parameters(model))
+            return 0.5 * self.gamma * count * (total / count - self.noise_target) ** 2
         roots = torch.stack([parameter.sqrt().sum() for parameter in noise_parameters(model)]).sum()
-        return -(self.gamma / self.tau_at(clock.epoch)) * roots
+        return -clock.dial("regulariser", self._weight(clock)) * roots
+
+    def _weight(self, clock: Clock) -> float:
+        return self.gamma / self.tau_at(clock.epoch)
+
+    def kind_of_step(self, clock: Clock) -> Hashable:
+        """Tell steps with noise from those before it."""
+        return clock.epoch >= self.noise_delay
+
+    def dials(self, clock: Clock) -> Mapping[str, float]:
+        """Return the weight of the regulariser, which fades with the epochs."""
+        return {"regulariser": self._weight(clock)}
 
     def tau_at(self, epoch: int) -> float:
         """Return tau at an epoch: a harmonic number, so that the regulariser fades (eq. 9, mended).
@@ -149,11 +204,13 @@ class Learn2Perturb(Defense):
         """Yield theta after each step if the regulariser alone moved it: Learn2Perturb-R.
 
         All thetas start equal and see equal gradients, so they stay one number; to first order
-        ``theta^{3/2} = init^{3/2} + (3/4) sum lr gamma / ((1 - mu) tau)``. Here the optimiser's own recurrence is run.
+        ``theta^{3/2} = init^{3/2} + (3/4) sum lr gamma / ((1 - mu) tau)``, and with ``noise_target`` theta approaches
+        that exponentially. Here the optimiser's own recurrence is run.
         """
         factor = self.stages(settings)[0].factor
         theta, velocity, started = self.init, 0.0, False
-        base, mu = settings.lr or 0.0, settings.momentum or 0.0
+        base, mu = self.theta_lr * (settings.lr or 0.0), settings.momentum or 0.0
+        target = self.noise_target
         # The share of the regulariser's gradient in each step of theta's optimiser within one iteration.
         shares = {"combined": [1.0], "sequential": [1.0] * self.noise_steps, "released": [1.0, 0.0]}[self.theta_step]
         for epoch in itertools.count():
@@ -161,7 +218,8 @@ class Learn2Perturb(Defense):
             for batch in range(batches):
                 lr = base * factor(Clock(epoch, batch, batches, stage_epoch=epoch))
                 for share in shares if epoch >= self.noise_delay else ():
-                    gradient = -share * self.gamma / (2 * tau * math.sqrt(theta))
+                    push = -1 / (2 * tau * math.sqrt(theta)) if target is None else theta - target
+                    gradient = share * self.gamma * push
                     if self.gamma_through_optimizer:
                         velocity = mu * velocity + gradient if started else gradient
                         started = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -13,6 +14,9 @@ from learn2perturb.defenses.settings import Settings
 @dataclass(frozen=True, kw_only=True)
 class NoDefense(Defense):
     """Cross-entropy on clean images; the row "No defense" of the paper's tables."""
+
+    objectives: ClassVar[tuple[str, ...]] = ()
+    steady: ClassVar[bool] = True
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: Settings) -> Losses:
         """Return the clean cross-entropy, whatever adversary the recipe describes."""

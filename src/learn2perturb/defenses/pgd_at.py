@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from learn2perturb.defenses.base import Defense
 
@@ -11,5 +12,7 @@ from learn2perturb.defenses.base import Defense
 class PGDTraining(Defense):
     """``alpha CE(f(x), y) + beta CE(f(x'), y)``, eq. 11 of Learn2Perturb without noise.
 
-    Madry's own objective is adversarial only: set ``alpha`` to 0 and ``beta`` to 1.
+    Madry's own objective is adversarial only: the defense ``madry``, or ``alpha`` 0 and ``beta`` 1 here.
     """
+
+    steady: ClassVar[bool] = True

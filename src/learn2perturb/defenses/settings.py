@@ -11,6 +11,7 @@ from learn2perturb.errors import ConfigError
 SCHEDULES = ("step", "one_cycle", "cosine", "constant")
 LABELS = ("predicted", "true")
 MODES = ("eval", "train")
+OBJECTIVES = ("mixed", "trades")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +28,23 @@ class Settings:
         schedule: ``step`` (times ``decay`` at each of ``milestones``), ``one_cycle``, ``cosine`` or ``constant``.
         milestones: epochs at which ``step`` lowers the learning rate.
         decay: what it is multiplied by there.
+        objective: ``mixed``, the clean and the adversarial loss with weights ``alpha`` and ``beta``; or ``trades``, the
+            clean loss and ``trades_beta`` times KL(p(x) || p(x')), whose adversary maximises that KL.
+        trades_beta: weight of that KL; ``mixed`` does not read it, and ``trades`` no ``alpha``, ``beta``, labels.
         alpha: weight of the clean loss (eq. 11); 0 trains on adversarial examples only (eq. 10).
         beta: weight of the adversarial loss (eq. 11).
         eps: radius of the training adversary, l_inf, in [0, 1] pixel scale (8/255 is 0.0314).
         attack_steps: PGD steps of the training adversary.
         attack_step_size: its step, in [0, 1] pixel scale.
+        attack_random_start: whether it starts at a random point of the ball, or at the image.
         attack_eot: draws averaged in each of its gradients.
         attack_labels: ``predicted`` (against label leaking, as the released code) or ``true``.
         attack_mode: BatchNorm while it attacks: ``eval`` or ``train``.
         adversarial_delay: epochs of clean training before the adversary starts.
+        awp: adversarial weight perturbation: the loss is taken at weights moved against it by this share of each
+            tensor's norm (0.01 in its paper, 0.005 with ``trades``); 0 is without.
+        weight_average: decay of the average of weights and theta over steps, which is monitored, saved and returned in
+            place of the last ones; 0 is without, 0.999 remembers about 1,000 steps.
     """
 
     epochs: int | None = None
@@ -47,15 +56,20 @@ class Settings:
     schedule: str | None = None
     milestones: list[int] | None = None
     decay: float | None = None
+    objective: str | None = None
+    trades_beta: float | None = None
     alpha: float | None = None
     beta: float | None = None
     eps: float | None = None
     attack_steps: int | None = None
     attack_step_size: float | None = None
+    attack_random_start: bool | None = None
     attack_eot: int | None = None
     attack_labels: str | None = None
     attack_mode: str | None = None
     adversarial_delay: int | None = None
+    awp: float | None = None
+    weight_average: float | None = None
 
     def check(self) -> None:
         """Check every value that is set.
@@ -70,19 +84,28 @@ class Settings:
         for name, low, high in (
             ("lr", 0.0, math.inf), ("momentum", 0.0, 1.0), ("weight_decay", 0.0, math.inf), ("decay", 0.0, 1.0),
             ("alpha", 0.0, math.inf), ("beta", 0.0, math.inf), ("eps", 0.0, 1.0), ("attack_step_size", 0.0, 1.0),
+            ("trades_beta", 0.0, math.inf), ("awp", 0.0, 1.0), ("weight_average", 0.0, 1.0),
         ):  # fmt: skip
             number(name, getattr(self, name), low, high)
-        if self.nesterov is not None and not isinstance(self.nesterov, bool):
-            raise ConfigError(f"nesterov is {self.nesterov!r}; it must be true or false")
+        for name in ("nesterov", "attack_random_start"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         if self.milestones is not None and not isinstance(self.milestones, (list, tuple)):
             raise ConfigError(f"milestones is {self.milestones!r}; it must be a list of epochs, such as [150, 250]")
         for milestone in self.milestones or ():
             whole("an epoch of milestones", milestone, 0)
+        one_of("objective", self.objective, OBJECTIVES)
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("attack_labels", self.attack_labels, LABELS)
         one_of("attack_mode", self.attack_mode, MODES)
         if self.alpha == 0 and self.beta == 0:
             raise ConfigError("alpha and beta are both 0, so there is no loss; eq. 11 of the paper has 0.5 and 0.5")
+        if self.objective == "trades" and self.trades_beta == 0:
+            raise ConfigError(
+                "trades_beta is 0, so objective 'trades' has no adversary; its paper has 6, or take 'none'"
+            )
+        if self.weight_average == 1:
+            raise ConfigError("weight_average is 1, so the average never moves; it must be below 1, such as 0.999")
         if self.attack_step_size == 0 and self.eps != 0:
             raise ConfigError("attack_step_size is 0, so the adversary stands still; the paper has 0.01 (or set eps 0)")
         if self.nesterov and self.momentum == 0:

@@ -1,0 +1,207 @@
+"""What is descended: the mixture of eq. 11, TRADES, and either of them at adversarially perturbed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from learn2perturb.attacks import PGD
+from learn2perturb.attacks.base import Attack, Query
+from learn2perturb.attacks.gradients import input_gradient, mean_logits
+from learn2perturb.defenses.awp import against_weights
+from learn2perturb.defenses.settings import Settings
+from learn2perturb.engine import gears
+
+Model = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a training stands: everything that schedules may depend on, all counted from 0.
+
+    Attributes:
+        epoch: of the whole training.
+        batch: within the epoch.
+        batches: batches in an epoch.
+        stage: index of the stage.
+        stage_epoch: epoch within the stage.
+        examples: images in an epoch, the size of the training set; 0 where that is not known.
+        dials: in a recorded step, the tensors that stand for the numbers of :meth:`Defense.dials`.
+    """
+
+    epoch: int
+    batch: int
+    batches: int
+    stage: int = 0
+    stage_epoch: int = 0
+    examples: int = 0
+    dials: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def step(self) -> int:
+        """Number of the step since the start of the training."""
+        return self.epoch * self.batches + self.batch
+
+    def dial(self, name: str, value: float) -> Tensor | float:
+        """Return ``value``, or in a recorded step the tensor that has it now."""
+        return self.dials.get(name, value)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What one evaluation of the objective gave: the loss to descend, and its parts for the metrics (detached).
+
+    Attributes:
+        total: scalar with a graph.
+        clean: clean cross-entropy, or None.
+        adversarial: adversarial cross-entropy, or None.
+        clean_correct: (N,) bool, or None.
+        adversarial_correct: (N,) bool, or None.
+        extra: further scalars for the metrics, by name.
+    """
+
+    total: Tensor
+    clean: Tensor | None = None
+    adversarial: Tensor | None = None
+    clean_correct: Tensor | None = None
+    adversarial_correct: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def forward(model: Model, x: Tensor) -> Tensor:
+    """Return float32 logits of ``x`` in the current gear."""
+    with gears.autocast(x.device.type):
+        logits = model(x)
+    return logits.float()
+
+
+def training_adversary(settings: Settings) -> PGD:
+    """Return the PGD attack that crafts training examples."""
+    return PGD(
+        eps=settings.eps or 0.0,
+        step_size=settings.attack_step_size or 0.01,
+        steps=settings.attack_steps or 1,
+        random_start=settings.attack_random_start is not False,
+        eot=settings.attack_eot or 1,
+    )
+
+
+def objective_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: Settings) -> Losses:
+    """Return the objective that ``settings`` name: :func:`trades_loss` or :func:`mixed_loss`."""
+    return (trades_loss if settings.objective == "trades" else mixed_loss)(model, x, y, clock, settings)
+
+
+def _clean_loss(model: nn.Module, x: Tensor, y: Tensor) -> Losses:
+    logits = forward(model, x)
+    loss = F.cross_entropy(logits, y)
+    return Losses(loss, clean=loss.detach(), clean_correct=logits.detach().argmax(1) == y)
+
+
+def _attack_mode(settings: Settings) -> Literal["eval", "train"]:
+    return "train" if settings.attack_mode == "train" else "eval"
+
+
+def mixed_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: Settings) -> Losses:
+    """Return ``alpha CE(f(x), y) + beta CE(f(x'), y)``, x' by PGD (Learn2Perturb, eq. 11; eq. 10 when alpha is 0).
+
+    Before ``adversarial_delay`` it is the clean loss alone. The clean pass comes first, in train mode, as in the
+    released code, so the attack sees BatchNorm statistics that this batch has already moved. With ``awp`` both terms
+    are taken at weights that were moved against ``CE(f(x'), y)``.
+    """
+    attacked = clock.epoch >= (settings.adversarial_delay or 0)
+    if not attacked or settings.beta == 0:
+        return _clean_loss(model, x, y)
+    guessing = settings.attack_labels == "predicted"
+    logits = forward(model, x) if settings.alpha or guessing else None
+    labels = logits.detach().argmax(1) if guessing and logits is not None else y
+    x_adv = training_adversary(settings).craft(model, x, labels, mode=_attack_mode(settings))
+    network: Model = model
+    if settings.awp:
+        network = against_weights(model, settings.awp, lambda f: F.cross_entropy(forward(f, x_adv), y))
+        logits = forward(network, x) if settings.alpha else logits
+    adv_logits = forward(network, x_adv)
+    adversarial = F.cross_entropy(adv_logits, y)
+    clean = None if logits is None else F.cross_entropy(logits, y)
+    total = (settings.beta or 0.0) * adversarial
+    return Losses(
+        settings.alpha * clean + total if settings.alpha and clean is not None else total,
+        clean=None if clean is None else clean.detach(),
+        adversarial=adversarial.detach(),
+        clean_correct=None if logits is None else logits.detach().argmax(1) == y,
+        adversarial_correct=adv_logits.detach().argmax(1) == y,
+    )
+
+
+def kl_divergence(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """Return ``KL(p || softmax(z))`` of each row, shape (N,), from logits z and probabilities p, both (N, K)."""
+    return F.kl_div(torch.log_softmax(logits, dim=1), probabilities, reduction="none").sum(dim=1)
+
+
+@final
+@dataclass(frozen=True)
+class TradesAdversary(Attack):
+    """PGD on ``KL(p(x) || p(x'))`` from ``x + 0.001 N(0, 1)``: the inner maximisation of TRADES. Labels play no part.
+
+    For a model with noise p(x) is the mean over ``eot`` draws, taken once, and every step has fresh draws for x'.
+    Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, 2019, algorithm 1,
+    https://arxiv.org/abs/1901.08573.
+
+    Attributes:
+        step_size: length of a step, [0, 1] pixel scale.
+        steps: at least 1.
+    """
+
+    step_size: float = 0.007
+    steps: int = 10
+
+    def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
+        """Return the last iterate."""
+        with torch.no_grad():
+            p = torch.softmax(mean_logits(query.logits, x.clone(), self.eot, "probability"), dim=1)
+        x_adv = x + 0.001 * torch.empty(x.shape, dtype=x.dtype, device=x.device).normal_()
+        for _ in range(self.steps):
+            gradient = input_gradient(query.logits, kl_divergence, x_adv, p, eot=self.eot)
+            query.backwards += self.eot * len(x)
+            moved = self.ball.step(gradient, self.step_size).add_(x_adv)
+            x_adv = self.ball.project(moved, x, self.eps).clamp_(0.0, 1.0)
+        return x_adv
+
+
+def trades_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: Settings) -> Losses:
+    """Return ``CE(f(x), y) + trades_beta * mean_i KL(p(x_i) || p(x'_i))`` (TRADES, eq. 5); gradients through both p.
+
+    x' is :class:`TradesAdversary`'s with the radius, steps and step size of ``settings``; labels and the weights
+    ``alpha`` and ``beta`` play no part. The attack comes first, as in the released code. With ``awp`` the whole
+    objective is taken at weights that were moved against it. Before ``adversarial_delay`` it is the clean loss alone.
+    """
+    if clock.epoch < (settings.adversarial_delay or 0):
+        return _clean_loss(model, x, y)
+    adversary = TradesAdversary(
+        eps=settings.eps or 0.0,
+        step_size=settings.attack_step_size or 0.007,
+        steps=settings.attack_steps or 1,
+        eot=settings.attack_eot or 1,
+    )
+    x_adv = adversary.craft(model, x, y, mode=_attack_mode(settings))
+
+    def parts(network: Model) -> tuple[Tensor, Tensor, Tensor]:
+        logits, adv_logits = forward(network, x), forward(network, x_adv)
+        divergence = kl_divergence(adv_logits, torch.softmax(logits, dim=1)).mean()
+        return F.cross_entropy(logits, y) + (settings.trades_beta or 0.0) * divergence, logits, adv_logits
+
+    network: Model = against_weights(model, settings.awp, lambda f: parts(f)[0]) if settings.awp else model
+    total, logits, adv_logits = parts(network)
+    with torch.no_grad():
+        clean, adversarial = F.cross_entropy(logits, y), F.cross_entropy(adv_logits, y)
+    return Losses(
+        total,
+        clean=clean,
+        adversarial=adversarial,
+        clean_correct=logits.detach().argmax(1) == y,
+        adversarial_correct=adv_logits.detach().argmax(1) == y,
+    )
