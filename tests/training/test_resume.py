@@ -17,7 +17,7 @@ import torch
 
 from learn2perturb.engine.gears import has_native_bfloat16
 from learn2perturb.models import build_model
-from learn2perturb.training import TrainConfig, train
+from learn2perturb.training import TrainConfig, load, train
 from learn2perturb.training.checkpoint import checkpoints, read_model, read_resume
 
 TIMED = ("seconds", "images_per_second")
@@ -79,7 +79,10 @@ def _names(folder):
 
 
 def state_of(run):
-    """Return everything that a run left: weights, theta, momenta, position, metrics without what the clock decides."""
+    """Return everything that a run left: weights, theta, momenta, position, metrics without what the clock decides.
+
+    With an average, ``weights`` is that, and the weights it is of are among the momenta.
+    """
     newest = checkpoints(run)[-1]
     weights, _ = read_model(newest / "model.safetensors")
     resume = read_resume(newest)
@@ -89,6 +92,10 @@ def state_of(run):
         for index, slot in optimizer["state"].items()
         for value in [slot["momentum_buffer"]]
     }
+    momenta |= {f"last.{key}": value for key, value in resume.get("weights", {}).items()}
+    if "average" in resume:
+        momenta |= {f"average.{key}": value for key, value in resume["average"]["values"].items()}
+        momenta["updates"] = torch.tensor(resume["average"]["updates"])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         for key in TIMED:
@@ -149,6 +156,33 @@ def test_in_the_fast_gear_a_stopped_run_ends_bit_for_bit_too(tmp_path):
                 train(settings, out=tmp_path / "killed", progress=False)
     train(settings, out=tmp_path / "killed", progress=False)
     check_same(tmp_path / "killed", tmp_path / "whole")
+
+
+# --- averaged weights
+
+
+def test_with_averaged_weights_a_stopped_run_ends_bit_for_bit_and_the_average_is_what_is_saved_and_returned(
+    tmp_path, monkeypatch
+):
+    settings = small(weight_average=0.9, monitor=50, options={"noise_delay": 0}, adversarial_delay=0)
+    whole = train(settings, out=tmp_path / "whole", progress=False)
+    for step in (1, 2, 4):  # within an epoch, at its end before its scores, in the next
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, step, signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                train(settings, out=tmp_path / "run", progress=False)
+    run = train(settings, out=tmp_path / "run", progress=False)
+    check_same(tmp_path / "run", tmp_path / "whole")
+    _, saved, rest, _ = state_of(tmp_path / "run")
+    assert rest["updates"] == 6
+    finished = train(settings, out=tmp_path / "run", progress=False)  # and a finished run gives the average again
+    loaded = load(tmp_path / "run")
+    for key, value in saved.items():
+        assert torch.equal(value, rest[f"average.{key}"]), key
+        for model in (whole.model, run.model, finished.model, loaded):
+            assert torch.equal(value, model.state_dict()[key]), key
+        if value.is_floating_point():
+            assert not torch.equal(value, rest[f"last.{key}"]), key
 
 
 # --- Ctrl-C, finished runs, damaged folders
@@ -227,6 +261,15 @@ def test_a_folder_with_another_run_is_refused_and_untouched(tmp_path):
         train(small(epochs=1, seed=1), out=run, progress=False)
     assert snapshot(run) == before
     train(small(epochs=1, log_every=7, checkpoint_minutes=3.0), out=run, progress=False)  # these change no number
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(tmp_path):
+    run = finished(tmp_path)
+    text = (run / "config.yaml").read_text()
+    older = [line for line in text.splitlines() if line.split(":")[0] not in ("awp", "weight_average", "objective")]
+    assert len(older) == len(text.splitlines()) - 3
+    (run / "config.yaml").write_text("\n".join(older))
+    train(small(epochs=1), out=run, progress=False)
 
 
 def test_a_folder_with_other_files_is_refused_and_untouched(tmp_path):
@@ -326,7 +369,7 @@ class _Seven:
 
 def test_a_write_that_fails_leaves_the_checkpoints_before_it_loadable(tmp_path, monkeypatch):
     from learn2perturb.errors import CheckpointError
-    from learn2perturb.training import checkpoint, load
+    from learn2perturb.training import checkpoint
 
     run = finished(tmp_path)
     before = snapshot(run / "checkpoints")

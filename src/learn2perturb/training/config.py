@@ -117,7 +117,9 @@ class TrainConfig(Settings):
         defaults = {**recipe["settings"], **special.get("settings", {})}
         defaults |= {key: fraction(defaults[key]) for key in ("eps", "attack_step_size")}
         filled = {key: value for key, value in defaults.items() if getattr(self, key) is None}
-        resolved = replace(self, defense=name, options={**special.get("options", {}), **self.options}, **filled)
+        options = {**special.get("options", {}), **self.options}
+        model_options = {**special.get("model_options", {}), **self.model_options}
+        resolved = replace(self, defense=name, options=options, model_options=model_options, **filled)
         if resolved.missing():
             raise ConfigError(f"recipe {self.recipe!r} leaves {', '.join(resolved.missing())} open; set them")
         return resolved

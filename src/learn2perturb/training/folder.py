@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -26,6 +27,12 @@ def settings_text(config: TrainConfig) -> str:
         raise ConfigError(f"a setting is no plain value ({reason}); use numbers, text, lists and mappings") from None
 
 
+def _read_back(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings as they read after a round trip through YAML: tuples are lists there."""
+    settings: dict[str, Any] = yaml.safe_load(settings_text(config))
+    return settings
+
+
 def _left_behind(path: Path) -> bool:
     """Tell whether ``path`` is the temporary file of a training that was killed while it wrote ``config.yaml``."""
     return path.name.startswith(".config.yaml.") and path.suffix == ".tmp"
@@ -45,7 +52,9 @@ def check_folder(out: Path, config: TrainConfig) -> None:
             raise CheckpointError(f"{path} cannot be read ({error}); give another --out") from None
         if not isinstance(before, dict):
             raise CheckpointError(f"{path} holds no settings; give another --out")
-        now = yaml.safe_load(settings_text(config))  # as it reads after a round trip: tuples are lists there
+        now = _read_back(config)
+        # A setting that did not exist when the run was made was what its recipe leaves it at.
+        before = {**_read_back(TrainConfig(defense=config.defense, recipe=config.recipe).resolve()), **before}
         differing = [key for key in now if key not in _FREE and now[key] != before.get(key)]
         if differing:
             shown = ", ".join(f"{key} ({before.get(key)!r} there, {now[key]!r} now)" for key in differing[:4])

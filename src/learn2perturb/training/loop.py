@@ -30,7 +30,7 @@ from learn2perturb.training.config import TrainConfig
 from learn2perturb.training.environment import environment
 from learn2perturb.training.folder import check_folder, settings_text
 from learn2perturb.training.interrupt import Interrupt
-from learn2perturb.training.metrics import MetricsFile, Totals, read_metrics, theta_report
+from learn2perturb.training.metrics import NOISE_SCALES, MetricsFile, Totals, noise_report, read_metrics
 from learn2perturb.training.state import Training, check_network
 
 
@@ -97,7 +97,7 @@ def train(
             # Not for a finished run that is called again: it was made where and by what the file says already.
             atomic_write(folder / "environment.json", json.dumps(environment(training.device), indent=1))
         metrics = _run(training)
-    training.model.eval()
+    training.finish()
     return Run(folder, training.model, config, metrics)
 
 
@@ -131,6 +131,7 @@ def _run(training: Training) -> list[dict[str, Any]]:
                     expected = next(schedule) if schedule is not None else None
                     training.reporter(training.step, training.epochs * training.batches, _label(training))
                     if training.step % config.log_every == 0:
+                        training.check_finite()
                         line = {"kind": "step", "step": training.step, "epoch": training.epoch}
                         file.write(line | _clean(training.totals.means()))
                     due = time.monotonic() - saved > 60 * config.checkpoint_minutes
@@ -146,8 +147,8 @@ def _run(training: Training) -> list[dict[str, Any]]:
                     )
                 line = {"kind": "epoch", "epoch": training.epoch, "step": training.step}
                 line |= _clean(training.totals.means()) | training.monitor_scores()
-                line |= theta_report(training.model, expected)
-                line["lr"] = training.optimizers["weights"].param_groups[0]["lr"]
+                line |= noise_report(training.model, expected)
+                line["lr"] = float(training.optimizers["weights"].param_groups[0]["lr"])
                 line["seconds"] = training.seconds
                 line["images_per_second"] = seen / (time.perf_counter() - start)
                 file.write(line)
@@ -188,10 +189,11 @@ def _epoch_line(training: Training, line: dict[str, Any]) -> str:
     for kind in ("clean", "pgd"):
         if f"{training.monitored}_{kind}" in line:
             parts.append(f"{training.monitored} {kind} {line[f'{training.monitored}_{kind}']:.1%}")
-    if "theta_mean" in line:
-        parts.append(f"theta {line['theta_mean']:.4f}")
-        if "theta_schedule" in line:
-            parts.append(f"(schedule {line['theta_schedule']:.4f})")
+    for symbol in NOISE_SCALES:
+        if f"{symbol}_mean" in line:
+            parts.append(f"{symbol} {line[f'{symbol}_mean']:.4f}")
+        if f"{symbol}_schedule" in line:
+            parts.append(f"(schedule {line[f'{symbol}_schedule']:.4f})")
     parts.append(f"{line['images_per_second']:.0f} images/s")
     return "  ".join(parts)
 
@@ -212,5 +214,6 @@ def _to_board(board: Any, line: dict[str, Any]) -> None:
     for key, value in line.items():
         if isinstance(value, (int, float)) and key not in ("epoch", "step"):
             board.add_scalar(key, value, line["step"])
-    for site, values in line.get("theta", {}).items():
-        board.add_scalar(f"theta/{site}", values["mean"], line["step"])
+    for symbol in NOISE_SCALES:
+        for site, values in line.get(symbol, {}).items():
+            board.add_scalar(f"{symbol}/{site}", values["mean"], line["step"])

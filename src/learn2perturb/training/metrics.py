@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.noise import Perturbation, noise_modules, noise_sites
+from learn2perturb.noise import named_noise
 from learn2perturb.training.alternating import Iteration
+
+NOISE_SCALES = ("theta", "alpha", "sigma")  # what defenses call the scale of their noise, as the lines of an epoch do
 
 
 class Totals:
@@ -63,31 +65,34 @@ class Totals:
         return {key: value.cpu() for key, value in self._sums.items()}
 
 
-def theta_report(model: nn.Module, schedule: float | None) -> dict[str, Any]:
-    """Describe theta per site: mean, spread (standard deviation), extremes, departure from the schedule.
+def noise_report(model: nn.Module, schedule: float | None) -> dict[str, Any]:
+    """Describe the learned noise per site: theta, PNI's |alpha|, Adv-BNN's sigma = exp(s), each under its own name.
 
-    The departure is the root mean square of ``theta - schedule``, where the schedule is what the regulariser alone
-    gives (Learn2Perturb-R): a theta that merely follows it has learned nothing from the loss.
+    Mean, spread (standard deviation), extremes, and the departure from the schedule: the root mean square of
+    ``theta - schedule``, where the schedule is what the regulariser alone gives (Learn2Perturb-R). A theta that merely
+    follows it has learned nothing from the loss.
     """
-    sites = {}
-    for site, module in zip(noise_sites(model), noise_modules(model), strict=True):
-        if isinstance(module, Perturbation) and module.learned:
-            theta = module.theta.detach().double()
-            sites[site] = {
-                "mean": theta.mean().item(),
-                "spread": theta.std(correction=0).item(),
-                "minimum": theta.min().item(),
-                "maximum": theta.max().item(),
-            }
-            if schedule is not None:
-                sites[site]["departure"] = (theta - schedule).square().mean().sqrt().item()
-    if not sites:
-        return {}
-    means = [site["mean"] for site in sites.values()]
-    report: dict[str, Any] = {"theta_mean": sum(means) / len(means), "theta": sites}
-    if schedule is not None:
-        report["theta_schedule"] = schedule
-        report["theta_departure"] = max(site["departure"] for site in sites.values())
+    report: dict[str, Any] = {}
+    for site, module in named_noise(model):
+        if not module.noise_parameters():
+            continue
+        symbol, value = module.scale()
+        scale = value.detach().double()
+        described = {
+            "mean": scale.mean().item(),
+            "spread": scale.std(correction=0).item(),
+            "minimum": scale.min().item(),
+            "maximum": scale.max().item(),
+        }
+        if schedule is not None:
+            described["departure"] = (scale - schedule).square().mean().sqrt().item()
+        # Noise on a weight is named by the weight: one layer may have several.
+        report.setdefault(symbol, {})[".".join([site, *module.moved])] = described
+    for symbol, sites in list(report.items()):
+        report[f"{symbol}_mean"] = sum(site["mean"] for site in sites.values()) / len(sites)
+        if schedule is not None:
+            report[f"{symbol}_schedule"] = schedule
+            report[f"{symbol}_departure"] = max(site["departure"] for site in sites.values())
     return report
 
 

@@ -6,7 +6,10 @@ batch). So a training resumed at any step goes on exactly as if it had never sto
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from learn2perturb.engine import gears
 from learn2perturb.engine.devices import checked_device
 from learn2perturb.engine.modes import in_mode
 from learn2perturb.engine.random import isolated_rng, seed_torch
+from learn2perturb.engine.recording import CudaGraphs
 from learn2perturb.errors import (
     CheckpointError,
     ConfigError,
@@ -30,8 +34,10 @@ from learn2perturb.errors import (
 )
 from learn2perturb.models import build_model
 from learn2perturb.progress import Reporter
-from learn2perturb.training.alternating import Optimizers, iterate
+from learn2perturb.training.alternating import Iteration, Optimizers, iterate
+from learn2perturb.training.average import WeightAverage
 from learn2perturb.training.checkpoint import (
+    MODEL,
     RESUME_FORMAT,
     VERSION,
     checkpoints,
@@ -42,6 +48,7 @@ from learn2perturb.training.checkpoint import (
 )
 from learn2perturb.training.config import TrainConfig
 from learn2perturb.training.metrics import MetricsFile, Totals
+from learn2perturb.training.recorded import NaNGuard, RecordedSteps, prepare, set_rate
 
 
 def choose_device(name: str) -> torch.device:
@@ -92,16 +99,25 @@ class Training:
         self.config, self.out, self.reporter = config, out, reporter
         self.device = choose_device(config.device)
         self.defense: Defense = build_defense(config.defense, config.options)
+        self.defense.check(config)
         self.source, self.monitor, self.monitored = sources(config, data, self.device)
         self.batches = self.source.num_batches
         self.plan: tuple[Stage, ...] = self.defense.stages(config)
         self.epochs = sum(stage.epochs for stage in self.plan)
         pixels = self.epochs * self.source.num_examples * math.prod((self.source.input_shape or (0,))[1:])
-        self.gear = gears.select(config.engine, self.device, pixels=pixels)
+        passes = (config.attack_steps or 0) * (config.attack_eot or 1) if config.beta else 0
+        self.gear = gears.select(
+            config.engine, self.device, pixels=pixels, attacked_pixels=passes * pixels, rows=config.batch_size or 128
+        )
         # None: data of the user's own, which no name brings back
         self.dataset = config.dataset if data is None else None
         self.model = self._build(model).to(self.device)
         self.gear.place(self.model)
+        # Where steps are recorded nothing may wait for the device, so a flag there says whether a loss was NaN.
+        self.recorded = RecordedSteps(CudaGraphs(self.device)) if self.gear.recording else None
+        self.guard = NaNGuard(self.device) if self.gear.recording else None
+        # What is monitored, saved and returned in place of the last weights.
+        self.average = WeightAverage(self.model, config.weight_average) if config.weight_average else None
         self.epoch, self.batch, self.stage = 0, 0, -1
         self.optimizers: Optimizers = {}
         self.totals = Totals(self.device)
@@ -137,7 +153,9 @@ class Training:
         start = 0
         for index, stage in enumerate(self.plan):
             if self.epoch < start + stage.epochs or index == len(self.plan) - 1:
-                return Clock(self.epoch, self.batch, self.batches, index, self.epoch - start)
+                return Clock(
+                    self.epoch, self.batch, self.batches, index, self.epoch - start, self.source.num_examples
+                )  # fmt: skip
             start += stage.epochs
         raise ConfigError("the defense has no stages; return at least one from stages()")
 
@@ -153,6 +171,14 @@ class Training:
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["base_lr"] = group["lr"]
+        self._dress_optimizers()
+
+    def _dress_optimizers(self) -> None:
+        """Make the optimisers fit for recorded steps, where steps are recorded; otherwise leave them as they are."""
+        if self.guard is None or self.recorded is None:
+            return
+        self.recorded.usable &= prepare(self.optimizers, self.device)
+        self.guard.watch(self.optimizers)
 
     # -- saving and restoring ---------------------------------------------------------------------------------------
 
@@ -163,6 +189,7 @@ class Training:
             "input_shape": list(self.input_shape),
             "defense": self.config.defense,
             "predictor": self.defense.predictor,
+            "members": self.defense.members,
             "dataset": self.dataset,
             "epoch": self.epoch,
         }
@@ -175,6 +202,7 @@ class Training:
         """
         if self.out is None:
             return
+        self.check_finite()
         for name, tensor in self.model.state_dict().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(f"weight {name!r} is not finite after step {self.step}; {self._mend()}")
@@ -191,7 +219,23 @@ class Training:
             "seconds": self.seconds,
             "metrics_bytes": metrics.sync(),
         }
-        self.last_good = write_checkpoint(self.out, self.step, model_bytes(self.model, self.metadata()), resume)
+        if self.average is not None:
+            # The file of the network holds the average, which is what anyone wants; the training goes on from these.
+            weights = {key: value.detach().cpu().contiguous().clone() for key, value in self.model.state_dict().items()}
+            resume |= {"weights": weights, "average": self.average.state()}
+        with self.averaged():
+            model = model_bytes(self.model, self.metadata())
+        self.last_good = write_checkpoint(self.out, self.step, model, resume)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which the network has its averaged weights, if there is an average."""
+        return contextlib.nullcontext() if self.average is None else self.average.installed(self.model)
+
+    def finish(self) -> None:
+        """Leave the network as it is to be used: with its averaged weights, if there is an average, in eval mode."""
+        if self.average is not None:
+            self.average.install(self.model)
+        self.model.eval()
 
     def restore(self) -> bool:
         """Go to the newest checkpoint of the run folder, if there is one."""
@@ -209,18 +253,21 @@ class Training:
                 f"{self.out} was trained in gear {resume['gear']!r} and this would be {self.gear.name!r}; "
                 f"set engine={resume['gear']!r}, or another --out"
             )
-        state, _ = read_model(found[-1] / "model.safetensors")
+        state, _ = read_model(found[-1] / MODEL)
         try:
-            self.model.load_state_dict(state)
+            self.model.load_state_dict(state if self.average is None else resume["weights"])
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{self.out} holds a run of another network ({reason}); give another --out") from None
+        if self.average is not None:
+            self.average.restore(resume["average"])
         self.gear.place(self.model)
         self.epoch, self.batch = resume["epoch"], resume["batch"]
         if resume["stage"] >= 0:
             self._build_optimizers(resume["stage"])
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(resume["optimizers"][name])
+            self._dress_optimizers()
         self.totals = Totals(self.device, resume["totals"])
         self.metrics_bytes, self.seconds = resume["metrics_bytes"], resume["seconds"]
         self.last_good = found[-1]
@@ -245,38 +292,69 @@ class Training:
         factor = self.plan[clock.stage].factor(clock)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
+                set_rate(group, group["base_lr"] * factor)
         seed_torch(self.config.seed, "step", clock.step)
         self.model.train()
         self.defense.begin_step(self.model, clock)
+
+        def step(x: torch.Tensor, y: torch.Tensor, dials: Mapping[str, torch.Tensor]) -> Iteration:
+            now = replace(clock, dials=dials)
+
+            def check(losses: Losses) -> None:
+                if self.guard is not None:
+                    self.guard.check(losses)
+                elif not math.isfinite(losses.total.item()):
+                    # Waits for the device in every step; on the CPU that is free, and nothing spreads the NaN.
+                    raise NonFiniteError(
+                        f"the loss is {losses.total.item()} at step {clock.step} (epoch {clock.epoch}, batch "
+                        f"{clock.batch}); {self._mend()}"
+                    )
+
+            with gears.training(self.model):
+                return iterate(
+                    self.defense, self.model, now, self.optimizers,
+                    lambda: self.defense.loss(self.model, x, y, now, self.config), check,
+                )  # fmt: skip
+
         x = self.gear.place_images(x)
-
-        def check(losses: Losses) -> None:
-            # One synchronisation a step; on the CPU it is free. The update that would spread a NaN is not made.
-            if not math.isfinite(losses.total.item()):
-                raise NonFiniteError(
-                    f"the loss is {losses.total.item()} at step {clock.step} (epoch {clock.epoch}, batch "
-                    f"{clock.batch}); "
-                    f"{self._mend()}"
-                )
-
-        iteration = iterate(
-            self.defense, self.model, clock, self.optimizers,
-            lambda: self.defense.loss(self.model, x, y, clock, self.config), check,
-        )  # fmt: skip
+        if self.recorded is None:
+            iteration = step(x, y, {})
+        else:
+            kind = self.defense.kind_of_step(clock)
+            if kind is not None:
+                kind = (kind, clock.stage, clock.epoch >= (self.config.adversarial_delay or 0))
+            iteration = self.recorded.run(kind, x, y, self.defense.dials(clock), step)
+        if self.average is not None:
+            self.average.update(self.model)
         self.totals.add_iteration(iteration, len(y))
+
+    def check_finite(self) -> None:
+        """Read the flag of recorded steps: whether a loss was not finite since the last time.
+
+        Raises:
+            NonFiniteError: one was; nothing has been updated since.
+        """
+        if self.guard is not None and self.guard.raised():
+            raise NonFiniteError(
+                f"the loss was not finite at or before step {self.step} (epoch {self.epoch}, batch {self.batch}), and "
+                f"nothing has been updated since; {self._mend()}"
+            )
 
     @torch.no_grad()
     def monitor_scores(self) -> dict[str, float]:
-        """Score the monitored images, clean and under the training adversary; one draw each."""
+        """Score the monitored images, clean and under PGD of the training's budget; one draw each, averaged weights."""
         if self.monitor is None:
             return {}
+        with self.averaged():
+            return self._scores(self.monitor)
+
+    def _scores(self, monitor: BatchSource) -> dict[str, float]:
         self.model.eval()
         seed_torch(self.config.seed, "monitor", self.epoch)
         attack = training_adversary(self.config)
         hits = torch.zeros(2, dtype=torch.int64, device=self.device)
         count = 0
-        for x, y in self.monitor.epoch(0):
+        for x, y in monitor.epoch(0):
             x = self.gear.place_images(x)
             adversarial = attack.craft(self.model, x, y)
             hits += torch.stack([(forward(self.model, z).argmax(1) == y).sum() for z in (x, adversarial)])
