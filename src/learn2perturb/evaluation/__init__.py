@@ -8,26 +8,57 @@ from learn2perturb.evaluation.intervals import Estimate, Interval, bootstrap_mea
 from learn2perturb.evaluation.result import Evaluation, PooledScore, Row
 
 if TYPE_CHECKING:
-    from learn2perturb.evaluation.accuracy import PREDICTORS, evaluate
+    from learn2perturb.evaluation.accuracy import evaluate
+    from learn2perturb.evaluation.certification import Certification
+    from learn2perturb.evaluation.comparison import Comparison, Difference, compare
+    from learn2perturb.evaluation.diagnostics import Budget, Diagnosis, diagnose
+    from learn2perturb.evaluation.predictors import PREDICTORS, Predictor
+    from learn2perturb.evaluation.radii import certify
 
 __all__ = [
     "PREDICTORS",
+    "Budget",
+    "Certification",
+    "Comparison",
+    "Diagnosis",
+    "Difference",
     "Estimate",
     "Evaluation",
     "Interval",
     "PooledScore",
+    "Predictor",
     "Row",
     "bootstrap_mean",
+    "certify",
+    "compare",
+    "diagnose",
     "evaluate",
     "paired_bootstrap",
     "wilson",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # Lazy: a record is read and printed without importing torch.
-    if name in ("PREDICTORS", "evaluate"):
-        from learn2perturb.evaluation import accuracy
+# Imported when first asked for: a record is read and printed without importing torch.
+_LAZY = {
+    "PREDICTORS": "predictors",
+    "Predictor": "predictors",
+    "evaluate": "accuracy",
+    "Certification": "certification",
+    "certify": "radii",
+    "Comparison": "comparison",
+    "Difference": "comparison",
+    "compare": "comparison",
+    "Budget": "diagnostics",
+    "Diagnosis": "diagnostics",
+    "diagnose": "diagnostics",
+}
 
-        return getattr(accuracy, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value

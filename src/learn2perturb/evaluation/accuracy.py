@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
@@ -18,26 +17,29 @@ from torch import Tensor, nn
 from learn2perturb.attacks import Attack
 from learn2perturb.data import check_labels, make_source
 from learn2perturb.engine import gears
-from learn2perturb.engine.devices import checked_device
 from learn2perturb.engine.modes import in_mode
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
-from learn2perturb.errors import ConfigError, DataError, InputError, UnknownNameError
+from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation.intervals import majority
+from learn2perturb.evaluation.passes import (
+    PROBABILITIES,
+    Model,
+    are_probabilities,
+    check_count,
+    checked_logits,
+    circumstances,
+    device_of,
+    passes_differ,
+)
+from learn2perturb.evaluation.predictors import AVERAGE, PREDICTORS, check_predictor, scores, winners
 from learn2perturb.evaluation.result import CLEAN, Evaluation, Row, statistics
 from learn2perturb.noise import is_stochastic, noise_disabled, noise_modules
 from learn2perturb.records import PackedIntegers, plain
 
-Model = Callable[[Tensor], Tensor]
 Progress = Callable[[int, int, str], object]
 
-PREDICTORS = ("single", "vote", "mean_probability", "mean_logits")
-# What the gradients of an attack on an ensemble are averaged over.  A vote has no gradient: it is attacked through the
-# mean probability and judged by the vote (SCIENCE, section 9).
-_AVERAGE = {"vote": "probability", "mean_probability": "probability", "mean_logits": "logits"}
 _CONFIDENCE = 0.95
 _RESAMPLES = 2000
-# Passes compared to tell whether an unknown model draws noise: several, because a rare draw may repeat once.
-_PROBES = 4
 
 
 def evaluate(
@@ -73,7 +75,8 @@ def evaluate(
             the smallest class index), ``mean_probability`` or ``mean_logits`` of ``members`` draws, or a list of them.
             An attack on an ensemble averages at least ``members`` draws of its probability or logits.
         members: passes that make one scoring of a predictor other than ``single``.
-        eps: replaces the eps of every attack, [0, 1] pixel scale; a list gives one row for each.
+        eps: replaces the eps of every attack, [0, 1] pixel scale; a list gives one row for each. Numbers of pixels and
+            infinite eps (minimum-norm attacks) stay.
         noise_off: also give the rows of the same network with its noise switched off.
         seed: of attacks and scoring; the same seed gives the same evaluation (and, for a model without noise and an
             attack without a random start, for every batch size).
@@ -92,16 +95,16 @@ def evaluate(
         DataError: there are no images.
     """
     for setting, value in (("draws", draws), ("members", members), ("batch_size", batch_size)):
-        _check_count(setting, value)
+        check_count(setting, value)
     if limit is not None:
-        _check_count("limit", limit)
+        check_count("limit", limit)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"seed is {seed!r}, must be a whole number >= 0; 0 is the default")
     if not callable(model):
         raise ConfigError(f"model is a {type(model).__name__}, must be callable: a network or a function")
     predictors = _predictors(predictor)
     table = [(CLEAN, None), *_expand(attacks, eps)]
-    place = _device(model, device)
+    place = device_of(model, device)
     gear = gears.select(engine, place)
     source = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=limit)
 
@@ -139,11 +142,7 @@ def evaluate(
         "date": started,
         "batch_size": batch_size,
         "limit": limit,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": str(place),
-        "engine": gear.name,
-        "hardware": _hardware(place),
+        **circumstances(place, gear),
     }
     return Evaluation(tuple(rows), PackedIntegers.pack(truth), num_classes, seed, _CONFIDENCE, _RESAMPLES, metadata)
 
@@ -212,14 +211,10 @@ class _RowRun:
         for draw in range(self.draws):
             # Each scoring has a stream of its own, named so that no attack's stream can be the same.
             seed_everything(self.seed, "score", self.name, eps, batch, draw)
-            passes = (_logits(model, x) for _ in range(self.members))
-            if self.predictor == "single" or self.members == 1:
-                logits = next(passes)
-                scorings.append(logits.argmax(dim=1).cpu().numpy())
-                if self.pools:
-                    total = logits.softmax(dim=1) + (0 if total is None else total)
-            else:
-                scorings.append(_ensemble(self.predictor, passes))
+            score = scores(self.predictor, lambda images: checked_logits(model, images), x, self.members)
+            scorings.append(winners(score))
+            if self.pools:
+                total = score.softmax(dim=1) + (0 if total is None else total)
         self.predictions.append(np.stack(scorings))
         if total is not None:
             self.pooled.append(total.argmax(dim=1).cpu().numpy())
@@ -274,7 +269,7 @@ def _plan(
 ) -> list[_RowRun]:
     """Return the rows to run: for each predictor clean and attacks, then the same with the noise switched off."""
     ours = isinstance(model, nn.Module) and is_stochastic(model)
-    stochastic = ours or _passes_differ(model, x, seed)
+    stochastic = ours or passes_differ(model, x, seed)
     modules = noise_modules(model) if isinstance(model, nn.Module) else []
     if any(module.enabled and module.replay is not None for module in modules):
         warnings.warn(
@@ -292,7 +287,7 @@ def _plan(
     ]
     if ours and noise_off and isinstance(model, nn.Module):
         with noise_disabled(model):
-            rest = _passes_differ(model, x, seed)  # noise that is not ours, such as dropout that is always on
+            rest = passes_differ(model, x, seed)  # noise that is not ours, such as dropout that is always on
         groups = [(one,) for one in predictors] if rest else [("single",)]
         runs += [
             _RowRun(row, attack, noise=False, switched=True, stochastic=rest, predictors=group, **settings)
@@ -311,40 +306,7 @@ def _adapted(attack: Attack, predictor: str, members: int, stochastic: bool) -> 
         return dataclasses.replace(attack, eot=1)
     if predictor == "single" or "eot_average" not in names:
         return attack
-    return dataclasses.replace(attack, eot=max(attack.eot, members), eot_average=_AVERAGE[predictor])  # type: ignore[arg-type]
-
-
-def _ensemble(predictor: str, passes: Iterator[Tensor]) -> NDArray[np.int64]:
-    """Return the predictions (N) of one scoring made of several passes."""
-    if predictor == "vote":
-        logits = list(passes)
-        return majority(np.stack([one.argmax(dim=1).cpu().numpy() for one in logits]), logits[0].shape[1])
-    total: Tensor | None = None
-    for one in passes:
-        part = one.softmax(dim=1) if predictor == "mean_probability" else one
-        total = part if total is None else total + part
-    if total is None:
-        raise ConfigError("an ensemble needs members >= 1")
-    winners: NDArray[np.int64] = total.argmax(dim=1).cpu().numpy()
-    return winners
-
-
-def _logits(model: Model, x: Tensor) -> Tensor:
-    """Return the checked logits (N, classes) of one pass, float32 at least."""
-    # A copy: a model may work on its input in place, and the next draw must see the same images.
-    logits = model(x.clone())
-    if not isinstance(logits, Tensor):
-        mend = "; return its first element: lambda x: model(x)[0]" if isinstance(logits, (tuple, list)) else ""
-        raise InputError(f"the model returned a {type(logits).__name__}, must be logits of shape (N, classes){mend}")
-    if logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-        raise InputError(
-            f"the model returned shape {tuple(logits.shape)} for {len(x)} images, must be ({len(x)}, classes >= 2)"
-        )
-    if not logits.is_floating_point():
-        raise InputError(f"the model returned {logits.dtype}, must be float logits; return them before the argmax")
-    if bool((logits.isnan() | logits.isposinf()).any()):
-        raise InputError("the model returned NaN or infinite logits; check its weights and its input scale, [0, 1]")
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return dataclasses.replace(attack, eot=max(attack.eot, members), eot_average=AVERAGE[predictor])
 
 
 def _classes(model: Model, x: Tensor, seed: int) -> int:
@@ -353,30 +315,10 @@ def _classes(model: Model, x: Tensor, seed: int) -> int:
         raise DataError("the data hold no images; give at least one")
     seed_everything(seed, "probe", 0)
     with torch.no_grad():
-        logits = _logits(model, x)
-    if bool((logits >= 0).all()) and bool(((logits.sum(dim=1) - 1).abs() < 1e-3).all()):
-        warnings.warn(
-            "the model's output looks like probabilities (rows >= 0 that sum to 1), but logits are expected: a softmax "
-            "inside the model weakens gradients, so that attacks look too weak; return the logits before it",
-            stacklevel=3,
-        )
+        logits = checked_logits(model, x)
+    if are_probabilities(logits):
+        warnings.warn(PROBABILITIES, stacklevel=3)
     return logits.shape[1]
-
-
-def _passes_differ(model: Model, x: Tensor, seed: int) -> bool:
-    """Tell whether passes over the same images differ: exactly on the CPU, beyond rounding elsewhere."""
-    # Kernels of accelerators may add in another order each time; that is no noise.
-    tolerance = 0.0 if x.device.type == "cpu" else 1e-4
-    first: Tensor | None = None
-    with torch.no_grad():
-        for probe in range(_PROBES):
-            seed_everything(seed, "probe", probe)
-            logits = _logits(model, x)
-            if first is None:
-                first = logits
-            elif not torch.allclose(logits, first, rtol=tolerance, atol=tolerance):
-                return True
-    return False
 
 
 def _expand(attacks: Mapping[str, Attack] | None, eps: float | Sequence[float] | None) -> list[tuple[str, Attack]]:
@@ -404,7 +346,7 @@ def _expand(attacks: Mapping[str, Attack] | None, eps: float | Sequence[float] |
     return [
         (name, dataclasses.replace(attack, eps=size))
         for name, attack in attacks.items()
-        for size in dict.fromkeys(sizes)
+        for size in (dict.fromkeys(sizes) if attack.sized else [attack.eps])
     ]
 
 
@@ -414,29 +356,4 @@ def _predictors(predictor: str | Sequence[str]) -> tuple[str, ...]:
     asked = [predictor] if isinstance(predictor, str) else list(predictor)
     if not asked:
         raise ConfigError(f"predictor is an empty list, must be one or more of {', '.join(PREDICTORS)}")
-    for one in asked:
-        if one not in PREDICTORS:
-            raise UnknownNameError.of("predictor", one, PREDICTORS)
-    return tuple(dict.fromkeys(asked))
-
-
-def _device(model: Model, device: str | torch.device | None) -> torch.device:
-    weights = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    asked = None if device is None else checked_device(device)
-    if not weights:
-        return asked or torch.device("cpu")
-    own = weights[0].device
-    if asked is not None and (asked.type != own.type or asked.index not in (None, own.index)):
-        raise ConfigError(f"the model is on {own}, but device is {device!r}; move it first: model.to({device!r})")
-    return own
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {value!r}, must be a whole number >= 1")
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return tuple(dict.fromkeys(map(check_predictor, asked)))

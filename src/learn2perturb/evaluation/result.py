@@ -234,6 +234,8 @@ def format_eps(eps: float | None) -> str:
     """``8/255`` for 8/255, ``0.031`` for .031, nothing for None."""
     if eps is None:
         return ""
+    if math.isinf(eps):
+        return "least"  # a minimum-norm attack without a bound
     steps = eps * 255
     if 0 < round(steps) < 255 and abs(steps - round(steps)) < 1e-6:
         return f"{round(steps)}/255"

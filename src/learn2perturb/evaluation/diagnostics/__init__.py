@@ -1,0 +1,39 @@
+"""Is the robustness real? Nine checks, their evidence, and a verdict (Athalye et al. 2018 and beyond)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from learn2perturb.evaluation.diagnostics.budget import BUDGETS, FULL, QUICK, Budget
+from learn2perturb.evaluation.diagnostics.record import CHECKS, Check, Claim, Curve, Diagnosis, Measurement, Point
+
+if TYPE_CHECKING:
+    from learn2perturb.evaluation.diagnostics.blackbox import SOURCES
+    from learn2perturb.evaluation.diagnostics.run import diagnose
+
+__all__ = [
+    "BUDGETS",
+    "CHECKS",
+    "FULL",
+    "QUICK",
+    "SOURCES",
+    "Budget",
+    "Check",
+    "Claim",
+    "Curve",
+    "Diagnosis",
+    "Measurement",
+    "Point",
+    "diagnose",
+]
+
+_LAZY = {"SOURCES": "blackbox", "diagnose": "run"}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: a record is read and printed without importing torch.
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -1,0 +1,201 @@
+"""Checks 2, 4 and 6: what needs no gradient of the model itself, and what its noise-off twin tells."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from learn2perturb.attacks.balls import BALLS
+from learn2perturb.attacks.losses import margin
+from learn2perturb.attacks.square import Square
+from learn2perturb.engine.random import seed_everything
+from learn2perturb.evaluation.diagnostics.measure import Attacked, Bench, Subject
+from learn2perturb.evaluation.diagnostics.verdict import Draft, Statement, percent
+from learn2perturb.evaluation.passes import checked_logits, passes_differ
+from learn2perturb.evaluation.significance import TWO_SIGMA, exceeds
+
+# name -> what it is; any other source that is given is used as well
+SOURCES = {
+    "undefended": "a network trained on clean images",
+    "pgd_at": "a PGD-trained network",
+    "twin": "an independent training of the same defense",
+}
+OWN = "own noise-off twin"
+NEW_BREAKS = 0.01
+NOISE_OFF_BELOW = 0.05
+
+
+def transferred(bench: Bench, sources: Mapping[str, Subject], *, own_twin: bool) -> dict[str, Attacked]:
+    """Craft the reported attack on every source, score it on our model.
+
+    ``own_twin``: whether the model's noise can be switched off, which gives one more source.
+    """
+    found = {}
+    own = {OWN: _quiet(bench)} if own_twin and bench.subject.stochastic else {}
+    for name, source in {**own, **sources}.items():
+        # A source with noise costs a whole EOT attack; one without a twentieth of it.
+        n = bench.budget.some if source.stochastic else bench.budget.images
+        found[name] = bench.attacked(f"transfer from {name}", bench.attack, n, source=source, victim=bench.subject)
+        bench.rivals[f"transfer from {name}"] = found[name].accuracy
+    return found
+
+
+def _quiet(bench: Bench) -> Subject:
+    """Return our model with its noise switched off; what still differs between passes is not ours (dropout)."""
+    quiet = dataclasses.replace(bench.subject, quiet=True)
+    with quiet.ready() as model:
+        return dataclasses.replace(quiet, stochastic=passes_differ(model, bench.x[:8], bench.seed))
+
+
+def blackbox(bench: Bench, reported: Attacked, transfers: Mapping[str, Attacked]) -> Draft:
+    """2: no attack without the model's gradients leaves less than the white-box attack."""
+    budget = bench.budget
+    rivals = dict(transfers)
+    missing = [f"transfer from {name} ({what})" for name, what in SOURCES.items() if name not in transfers]
+    square = Square(bench.attack.eps, norm=bench.attack.norm, queries=budget.square_queries, eot=budget.square_draws)
+    rivals["Square"] = bench.attacked("square", square, budget.some)
+    claims = tuple(_beaten(name, rival, reported.first(len(rival.x))) for name, rival in rivals.items())
+    lowest = min(rivals, key=lambda name: rivals[name].accuracy, default="")
+    good = not_shown = ""
+    if not transfers:
+        not_shown = (
+            f"Square leaves {percent(rivals['Square'].accuracy)}, the white-box attack "
+            f"{percent(float(reported.first(budget.some).mean()))}; but no source to transfer from is there"
+        )
+    else:
+        good = (
+            f"the white-box attack leaves {percent(reported.accuracy)}, the strongest black-box one ({_of(lowest)}) "
+            f"{percent(rivals[lowest].accuracy)}"
+        )
+    evidence = {"white-box": reported.accuracy} | {_of(name): rival.accuracy for name, rival in rivals.items()}
+    return Draft(2, good, claims, missing=tuple(missing), not_shown=not_shown, evidence=evidence)
+
+
+def _beaten(name: str, rival: Attacked, own: NDArray[np.float64]) -> Statement:
+    """Claim that the white-box attack, which left ``own``, leaves no more than a rival without gradients."""
+    return Statement(
+        f"the white-box attack leaves no more than {_of(name)}",
+        f"{_of(name)} leaves {percent(rival.accuracy)}, the white-box attack {percent(float(own.mean()))}: the model's "
+        "own gradients are worth less than none",
+        own,
+        rival.per_image,
+    )
+
+
+def _of(name: str) -> str:
+    return name if name == "Square" else f"transfer from {name}"
+
+
+def random_search(bench: Bench, reported: Attacked) -> Draft:
+    """4: random points of the ball break hardly any image that gradients did not."""
+    budget, attack = bench.budget, bench.attack
+    n = budget.some
+    y = bench.y[:n]
+    held = bench.mean_margin("gradients judged", reported.x[:n], y, budget.judge_draws) < 0
+    clean = bench.mean_margin("clean judged", bench.x[:n], y, budget.judge_draws) < 0
+    left = held & clean
+    count = int(left.sum())
+    evidence = {"left by gradients": float(count), "samples": float(budget.samples)}
+    if not count:
+        return Draft(4, f"gradients left none of {n} images, so nothing remained to be searched", evidence=evidence)
+    x, y = bench.x[:n][left], y[left]
+    finalists = _best_samples(bench, x, y)
+    margins = torch.stack([_margin(bench, f"finalist {k}", points, y) for k, points in enumerate(finalists)])
+    best = finalists[margins.argmax(dim=0), torch.arange(count, device=x.device)]
+    # Judged once more by draws that chose nothing: the best of several means is too high by luck.
+    broken = int((_margin(bench, "judged", best, y) > 0).sum())
+    share = broken / count
+    evidence |= {"broken": float(broken), "share": share}
+    text = (
+        f"{budget.samples} random points broke {broken} of the {count} images that gradients left ({attack.norm} ball)"
+    )
+    error = (max(share, NEW_BREAKS) * (1 - max(share, NEW_BREAKS)) / count) ** 0.5
+    refuted = broken > 1 and exceeds(share, NEW_BREAKS, error) < TWO_SIGMA
+    return Draft(
+        4,
+        text,
+        wrong=(f"{text}, allowed 1 %: gradients miss what chance finds",) if refuted else (),
+        evidence=evidence,
+    )
+
+
+def _best_samples(bench: Bench, x: Tensor, y: Tensor) -> Tensor:
+    """Return the ``finalists`` random points of largest mean margin for each image, (F, n, C, H, W)."""
+    budget, attack = bench.budget, bench.attack
+    points = x.expand(budget.finalists, *x.shape).clone()
+    margins = torch.full((budget.finalists, len(x)), -torch.inf, device=x.device, dtype=torch.float64)
+    rows = torch.arange(len(x), device=x.device)
+    for sample in range(budget.samples):
+        seed_everything(bench.seed, "random point", sample)
+        candidate = (x + BALLS[attack.norm].random(x, attack.eps)).clamp_(0, 1)
+        found = _margin(bench, f"random point {sample}", candidate, y, budget.sample_draws).double()
+        worst = margins.argmin(dim=0)
+        better = found > margins[worst, rows]
+        points[worst[better], rows[better]] = candidate[better]
+        margins[worst[better], rows[better]] = found[better]
+    return points
+
+
+def _margin(bench: Bench, purpose: str, x: Tensor, y: Tensor, draws: int | None = None) -> Tensor:
+    """Return the mean margin (n) of these images over fresh draws."""
+    asked = bench.budget.judge_draws if draws is None else draws
+    seed_everything(bench.seed, purpose)
+    total = torch.zeros(len(x), device=x.device)
+    with torch.no_grad(), bench.subject.ready() as model:
+        for _ in range(asked if bench.subject.stochastic else 1):
+            parts = [
+                margin(checked_logits(model, images), labels)
+                for images, labels in zip(x.split(bench.batch_size), y.split(bench.batch_size), strict=True)
+            ]
+            total += torch.cat(parts)
+    return total
+
+
+def noise_off(
+    bench: Bench, reported: Attacked, sources: Mapping[str, Subject], transfers: Mapping[str, Attacked]
+) -> Draft:
+    """6: without its noise the network is still no worse than PGD training, and does not betray the noisy one."""
+    if not bench.subject.stochastic:
+        return Draft(6, does_not_apply="the model has no noise to switch off")
+    if OWN not in transfers:
+        return Draft(6, not_shown="the model's noise cannot be switched off here: it is none of this package's")
+    n = bench.budget.images
+    quiet = _quiet(bench)
+    off = bench.attacked("noise off", bench.attack, n, source=quiet, victim=quiet)
+    transfer = transfers[OWN]
+    own = f"examples of the noise-off twin leave {percent(transfer.accuracy)}, the white-box attack "
+    own += percent(reported.accuracy)
+    claims = [
+        Statement(
+            "the white-box attack leaves no more than transfer from the noise-off twin",
+            f"{own}: the noise only hides the gradients",
+            reported.per_image,
+            transfer.per_image,
+        )
+    ]
+    evidence = {"noise off": off.accuracy, "transfer": transfer.accuracy, "white-box": reported.accuracy}
+    if "pgd_at" not in sources:
+        return Draft(
+            6,
+            claims=tuple(claims),
+            not_shown=f"{own}; but no PGD-trained network is there to compare with",
+            missing=(f"pgd_at ({SOURCES['pgd_at']})",),
+            evidence=evidence,
+        )
+    baseline = bench.attacked("pgd_at itself", bench.attack, n, source=sources["pgd_at"], victim=sources["pgd_at"])
+    text = f"with its noise off the network keeps {percent(off.accuracy)}, PGD training {percent(baseline.accuracy)}"
+    claims.append(
+        Statement(
+            "without its noise the network is at most 5 points below PGD training",
+            f"{text}: it lives on its noise",
+            baseline.per_image,
+            off.per_image,
+            NOISE_OFF_BELOW,
+        )
+    )
+    return Draft(6, f"{text}; {own}", tuple(claims), evidence=evidence | {"pgd_at": baseline.accuracy})

@@ -1,0 +1,124 @@
+"""How much work a diagnosis does. ``quick`` is minutes on a CPU, ``full`` is for a report. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from learn2perturb.errors import ConfigError, UnknownNameError
+
+EPS_GRID = tuple(steps / 255 for steps in (2, 4, 8, 16, 32, 64, 128))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The numbers of images, draws, steps and queries of each check.
+
+    A model without noise needs one draw wherever a number of draws stands here.
+
+    Attributes:
+        name: what the record calls it.
+        images: in the cheap checks; ``some`` in the costly ones: the first of the same images.
+        scorings: fresh draws that score each attack.
+        eot: draws averaged in each gradient of the reported attack.
+        steps: of the reported attack.
+        sweep_eot: draws in each gradient where many attacks are compared (sizes, steps, losses, restarts).
+        unbounded_steps, unbounded_eot: of the attack with the whole box (check 3).
+        samples, sample_draws: random points of the ball for each image, and draws that each is judged by (check 4).
+        finalists, judge_draws: best points kept for each image, and fresh draws that judge them.
+        eps_grid: sizes, [0, 1] pixel scale (check 5).
+        draw_curve: numbers of draws in a gradient; the last is compared with the one a quarter of it (check 7).
+        step_curve: numbers of steps; the last is compared with half of it (check 7).
+        restarts: of check 8.
+        targets: classes tried by the targeted attack, likeliest first.
+        square_queries, square_draws: of Square, and draws averaged in each query.
+        slope_images, slope_repeats: images and repetitions from which the variance of gradients is told (check 9).
+    """
+
+    name: str
+    images: int
+    some: int
+    scorings: int
+    eot: int
+    steps: int
+    sweep_eot: int
+    unbounded_steps: int
+    unbounded_eot: int
+    samples: int
+    sample_draws: int
+    finalists: int
+    judge_draws: int
+    eps_grid: tuple[float, ...]
+    draw_curve: tuple[int, ...]
+    step_curve: tuple[int, ...]
+    restarts: int
+    targets: int
+    square_queries: int
+    square_draws: int
+    slope_images: int
+    slope_repeats: int
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{item.name} of the budget is {value!r}, must be a whole number >= 1")
+        if self.some > self.images:
+            raise ConfigError(f"some is {self.some} and images {self.images}; allowed: some <= images")
+        for name, part in (("draw_curve", 4), ("step_curve", 2)):
+            curve = getattr(self, name)
+            if list(curve) != sorted(set(curve)) or not curve or curve[-1] % part or curve[-1] // part not in curve:
+                raise ConfigError(f"{name} is {curve}; it must rise, and hold its last number divided by {part}")
+        if list(self.eps_grid) != sorted(set(self.eps_grid)) or not self.eps_grid or self.eps_grid[0] <= 0:
+            raise ConfigError(f"eps_grid is {self.eps_grid}; it must rise from above 0, such as (2/255, 4/255)")
+
+
+# Sized for two CPU cores and a ResNet-V1(20) on 32 x 32 images, where an attack pass takes about 1 ms an image.
+QUICK = Budget(
+    name="quick", images=200, some=100, scorings=10, eot=10, steps=20, sweep_eot=5, unbounded_steps=200,
+    unbounded_eot=1, samples=200, sample_draws=1, finalists=3, judge_draws=20, eps_grid=EPS_GRID,
+    draw_curve=(1, 10, 40), step_curve=(5, 20, 50, 100), restarts=5, targets=1, square_queries=300, square_draws=4,
+    slope_images=8, slope_repeats=24,
+)  # fmt: skip
+FULL = Budget(
+    name="full", images=1000, some=1000, scorings=10, eot=20, steps=20, sweep_eot=20, unbounded_steps=200,
+    unbounded_eot=5, samples=10_000, sample_draws=2, finalists=5, judge_draws=100, eps_grid=EPS_GRID,
+    draw_curve=(1, 5, 20, 80), step_curve=(5, 20, 50, 100, 200), restarts=5, targets=9, square_queries=5000,
+    square_draws=20, slope_images=16, slope_repeats=48,
+)  # fmt: skip
+BUDGETS = {"quick": QUICK, "full": FULL}
+
+
+def budget_of(budget: str | Budget, **changes: Any) -> Budget:
+    """Return the budget of that name, or the one given, with changes.
+
+    Raises:
+        UnknownNameError: no budget has that name.
+        ConfigError: a number is not allowed.
+    """
+    if isinstance(budget, str):
+        if budget not in BUDGETS:
+            raise UnknownNameError.of("budget", budget, BUDGETS)
+        budget = BUDGETS[budget]
+    if not isinstance(budget, Budget):
+        raise ConfigError(f"budget is a {type(budget).__name__}; give 'quick', 'full' or a Budget")
+    return replace(budget, **changes) if changes else budget
+
+
+def resized(budget: Budget, images: int) -> Budget:
+    """Return the budget for ``images`` images, if there are fewer, or the user wants another number."""
+    return replace(budget, images=images, some=min(budget.some, images))
+
+
+def gradient_passes(budget: Budget, *, stochastic: bool, sources: int) -> int:
+    """Return about how many forward-and-backward passes of an image a diagnosis makes; it decides the gear only."""
+    if not stochastic:
+        each = budget.steps * (len(budget.eps_grid) + 4 + budget.restarts) + sum(budget.step_curve)
+        return budget.images * budget.steps * (1 + sources) + budget.some * (each + budget.unbounded_steps)
+    sweep = budget.sweep_eot * budget.steps * (len(budget.eps_grid) + 2 + budget.targets + budget.restarts)
+    curves = budget.steps * sum(budget.draw_curve) + budget.sweep_eot * sum(budget.step_curve)
+    black_box = (budget.square_queries * budget.square_draws + budget.samples * budget.sample_draws) // 3
+    whole = budget.steps * budget.eot * (1 + sources) + 2 * budget.steps
+    return budget.images * whole + budget.some * (
+        sweep + curves + black_box + budget.unbounded_steps * budget.unbounded_eot
+    )

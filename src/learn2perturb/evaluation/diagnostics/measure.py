@@ -1,0 +1,207 @@
+"""The bench: craft attacks on one model, score them on another, with streams of draws of their own, and keep count."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from learn2perturb.attacks import PGD, Attack
+from learn2perturb.attacks.losses import margin
+from learn2perturb.engine import gears
+from learn2perturb.engine.random import derive_seed, seed_everything
+from learn2perturb.evaluation.diagnostics.budget import Budget
+from learn2perturb.evaluation.diagnostics.record import Measurement
+from learn2perturb.evaluation.intervals import accuracy_interval
+from learn2perturb.evaluation.passes import Model, checked_logits
+from learn2perturb.noise import noise_disabled
+from learn2perturb.records import PackedBits, plain
+
+Progress = Callable[[float, float, str], object]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to attack or to score: with its noise switched off or as it is; whether two passes of it differ."""
+
+    model: Model
+    stochastic: bool
+    quiet: bool = False
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[Model]:
+        """Switch the noise as it is to be."""
+        off = self.quiet and isinstance(self.model, nn.Module)
+        with noise_disabled(self.model) if off else contextlib.nullcontext():  # type: ignore[arg-type]
+            yield self.model
+
+    def suited(self, attack: Attack) -> Attack:
+        """Return the attack without the EOT that a model without noise has no use for."""
+        return attack if self.stochastic else dataclasses.replace(attack, eot=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Attacked:
+    """Adversarial images (n) and which of them were classified rightly in each scoring, (S, n)."""
+
+    name: str
+    x: Tensor
+    correct: NDArray[np.bool_]
+
+    @property
+    def per_image(self) -> NDArray[np.float64]:
+        """Share of scorings that were right, for each image."""
+        shares: NDArray[np.float64] = self.correct.mean(axis=0)
+        return shares
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over scorings and images."""
+        return float(self.correct.mean())
+
+    def first(self, n: int) -> NDArray[np.float64]:
+        """Return ``per_image`` of the first ``n`` images."""
+        return self.per_image[:n]
+
+
+@final
+class Bench:
+    """Everything that the checks share: the model, its images, the budget, and what was measured so far."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        x: Tensor,
+        y: Tensor,
+        attack: PGD,
+        budget: Budget,
+        *,
+        seed: int,
+        gear: gears.Gear,
+        batch_size: int,
+        expected_passes: float,
+        progress: Progress | None,
+    ) -> None:
+        self.subject, self.x, self.y, self.attack, self.budget = subject, x, y, attack, budget
+        self.seed, self.gear, self.batch_size, self.progress = seed, gear, batch_size, progress
+        self.measurements: list[Measurement] = []
+        self.rivals: dict[str, float] = {}
+        self._passes, self._expected = 0.0, expected_passes
+        with torch.no_grad(), subject.ready() as model:
+            self.num_classes = checked_logits(model, x[:1]).shape[1]
+
+    def attacked(
+        self,
+        name: str,
+        attack: Attack,
+        n: int,
+        *,
+        source: Subject | None = None,
+        victim: Subject | None = None,
+        targets: Tensor | None = None,
+        rival: bool = True,
+    ) -> Attacked:
+        """Attack the first ``n`` images with ``source`` as the model, score them on ``victim``; both default to ours.
+
+        ``rival``: whether the result is an accuracy of our model at the size that is diagnosed, so that it may be the
+        lowest that is known.
+        """
+        source, victim = source or self.subject, victim or self.subject
+        attack = source.suited(attack)
+        parts, forwards, backwards, seconds = [], 0.0, 0.0, 0.0
+        with source.ready() as model, gears.running(self.gear):
+            for batch, rows in enumerate(self._batches(n)):
+                x = self.gear.place_images(self.x[rows])
+                y = self.y[rows] if targets is None else targets[rows]
+                own = dataclasses.replace(attack, seed=derive_seed(self.seed, "diagnose", name, batch))
+                result = own.run(model, x, y)
+                parts.append(result.x_adv.to(self.x.dtype).contiguous())
+                forwards += result.forward_passes * len(x)
+                backwards += result.backward_passes * len(x)
+                seconds += result.seconds
+                self._passes += len(x) * max(result.backward_passes, result.forward_passes / 3)
+                if self.progress is not None:
+                    self.progress(self._passes, max(self._expected, self._passes), name)
+        x_adv = torch.cat(parts)
+        correct = self.score(name, x_adv, victim)
+        parameters = plain(attack)
+        parameters.pop("seed", None)
+        self._keep(name, type(attack).__name__, parameters, correct, forwards / n, backwards / n, seconds)
+        if rival and source is self.subject and victim is self.subject:
+            self.rivals[name] = float(correct.mean())
+        return Attacked(name, x_adv, correct)
+
+    def scored(self, name: str, x: Tensor, *, kind: str, rival: bool = False) -> Attacked:
+        """Score images that no attack of ours has just made, on our model."""
+        correct = self.score(name, x, self.subject)
+        self._keep(name, kind, {}, correct, 0.0, 0.0, 0.0)
+        if rival:
+            self.rivals[name] = float(correct.mean())
+        return Attacked(name, x, correct)
+
+    def score(self, name: str, x: Tensor, victim: Subject) -> NDArray[np.bool_]:
+        """Return which images were classified rightly in each scoring, (S, n): fresh draws from a stream of its own."""
+        scorings = []
+        with torch.no_grad(), victim.ready() as model:
+            for draw in range(self.budget.scorings if victim.stochastic else 1):
+                right = []
+                for batch, rows in enumerate(self._batches(len(x))):
+                    seed_everything(self.seed, "score", name, batch, draw)
+                    right.append(checked_logits(model, x[rows]).argmax(dim=1) == self.y[rows])
+                scorings.append(torch.cat(right).cpu().numpy())
+        return np.stack(scorings)
+
+    def mean_margin(self, purpose: str, x: Tensor, y: Tensor, draws: int) -> Tensor:
+        """Return ``max_{j != y} z_j - z_y`` of each image, the mean over fresh draws, shape (n,)."""
+        return self._mean(purpose, x, draws, lambda logits, rows: margin(logits, y[rows]))
+
+    def mean_logits(self, purpose: str, x: Tensor, draws: int) -> Tensor:
+        """Return the logits (n, classes), the mean over fresh draws."""
+        return self._mean(purpose, x, draws, lambda logits, _: logits)
+
+    def _mean(self, purpose: str, x: Tensor, draws: int, value: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        draws = draws if self.subject.stochastic else 1
+        parts = []
+        with torch.no_grad(), self.subject.ready() as model:
+            for batch, rows in enumerate(self._batches(len(x))):
+                seed_everything(self.seed, purpose, batch)
+                total = value(checked_logits(model, x[rows]), rows)
+                for _ in range(draws - 1):
+                    total = total + value(checked_logits(model, x[rows]), rows)
+                parts.append(total / draws)
+        return torch.cat(parts)
+
+    def _batches(self, n: int) -> list[slice]:
+        return [slice(start, min(start + self.batch_size, n)) for start in range(0, n, self.batch_size)]
+
+    def _keep(
+        self,
+        name: str,
+        kind: str,
+        parameters: dict[str, Any],
+        correct: NDArray[np.bool_],
+        forwards: float,
+        backwards: float,
+        seconds: float,
+    ) -> None:
+        self.measurements.append(
+            Measurement(
+                name=name,
+                attack=kind,
+                parameters=parameters,
+                n=correct.shape[1],
+                accuracy=float(correct.mean()),
+                interval=accuracy_interval(correct, seed=self.seed),
+                correct=PackedBits.pack(correct),
+                forward_passes=forwards,
+                backward_passes=backwards,
+                seconds=seconds,
+            )
+        )

@@ -1,0 +1,230 @@
+"""``diagnose``: is the robustness of a model real? Nine checks (Athalye et al. 2018 and more), and a verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learn2perturb.attacks import PGD
+from learn2perturb.data import check_labels, make_source
+from learn2perturb.engine import gears
+from learn2perturb.engine.modes import in_mode
+from learn2perturb.engine.random import isolated_rng, seed_everything
+from learn2perturb.errors import ConfigError, DataError
+from learn2perturb.evaluation.diagnostics import blackbox, draws, whitebox
+from learn2perturb.evaluation.diagnostics.budget import Budget, budget_of, gradient_passes, resized
+from learn2perturb.evaluation.diagnostics.measure import Bench, Progress, Subject
+from learn2perturb.evaluation.diagnostics.record import Diagnosis
+from learn2perturb.evaluation.diagnostics.verdict import conclude, judge
+from learn2perturb.evaluation.inputs import check_fixed, in_train_mode, warn_of_probabilities
+from learn2perturb.evaluation.passes import Model, check_count, checked_logits, circumstances, device_of, passes_differ
+from learn2perturb.evaluation.result import format_eps
+from learn2perturb.noise import noise_modules
+from learn2perturb.records import PackedIntegers, plain
+
+
+def diagnose(
+    model: Model,
+    data: Any,
+    *,
+    budget: str | Budget = "quick",
+    eps: float | None = None,
+    attack: PGD | None = None,
+    sources: Mapping[str, Model] | None = None,
+    stochastic: bool | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    batch_size: int = 100,
+    device: str | torch.device | None = None,
+    engine: str = "auto",
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Check whether the robustness of ``model`` is real: nine checks, curves, and a verdict in plain words.
+
+    A check that was not run counts as not shown. Statistical claims fail beyond two standard errors (paired bootstrap
+    over images), corrected by Holm over all of them. Passing is no proof.
+
+    Args:
+        model: any callable from images in [0, 1] (N, C, H, W) to logits (N, classes); a module is put in eval mode.
+        data: what ``learn2perturb.data.make_source`` takes; the first ``budget.images`` of it are used.
+        budget: ``quick`` (minutes on a CPU), ``full`` (a report), or a :class:`Budget`.
+        eps: size of the ball, [0, 1] pixel scale; that of ``attack``, by default 8/255.
+        attack: the reported attack, whose accuracy is in question; by default EOT-PGD-20 with steps of eps / 4.
+        sources: networks that attacks are transferred from, by name: ``undefended``, ``pgd_at`` (also the baseline of
+            check 6), ``twin`` (an independent training of the same defense), and any other. The own noise-off twin
+            needs none. One that is not given is named as missing.
+        stochastic: whether the model is said to be random; None finds out. Say True of a foreign model, and replayed
+            draws are caught.
+        seed: of attacks, scoring and everything else.
+        limit: use so many images, in place of the budget's number.
+        batch_size: images in one pass.
+        device: where to run; by default where the model is.
+        engine: gear of the attacks, ``auto``, ``plain`` or ``fast``; scoring is in float32, always.
+        name: of the model, for the record.
+        progress: called with (passes done, passes expected, what is going on).
+
+    Raises:
+        ConfigError: a setting is not allowed.
+        UnknownNameError: an unknown budget.
+        InputError: the model is no fixed function of an image: it stays in train mode, moves its BatchNorm statistics
+            in a pass, or answers differently in another batch; or its output is no logits.
+        DataError: there are no images, or all are of one class.
+    """
+    if not callable(model):
+        raise ConfigError(f"model is a {type(model).__name__}, must be callable: a network or a function")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed is {seed!r}, must be a whole number >= 0; 0 is the default")
+    check_count("batch_size", batch_size)
+    plan = budget_of(budget)
+    if limit is not None:
+        check_count("limit", limit)
+        plan = resized(plan, limit)
+    attack = _reported(attack, eps, plan)
+    for key, source in (sources or {}).items():
+        if not callable(source):
+            raise ConfigError(f"source {key!r} is a {type(source).__name__}, must be callable: a network or a function")
+    place = device_of(model, device)
+    started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
+    findings = _train_mode_finding(model)
+    everyone = [model, *(sources or {}).values()]
+    with isolated_rng(), _all_in_eval_mode(everyone):
+        x, y = _images(data, plan.images, place, batch_size, seed)
+        plan = resized(plan, len(x))
+        findings += check_fixed(model, x, seed) + warn_of_probabilities(model, x, seed)
+        modules = noise_modules(model) if isinstance(model, nn.Module) else []
+        draws_noise = passes_differ(model, x[:8], seed)
+        claimed = stochastic if stochastic is not None else draws_noise or any(module.enabled for module in modules)
+        work = gradient_passes(plan, stochastic=draws_noise, sources=len(sources or {}))
+        gear = gears.select(engine, place, pixels=work * x.shape[2] * x.shape[3])
+        with torch.no_grad():
+            check_labels(y, checked_logits(model, x[:1]).shape[1])
+        bench = Bench(
+            Subject(model, draws_noise), x, y, attack, plan, seed=seed, gear=gear, batch_size=batch_size,
+            expected_passes=work, progress=progress,
+        )  # fmt: skip
+        given = {key: Subject(source, _draws(source, x, seed)) for key, source in (sources or {}).items()}
+        drafts, curves = _checks(bench, given, claimed=claimed, has_noise_modules=bool(modules))
+    checks = judge(drafts, seed)
+    lowest = min(bench.rivals, key=lambda key: bench.rivals[key])
+    verdict, summary = conclude(
+        checks, lowest=lowest, accuracy=bench.rivals[lowest], n=len(x), eps=f"{attack.norm} {format_eps(attack.eps)}"
+    )
+    metadata = {
+        "model": name or getattr(model, "registered_name", None) or getattr(model, "__name__", type(model).__name__),
+        "data": getattr(data, "name", type(data).__name__),
+        "attack": f"{whitebox.title(attack, stochastic=draws_noise)}",
+        "parameters": {key: value for key, value in plain(attack).items() if key != "seed"},
+        "sources": sorted(given),
+        "date": started,
+        "seconds": time.perf_counter() - clock,
+        "batch_size": batch_size,
+        **circumstances(place, gear),
+    }
+    return Diagnosis(
+        verdict=verdict,
+        summary=summary,
+        checks=checks,
+        curves=tuple(curves),
+        measurements=tuple(bench.measurements),
+        findings=tuple(findings),
+        lowest=lowest,
+        labels=PackedIntegers.pack(y.cpu().numpy()),
+        num_classes=bench.num_classes,
+        stochastic=draws_noise,
+        eps=float(attack.eps),
+        norm=attack.norm,
+        seed=seed,
+        budget=plain(plan),
+        metadata=metadata,
+    )
+
+
+def _checks(bench: Bench, sources: Mapping[str, Subject], *, claimed: bool, has_noise_modules: bool) -> Any:
+    """Run the nine checks; return their drafts, in order, and the curves."""
+    clean = bench.scored("clean", bench.x, kind="none")
+    reported = bench.attacked("reported", bench.attack, bench.budget.images)
+    transfers = blackbox.transferred(bench, sources, own_twin=has_noise_modules)
+    fifth, sizes = whitebox.distortion(bench, clean)
+    seventh, curves = whitebox.converged(bench, reported)
+    drafts = [
+        whitebox.iterative(bench, reported),
+        blackbox.blackbox(bench, reported, transfers),
+        whitebox.unbounded(bench),
+        blackbox.random_search(bench, reported),
+        fifth,
+        blackbox.noise_off(bench, reported, sources, transfers),
+        seventh,
+        whitebox.losses(bench, reported),
+        draws.real(bench, claimed=claimed),
+    ]
+    return drafts, [sizes, *curves]
+
+
+def _reported(attack: PGD | None, eps: float | None, budget: Budget) -> PGD:
+    """Return the attack whose accuracy is in question."""
+    if attack is None:
+        size = 8 / 255 if eps is None else eps
+        if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size <= 1:
+            raise ConfigError(f"eps is {size!r}, must be a number in (0, 1], [0, 1] pixel scale; write 8/255")
+        return PGD(size, size / 4, budget.steps, eot=budget.eot)
+    if not isinstance(attack, PGD):
+        kind = attack.__name__ if isinstance(attack, type) else type(attack).__name__
+        raise ConfigError(
+            f"attack is a {kind}; the checks vary steps and draws of a PGD: give PGD(eps=8/255, steps=20)"
+        )
+    if eps is not None and eps != attack.eps:
+        raise ConfigError(f"eps is {eps!r} and that of the attack {attack.eps!r}; give one of them")
+    if attack.targeted or attack.eps == 0:
+        raise ConfigError("the reported attack is targeted, or has eps 0; give an untargeted one with eps > 0")
+    return attack
+
+
+def _train_mode_finding(model: Model) -> list[str]:
+    found = in_train_mode(model)
+    if not found:
+        return []
+    shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+    text = f"the model was given in train mode ({shown}); diagnosed in eval mode: call model.eval() to score it"
+    warnings.warn(text, stacklevel=3)
+    return [text]
+
+
+@contextlib.contextmanager
+def _all_in_eval_mode(models: list[Model]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for one in models:
+            stack.enter_context(in_mode(one, False))
+        yield
+
+
+def _draws(source: Model, x: Tensor, seed: int) -> bool:
+    return passes_differ(source, x[:8], seed)
+
+
+def _images(data: Any, n: int, place: torch.device, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the first ``n`` images and labels, or as many as there are."""
+    seed_everything(seed, "data")
+    xs, ys, count = [], [], 0
+    for x, y in make_source(data, batch_size=batch_size, seed=seed, device=place, limit=n).epoch(0):
+        xs.append(x.to(place))
+        ys.append(y.to(place))
+        count += len(x)
+        if count >= n:
+            break
+    if not count:
+        raise DataError("the data hold no images; give at least one")
+    x, y = torch.cat(xs)[:n], torch.cat(ys)[:n]
+    if len(y) > 1 and bool((y == y[0]).all()):
+        raise DataError(
+            f"the first {len(y)} images are all of class {int(y[0])}, so the set seems to be sorted; shuffle it, or "
+            "use more images"
+        )
+    return x, y

@@ -1,0 +1,211 @@
+"""Checks 1, 3, 5, 7 and 8: what gradients alone must achieve."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import torch
+
+from learn2perturb.attacks import FGSM, PGD
+from learn2perturb.evaluation.diagnostics.measure import Attacked, Bench
+from learn2perturb.evaluation.diagnostics.record import Curve, Point
+from learn2perturb.evaluation.diagnostics.verdict import Draft, Statement, percent
+from learn2perturb.evaluation.intervals import accuracy_interval
+from learn2perturb.evaluation.result import format_eps
+
+UNBOUNDED_LEFT = 0.01
+CONVERGED = 0.005
+BEST_AHEAD = 0.02
+
+
+def with_eps(attack: PGD, eps: float) -> PGD:
+    """Return the attack at another size, its steps scaled alike."""
+    return dataclasses.replace(attack, eps=eps, step_size=attack.step_size * eps / attack.eps)
+
+
+def title(attack: PGD, *, stochastic: bool) -> str:
+    """``EOT-PGD-20`` with noise, ``PGD-20`` without."""
+    return f"{'EOT-' if stochastic and attack.eot > 1 else ''}PGD-{attack.steps}"
+
+
+def iterative(bench: Bench, reported: Attacked) -> Draft:
+    """1: EOT-PGD-20 leaves no more than EOT-FGSM."""
+    attack = bench.attack
+    single = FGSM(
+        attack.eps, norm=attack.norm, loss=attack.loss, eot=attack.eot, eot_average=attack.eot_average
+    )  # fmt: skip
+    one = bench.attacked("one step (FGSM)", single, bench.budget.images)
+    both = f"{attack.steps} steps leave {percent(reported.accuracy)}, one step {percent(one.accuracy)}"
+    return Draft(
+        1,
+        both,
+        (
+            Statement(
+                "the iterative attack leaves no more than the one-step attack",
+                f"{both}: more steps make the attack weaker, so its gradients lead astray",
+                reported.per_image,
+                one.per_image,
+            ),
+        ),
+        evidence={"iterative": reported.accuracy, "one step": one.accuracy},
+    )
+
+
+def unbounded(bench: Bench) -> Draft:
+    """3: with the whole box to move in, nothing is left."""
+    budget, attack = bench.budget, bench.attack
+    steps = max(budget.unbounded_steps, 1)
+    # No random start: from random pixels many networks are wrong whatever their gradients say. In l2 the box is reached
+    # by a radius of its diagonal.
+    eps = 1.0 if attack.norm == "linf" else float(bench.x[0].numel() ** 0.5)
+    whole = dataclasses.replace(
+        attack, eps=eps, step_size=2.5 * eps / steps, steps=steps, random_start=False, restarts=1,
+        eot=budget.unbounded_eot,
+    )  # fmt: skip
+    found = bench.attacked("unbounded", whole, budget.some, rival=False)
+    left = percent(found.accuracy)
+    text = f"with the whole range of pixels to move in, {steps} steps still leave {left} (allowed 1 %)"
+    return Draft(
+        3,
+        f"with eps = 1 and {steps} steps {left} are left",
+        wrong=(f"{text}: the gradients do not lead where they must",) if found.accuracy > UNBOUNDED_LEFT else (),
+        evidence={"accuracy": found.accuracy},
+    )
+
+
+def distortion(bench: Bench, clean: Attacked) -> tuple[Draft, Curve]:
+    """5: accuracy does not rise with the size of the ball, and reaches chance."""
+    budget = bench.budget
+    base = dataclasses.replace(bench.attack, eot=budget.sweep_eot)
+    sizes = [0.0, *budget.eps_grid]
+    rows = [clean.correct[:, : budget.some]]
+    for eps in budget.eps_grid:
+        found = bench.attacked(f"eps {format_eps(eps)}", with_eps(base, eps), budget.some, rival=False)
+        rows.append(found.correct)
+    shares = [row.mean(axis=0) for row in rows]
+    claims = [
+        Statement(
+            f"accuracy does not rise from eps {format_eps(before) or 0} to {format_eps(after)}",
+            f"accuracy rises from eps {format_eps(before) or 0} to {format_eps(after)}",
+            shares[index + 1],
+            shares[index],
+        )
+        for index, (before, after) in enumerate(itertools.pairwise(sizes))
+    ]
+    chance = 1 / bench.num_classes
+    last, widest = float(shares[-1].mean()), format_eps(sizes[-1])
+    claims.append(
+        Statement(
+            f"accuracy falls to chance ({percent(chance)}) at eps {widest}",
+            f"at eps {widest} {percent(last)} are left, where chance is {percent(chance)}",
+            shares[-1],
+            np.full_like(shares[-1], chance),
+        )
+    )
+    draft = Draft(
+        5,
+        f"accuracy falls from {percent(float(shares[0].mean()))} to {percent(last)} at eps {widest}",
+        tuple(claims),
+        evidence={f"eps {format_eps(eps) or 0}": float(row.mean()) for eps, row in zip(sizes, rows, strict=True)},
+    )
+    return draft, _curve(bench, "eps", sizes, rows)
+
+
+def converged(bench: Bench, reported: Attacked) -> tuple[Draft, list[Curve]]:
+    """7: four times the draws, or twice the steps, change nothing."""
+    budget, attack = bench.budget, bench.attack
+    claims: list[Statement] = []
+    evidence: dict[str, float] = {}
+    curves: list[Curve] = []
+    told: list[str] = []
+    if bench.subject.stochastic:
+        rows = {}
+        for draws in budget.draw_curve:
+            if (draws, attack.restarts) == (attack.eot, 1):
+                rows[draws] = reported.correct[:, : budget.some]
+                continue
+            more = dataclasses.replace(attack, eot=draws, restarts=1)
+            rows[draws] = bench.attacked(f"{draws} draws", more, budget.some).correct
+        curves.append(_curve(bench, "draws", list(rows), list(rows.values())))
+        claims.append(_same("draws", budget.draw_curve[-1] // 4, budget.draw_curve[-1], rows, evidence, told))
+    rows = {}
+    for steps in budget.step_curve:
+        longer = dataclasses.replace(attack, steps=steps, eot=budget.sweep_eot, restarts=1)
+        rows[steps] = bench.attacked(f"{steps} steps", longer, budget.some).correct
+    curves.append(_curve(bench, "steps", list(rows), list(rows.values())))
+    claims.append(_same("steps", budget.step_curve[-1] // 2, budget.step_curve[-1], rows, evidence, told))
+    return Draft(7, ", ".join(told), tuple(claims), evidence=evidence), curves
+
+
+def _same(
+    axis: str, few: int, many: int, rows: dict[int, np.ndarray], evidence: dict[str, float], told: list[str]
+) -> Statement:
+    """Claim that ``many`` draws or steps leave as much as ``few``."""
+    first, second = rows[few].mean(axis=0), rows[many].mean(axis=0)
+    evidence |= {f"{count} {axis}": float(row.mean()) for count, row in rows.items()}
+    text = f"{few} {axis} leave {percent(float(first.mean()))}, {many} {axis} {percent(float(second.mean()))}"
+    told.append(text)
+    return Statement(
+        f"{many} {axis} change no more than half a point against {few}",
+        f"{text}: the attack has not converged, enlarge its budget",
+        first,
+        second,
+        CONVERGED,
+        absolute=True,
+    )
+
+
+def losses(bench: Bench, reported: Attacked) -> Draft:
+    """8: the best of several losses, targets and restarts is hardly ahead of the reported attack."""
+    budget = bench.budget
+    n = budget.some
+    base = dataclasses.replace(bench.attack, eot=budget.sweep_eot, restarts=1)
+    names = ["ce", "margin", "dlr"] if bench.num_classes > 2 else ["ce", "margin"]
+    candidates = [
+        bench.attacked(f"loss {loss}", dataclasses.replace(base, loss=loss), n) for loss in names if loss != base.loss
+    ]
+    logits = bench.mean_logits("targets", bench.x[:n], budget.judge_draws)
+    order = logits.scatter(1, bench.y[:n].unsqueeze(1), -torch.inf).argsort(dim=1, descending=True)
+    aimed = dataclasses.replace(base, loss="margin", targeted=True)
+    for rank in range(min(budget.targets, bench.num_classes - 1)):
+        candidates.append(bench.attacked(f"target {rank + 1}", aimed, n, targets=order[:, rank]))
+    again = dataclasses.replace(base, restarts=budget.restarts)
+    candidates.append(bench.attacked(f"{budget.restarts} restarts", again, n))
+    pool = [reported.x[:n], *(candidate.x for candidate in candidates)]
+    # Chosen by draws that the scoring does not use: the least of several noisy scores would be too low by luck.
+    margins = torch.stack(
+        [
+            bench.mean_margin(f"best {number}", images, bench.y[:n], budget.judge_draws)
+            for number, images in enumerate(pool)
+        ]
+    )
+    winner = margins.argmax(dim=0)
+    best_images = torch.stack(pool)[winner, torch.arange(n, device=winner.device)]
+    best = bench.scored("best of all losses and restarts", best_images, kind="best of", rival=True)
+    own = float(reported.first(n).mean())
+    text = f"the reported attack leaves {percent(own)}, the best of {len(pool)} for each image {percent(best.accuracy)}"
+    return Draft(
+        8,
+        text,
+        (
+            Statement(
+                "the best of all losses, targets and restarts is at most 2 points ahead",
+                f"{text}: the reported attack is too weak, report the best",
+                reported.first(n),
+                best.per_image,
+                BEST_AHEAD,
+            ),
+        ),
+        missing=() if bench.num_classes > 2 else ("loss dlr, which needs three classes",),
+        evidence={"reported": own, "best": best.accuracy} | {one.name: one.accuracy for one in candidates},
+    )
+
+
+def _curve(bench: Bench, axis: str, at: list, rows: list[np.ndarray]) -> Curve:  # type: ignore[type-arg]
+    points = tuple(
+        Point(float(value), float(row.mean()), accuracy_interval(row, seed=bench.seed))
+        for value, row in zip(at, rows, strict=True)
+    )
+    return Curve(axis, rows[0].shape[1], points)  # type: ignore[arg-type]

@@ -1,0 +1,99 @@
+"""What is wrong with a model before any check is run: found, named, with the mend."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from learn2perturb.engine.random import seed_everything
+from learn2perturb.errors import InputError
+from learn2perturb.evaluation.passes import PROBABILITIES, Model, are_probabilities, checked_logits, passes_differ
+from learn2perturb.noise import noise_disabled
+from learn2perturb.noise.base import NoiseModule
+
+_IMAGES = 8
+# Of logits, against rounding: a batch of another size is summed in another order. Batch statistics change far more.
+_TOLERANCE = 1e-3
+
+
+def in_train_mode(model: Model) -> list[str]:
+    """Return the names of the submodules of ``model`` that are in train mode; noise is the same in both modes."""
+    if not isinstance(model, nn.Module):
+        return []
+    return [
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        if module.training and not isinstance(module, NoiseModule)
+    ]
+
+
+def check_fixed(model: Model, x: Tensor, seed: int) -> list[str]:
+    """Check that ``model`` (in eval mode) is a fixed function of an image; return what could not be checked.
+
+    Raises:
+        InputError: it stays in train mode, changes its own buffers in a pass, or answers differently in another batch:
+            no number of it would mean anything.
+    """
+    still = in_train_mode(model)
+    if still:
+        raise InputError(
+            f"the model stays in train mode after eval() ({_shown(still)}), so its answers depend on the batch; do not "
+            "override train() or set .training inside forward()"
+        )
+    x = x[:_IMAGES]
+    _check_buffers(model, x)
+    quiet = noise_disabled(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
+    with quiet:
+        if not passes_differ(model, x, seed):
+            _check_batch_size(model, x)
+            return []
+    return [
+        "whether the answer depends on the batch was not checked: the model draws noise that is none of this package's"
+    ]
+
+
+def warn_of_probabilities(model: Model, x: Tensor, seed: int) -> list[str]:
+    """Warn, and say so in the findings, if ``model`` gives probabilities where attacks need logits."""
+    seed_everything(seed, "probe", 0)
+    with torch.no_grad():
+        if not are_probabilities(checked_logits(model, x[:_IMAGES])):
+            return []
+    warnings.warn(PROBABILITIES, stacklevel=3)
+    return [PROBABILITIES]
+
+
+def _check_buffers(model: Model, x: Tensor) -> None:
+    """Refuse a model one pass of which changes its buffers; they are put back."""
+    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    with torch.no_grad():
+        checked_logits(model, x)
+        moved = [name for name, buffer in buffers.items() if not torch.equal(buffer, before[name])]
+        for name in moved:
+            buffers[name].copy_(before[name])
+    if moved:
+        raise InputError(
+            f"a pass in eval mode changes buffers of the model ({_shown(moved)}): test images would move its "
+            "statistics; freeze them (BatchNorm in eval mode uses its running statistics and leaves them alone)"
+        )
+
+
+def _check_batch_size(model: Model, x: Tensor) -> None:
+    with torch.no_grad():
+        together = checked_logits(model, x)
+        alone = torch.cat([checked_logits(model, image) for image in x.split(1)])
+    difference = float((together - alone).abs().max())
+    allowed = _TOLERANCE * (1 + float(together.abs().max()))
+    if difference > allowed:
+        raise InputError(
+            f"the model's answer changes with the batch size: logits of images alone and in a batch of {len(x)} differ "
+            f"by {difference:.3g} (rounding explains {allowed:.1g}); is a BatchNorm inside in train mode, or without "
+            "running statistics? give the network itself, in eval mode"
+        )
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
