@@ -139,7 +139,7 @@ BAD = {
     "unknown setting of an attack": (["evaluate", RUN, "--attack", "pgd:stesp=2"], "it has: eps"),
     "constant of an attack": (["evaluate", RUN, "--attack", "pgd:needs_gradient=2"], "it has: eps"),
     "wrong setting of an attack": (["evaluate", RUN, "--attack", "pgd:steps=abc"], "not a whole number"),
-    "unknown attack": (["evaluate", RUN, "--attack", "foo:a=1"], "known: fgsm, pgd"),
+    "unknown attack": (["evaluate", RUN, "--attack", "foo:a=1"], "known: apgd"),
     "two eps": (["evaluate", RUN, "--attack", "fgsm:eps=.1", "--eps", ".2"], "give one of them"),
     "evaluation eps": (["evaluate", RUN, "--eps", "8"], "write 8/255"),
     "no draws": (["evaluate", RUN, "--draws", "0"], ">= 1"),

@@ -39,7 +39,7 @@ _EPS = 8 / 255
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
     add = parser.add_argument
-    add("run", metavar="RUN", help="a run folder, a .safetensors file, or hf-hub:owner/name")
+    add("run", metavar="RUN", help="a run folder, a .safetensors file, zoo:NAME, or hf-hub:owner/name")
     add("--attacks", metavar="NAMES", help=f"of {', '.join(PRESETS)} (default {DEFAULT_ATTACKS}; none for clean only)")
     add(
         "--attack", action="append", default=[], metavar="NAME:KEY=VALUE,...",
@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"draws of eot presets (default {EOT_DRAWS})",
     )
     add("--draws", type=typed("int"), default=10, metavar="N", help="scorings with fresh draws (default 10)")
-    add("--predictor", default="single", metavar="NAMES", help="single, vote, mean_probability, mean_logits")
-    add("--members", type=typed("int"), default=10, metavar="N", help="passes of an ensemble predictor (default 10)")
+    add("--predictor", metavar="NAMES", help="single, vote, mean_probability, mean_logits (default: the defense's own)")
+    add("--members", type=typed("int"), metavar="N", help="passes of an ensemble (default: the defense's own, else 10)")
     add("--no-noise-off", action="store_true", help="leave out the rows with the noise switched off")
     add("--dataset", metavar="NAME", help="registered data set (default: the run's)")
     add("--data-dir", metavar="DIR", help="folder of the data sets (default: the run's)")
@@ -105,14 +105,17 @@ def run(arguments: argparse.Namespace) -> int:
     if sizes is None:
         own = float(config.get("eps") or _EPS)
         attacks = {
-            name: attack if "eps" in specs[name][1] else replace(attack, eps=own) for name, attack in attacks.items()
+            name: attack if "eps" in specs[name][1] or not attack.sized else replace(attack, eps=own)
+            for name, attack in attacks.items()
         }
     attacks, notes = without_doubles(model, attacks)
     notes += short_attacks(attacks, sizes)
+    predictors, members, told = chosen_predictors(arguments, header)
+    notes += told
     with Reporter() as reporter:
         result = evaluate(
-            model, data, attacks, draws=arguments.draws, predictor=words(arguments.predictor, "--predictor"),
-            members=arguments.members, eps=sizes, noise_off=not arguments.no_noise_off,
+            model, data, attacks, draws=arguments.draws, predictor=predictors, members=members, eps=sizes,
+            noise_off=not arguments.no_noise_off,
             seed=arguments.seed, batch_size=arguments.batch_size, limit=arguments.limit, device=device,
             engine=arguments.engine, name=str(arguments.run), progress=reporter,
         )  # fmt: skip
@@ -220,6 +223,21 @@ def _data(arguments: argparse.Namespace, config: Mapping[str, Any]) -> ImageData
     return load_data(name, "train", root=root).split(share, config.get("seed", 0))[1]
 
 
+def chosen_predictors(arguments: argparse.Namespace, header: Mapping[str, Any]) -> tuple[list[str], int, list[str]]:
+    """Return the predictors, their passes, and what to tell: by default as the defense of the run predicts."""
+    own, passes = header.get("predictor") or "single", header.get("members") or 10
+    members = passes if arguments.members is None else arguments.members
+    if arguments.predictor is not None:
+        return words(arguments.predictor, "--predictor"), members, []
+    if own == "single":
+        return [own], members, []
+    note = (
+        f"predictor {own} of {members} passes, as the paper of {header.get('defense')} predicts, and every attack is "
+        "on that; --predictor single scores single draws"
+    )
+    return [own], members, [note]
+
+
 def without_doubles(model: Any, attacks: dict[str, Attack]) -> tuple[dict[str, Attack], list[str]]:
     """Leave out an EOT attack that, on a network without noise, equals another one of the table; say so."""
     from learn2perturb.noise import is_stochastic
@@ -242,8 +260,8 @@ def short_attacks(attacks: Mapping[str, Attack], sizes: list[float] | None) -> l
     notes = []
     for name, attack in attacks.items():
         reach = getattr(attack, "steps", 1) * getattr(attack, "step_size", float("inf"))
-        largest = max(sizes) if sizes else attack.eps
-        if reach < largest:
+        largest = max(sizes) if sizes and attack.sized else attack.eps
+        if reach < largest < float("inf"):
             notes.append(f"the steps of {name} reach {reach:.3g} in all, less than eps {largest:.3g}")
     return notes
 

@@ -20,7 +20,13 @@ VERBS = {
     "demo": "train three defenses on the digits, attack them, print them side by side (two minutes)",
     "train": "train a network with a defense; the same command again resumes",
     "evaluate": "attack a trained network and score it with fresh draws",
+    "compare": "compare two evaluations of the same images, with intervals",
+    "diagnose": "check whether the robustness of a model is real: nine checks, a verdict",
+    "certify": "certify radii within which no attack changes the majority vote",
+    "export": "write a trained network as safetensors, and a RobustBench model-info file",
+    "reproduce": "compute a table of the paper on trained runs, its numbers beside ours",
     "list": "show networks, attacks, defenses, data sets and recipes, with their options",
+    "bench": "time training steps, attacks, data: gears against textbook code and the floor",
 }
 SUCCESS, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 _NOT_THE_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EIO)

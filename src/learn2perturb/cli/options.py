@@ -255,6 +255,18 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "pgd100": ("pgd", {"steps": 100, "step_size": 2 / 255}),
     "eot-pgd7": ("pgd", {"steps": 7, "step_size": 0.01, "eot": EOT_DRAWS}),
     "eot-pgd20": ("pgd", {"steps": 20, "step_size": 2 / 255, "eot": EOT_DRAWS}),
+    "apgd-ce": ("apgd", {}),
+    "apgd-dlr": ("apgd", {"loss": "dlr"}),
+    "apgd-t": ("apgd_t", {}),
+    "eot-apgd-ce": ("apgd", {"eot": EOT_DRAWS}),
+    "square": ("square", {}),
+    # These have sizes of their own: the least norm found, and a number of pixels.
+    "cw": ("cw", {}),
+    "pixel1": ("few_pixel", {"eps": 1}),
+    "pixel2": ("few_pixel", {"eps": 2}),
+    "pixel3": ("few_pixel", {"eps": 3}),
+    "autoattack": ("autoattack", {}),
+    "autoattack-rand": ("autoattack_rand", {}),
 }
 DEFAULT_ATTACKS = "fgsm,pgd7,pgd20,eot-pgd20"
 

@@ -125,6 +125,8 @@ def _summary(last: dict[str, Any]) -> list[tuple[str, str]]:
         ("theta_schedule", "theta if only the regulariser moved it"),
         ("theta_departure", "theta's departure from that (largest RMS of a site)"),
         ("theta_slope_ratio", "slope of the loss / slope of the regulariser"),
+        ("alpha_mean", "|alpha|, mean"),
+        ("sigma_mean", "standard deviation of a weight, mean"),
     ):
         if key in last:
             rows.append((name, f"{last[key]:.4g}"))

@@ -1,0 +1,82 @@
+"""What all measurements share: the device, the images, the gears that are to be had, the record of where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learn2perturb.cli.bench.settings import BenchSettings
+from learn2perturb.data import ImageData, load_data, make_source
+from learn2perturb.engine import gears
+from learn2perturb.engine.random import derive_seed
+from learn2perturb.errors import ConfigError
+from learn2perturb.training.config import ENGINES
+from learn2perturb.training.environment import environment
+from learn2perturb.training.state import choose_device
+
+GEARS = tuple(name for name in ENGINES if name != "auto")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Where and on what is measured.
+
+    Attributes:
+        settings: those of the benchmark, closed.
+        device: that everything runs on.
+        data: the images, in memory.
+        gears: name to gear, of those to be had here.
+        refused: name to reason, of the others.
+    """
+
+    settings: BenchSettings
+    device: torch.device
+    data: ImageData
+    gears: dict[str, gears.Gear]
+    refused: dict[str, str]
+
+    @classmethod
+    def of(cls, settings: BenchSettings) -> Scene:
+        """Find device and gears, load or draw the images."""
+        device = choose_device(settings.device)
+        found, refused = {}, {}
+        for name in GEARS:
+            try:
+                found[name] = gears.select(name, device)
+            except ConfigError as error:
+                refused[name] = str(error)
+        return cls(settings, device, _images(settings), found, refused)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the matrix products of the fastest gear; the floor is reckoned in it."""
+        return (self.gears.get("fast") or self.gears["plain"]).dtype or torch.float32
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images batch by batch, in [0, 1], on the device."""
+        return make_source(self.data, batch_size=self.settings.batch_size, device=self.device).epoch(0)
+
+    def first_batch(self) -> tuple[Tensor, Tensor]:
+        """Return the first batch."""
+        return next(self.batches())
+
+    def where(self) -> dict[str, Any]:
+        """Return versions and hardware, for the record."""
+        return environment(self.device)
+
+
+def _images(settings: BenchSettings) -> ImageData:
+    count = settings.images or settings.batch_size
+    if settings.dataset is not None:
+        return load_data(settings.dataset, "train", root=settings.data_dir, limit=count)
+    generator = torch.Generator().manual_seed(derive_seed(settings.seed, "images"))
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (count,), generator=generator)
+    half = (0.5,) * 3
+    return ImageData(
+        "random", images, labels, tuple(map(str, range(10))), flip=True, crop_padding=4, mean=half, std=half
+    )

@@ -1,0 +1,77 @@
+"""The tables of ``learn2perturb bench``. Knows no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from learn2perturb.cli.bench.settings import BenchSettings
+from learn2perturb.cli.options import print_table
+
+Rows = dict[str, dict[str, Any]]
+
+
+def title(what: str, settings: BenchSettings) -> str:
+    """Return in words what is timed."""
+    images = f"{settings.dataset or 'random'} images"
+    network = f"{settings.model}, {settings.defense}"
+    if settings.defense == "learn2perturb":
+        network += f", noise {settings.sharing}"
+    if what == "step":
+        return f"a training step: {network}, PGD-{settings.attack_steps}, batch {settings.batch_size}, {images}"
+    if what == "attack":
+        return f"attacks on {settings.images} {images}: {network}, EOT with {settings.eot} draws"
+    workers = _some(settings.workers, "worker")
+    return f"an epoch of {settings.images} {images}: batch {settings.batch_size}, DataLoader with {workers}"
+
+
+def show(what: str, settings: BenchSettings, measured: Rows) -> None:
+    """Print a table of the gears, for attacks one for each, and what the floor was reckoned from."""
+    where = measured["floor"]["environment"]
+    place = where["gpu"] or f"{where['processor']}, {_some(where['torch_threads'], 'thread')}"
+    print(f"{place}, torch {where['torch']}; {_some(settings.rounds, 'round')}, medians\n")
+    attacks = [key for key, value in measured["floor"].items() if isinstance(value, dict) and "seconds" in value]
+    for attack in attacks or [""]:
+        rows = {name: row.get(attack, row) for name, row in measured.items()}
+        heading = f"{attack}: {title(what, settings)}" if attack else title(what, settings)
+        _table(heading, rows, ("attack_share", "noise_share") if what == "step" else ())
+        print(_reckoned(rows["floor"]) + "\n")
+    for name, row in measured.items():
+        if "unavailable" in row:
+            print(f"{name}: {row['unavailable']}")
+
+
+def _some(count: int | None, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
+
+
+def _table(heading: str, rows: Rows, shares: tuple[str, ...]) -> None:
+    head = ["", "ms", "fastest", "slowest", "images/s", "x textbook"]
+    head += [*(share.removesuffix("_share") for share in shares), "of floor", "peak MiB", "first call s"]
+    lines: list[list[str]] = []
+    for name, row in rows.items():
+        if "unavailable" in row:
+            continue
+        line = [name, f"{1000 * row['seconds']:.1f}"]
+        if name == "floor":
+            line += ["", "", f"{row['images_per_second']:.1f}"]
+        else:
+            line += [f"{1000 * row['fastest']:.1f}", f"{1000 * row['slowest']:.1f}", f"{row['images_per_second']:.1f}"]
+            line += [f"{row['textbook_ratio']:.2f}", *(f"{row[share]:.0%}" for share in shares)]
+            line += [f"{row['floor_share']:.1%}", f"{row['peak_memory_bytes'] / 2**20:.0f}"]
+            line += [f"{row['warmup_seconds']:.2f}"]
+        lines.append(line + [""] * (len(head) - len(line)))
+    print_table(head, lines, title=heading)
+
+
+def _reckoned(floor: dict[str, Any]) -> str:
+    """Return in words what the floor was reckoned from."""
+    parts = []
+    if floor["flops"]:
+        rate = f"{floor['flops_per_second'] / 1e9:.0f} GFLOP/s in {floor['dtype']}"
+        parts.append(f"{floor['flops'] / 1e9:.1f} GFLOP at {rate}: {1000 * floor['arithmetic_seconds']:.1f} ms")
+    if floor["draws"]:
+        rate = f"{floor['draws_per_second'] / 1e9:.2f} G/s"
+        parts.append(f"{floor['draws'] / 1e6:.1f} M draws at {rate}: {1000 * floor['noise_seconds']:.1f} ms")
+    rate = f"{floor['bytes_per_second'] / 1e9:.1f} GB/s"
+    parts.append(f"{floor['bytes'] / 1e6:.0f} MB at {rate}: {1000 * floor['traffic_seconds']:.1f} ms")
+    return f"floor: {'; '.join(parts)} (arithmetic and draws, or traffic, whichever is longer)"

@@ -1,0 +1,137 @@
+"""One step of adversarial training: textbook, each gear, and the floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from learn2perturb.cli.bench import textbook
+from learn2perturb.cli.bench.floor import Work, measure_rates, noise_numbers, one_pass
+from learn2perturb.cli.bench.scene import Scene
+from learn2perturb.cli.bench.settings import BenchSettings
+from learn2perturb.cli.bench.timing import Worker, in_turn
+from learn2perturb.engine import gears
+from learn2perturb.engine.random import seed_torch
+from learn2perturb.models import build_model
+from learn2perturb.noise import perturb
+from learn2perturb.progress import Reporter
+from learn2perturb.training.config import TrainConfig
+from learn2perturb.training.state import Training
+
+Call = Callable[[], object]
+# The step of a training so long that whatever the gear compiles is earned back; the first call shows what it costs.
+_EPOCHS = 100_000
+
+
+def config_of(settings: BenchSettings, engine: str, device: str) -> TrainConfig:
+    """Return the config of the training whose step is timed: recipe ``fast``, noise and adversary on from the start."""
+    options = {"noise_delay": 0, "sharing": settings.sharing} if settings.defense == "learn2perturb" else {}
+    return TrainConfig(
+        defense=settings.defense, model=settings.model, recipe="fast", epochs=_EPOCHS, batch_size=settings.batch_size,
+        attack_steps=settings.attack_steps, engine=engine, device=device, monitor=0, seed=settings.seed,
+        options=options,
+    ).resolve()  # fmt: skip
+
+
+def textbook_call(scene: Scene, *, attack: bool = True, noise: bool = True) -> Call:
+    """Return the textbook step on the first batch, whole or without one of its parts."""
+    config = config_of(scene.settings, "plain", str(scene.device))
+    config = config if attack else replace(config, attack_steps=None)
+    seed_torch(scene.settings.seed, "weights")
+    noisy = noise and scene.settings.defense == "learn2perturb"
+    step = textbook.training_step(
+        textbook.network(scene.settings.model, scene.data, noise=noisy, device=scene.device), config
+    )
+    x, y = scene.first_batch()
+    return lambda: step(x, y)
+
+
+def geared_call(scene: Scene, name: str, *, attack: bool = True, noise: bool = True) -> Call:
+    """Return the package's step in a gear on the first batch, whole or without one of its parts.
+
+    Without attack is a ball of radius 0, so clean and adversarial passes stay; without noise is PGD training.
+    """
+    config = config_of(scene.settings, name, str(scene.device))
+    config = config if attack else replace(config, eps=0.0)
+    config = config if noise else replace(config, defense="pgd_at", options={})
+    training = Training(config, None, scene.data, None, Reporter(False))
+    x, y = scene.first_batch()
+
+    def call() -> None:
+        with gears.running(training.gear):
+            training.run_step(x, y)
+
+    return call
+
+
+def needed(scene: Scene) -> Work:
+    """Return what a step needs: the attack's passes and those that train, on a whole batch."""
+    settings = scene.settings
+    config = config_of(settings, "plain", "cpu")
+    x = scene.data.images[:2].float() / 255
+    model = build_model(settings.model, num_classes=scene.data.num_classes, input_shape=scene.data.input_shape).eval()
+    attacking = (config.attack_steps or 0) * (config.attack_eot or 1)
+    training = bool(config.alpha) + bool(config.beta)
+    size = len(scene.data)  # one batch
+    work = one_pass(model, x, weights=False) * (attacking * size) + one_pass(model, x, weights=True) * (training * size)
+    if settings.defense == "learn2perturb":
+        perturb(model, input_shape=scene.data.input_shape)
+        rows = size if settings.sharing == "per_example" else 1
+        work += Work(draws=noise_numbers(model) * rows * (attacking + training))
+    return work
+
+
+def measure(settings: BenchSettings, reporter: Reporter) -> dict[str, dict[str, Any]]:
+    """Time the steps; return an object a gear, ``textbook`` and ``floor`` among them.
+
+    ``attack_share`` and ``noise_share`` are what the step costs more than the same step without attack, or without
+    noise, timed in turn with it after the step itself has been: differences of medians, 0 where they are below it.
+    """
+    scene = Scene.of(settings)
+    rounds, size = settings.rounds or 1, len(scene.data)
+    whole = {"textbook": Worker(textbook_call(scene))}
+    whole |= {name: Worker(geared_call(scene, name)) for name in scene.gears}
+    timings = in_turn(whole, rounds, scene.device, reporter, "training steps")
+    shares = _shares(scene, whole, reporter)
+    work = needed(scene)
+    floor = measure_rates(scene.device, scene.dtype).floor(work)
+    shown = settings.shown("step") | {"threads": scene.where()["torch_threads"], "device": str(scene.device)}
+    result: dict[str, dict[str, Any]] = {}
+    for name, timing in timings.items():
+        result[name] = {
+            **timing.summary(size),
+            "textbook_ratio": timing.ratio_to(timings["textbook"]),
+            "floor_share": floor["seconds"] / timing.median,
+            **shares[name],
+            "settings": shown,
+        }
+    result |= {name: {"unavailable": reason} for name, reason in scene.refused.items()}
+    result["floor"] = {
+        **floor,
+        "images_per_second": size / floor["seconds"],
+        "settings": shown,
+        "environment": scene.where(),
+    }
+    return result
+
+
+def _shares(scene: Scene, whole: dict[str, Worker], reporter: Reporter) -> dict[str, dict[str, float]]:
+    noisy = scene.settings.defense == "learn2perturb"
+    parts: dict[tuple[str, str], Worker] = {}
+    for name, worker in whole.items():
+        parts[name, "whole"] = Worker(worker.run)
+        for part in ("attack", "noise") if noisy else ("attack",):
+            left = {"attack": part != "attack", "noise": part != "noise"}
+            call = textbook_call(scene, **left) if name == "textbook" else geared_call(scene, name, **left)
+            parts[name, part] = Worker(call)
+    rounds = max(1, (scene.settings.rounds or 1) // 2)
+    timings = in_turn(parts, rounds, scene.device, reporter, "steps without attack, without noise")
+    shares: dict[str, dict[str, float]] = {}
+    for name in whole:
+        entire = timings[name, "whole"].median
+        shares[name] = {"attack_share": 0.0, "noise_share": 0.0}
+        for part in ("attack", "noise"):
+            if (name, part) in timings:
+                shares[name][f"{part}_share"] = max(0.0, 1 - timings[name, part].median / entire)
+    return shares

@@ -1,0 +1,84 @@
+"""``learn2perturb certify``: radii within which no attack at all changes the majority vote of a noisy network."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from learn2perturb.cli.figures import certification_figure, check_folder
+from learn2perturb.cli.options import add_json, print_json, typed
+from learn2perturb.cli.subject import add_subject, check_subject, load_subject, new_record
+from learn2perturb.training.config import fraction
+
+if TYPE_CHECKING:
+    from learn2perturb.evaluation.certification import Certification
+
+DESCRIPTION = (
+    "Certify the majority vote: for each image a radius within which no attack changes it, or an abstention.\n"
+    "Refuses a model for which the certificate does not hold, and says when it is vacuous. Takes N passes an image."
+)
+EXAMPLE = "learn2perturb certify runs/digits --n 10000 --limit 100"
+METHODS = ("auto", "first_noise", "smoothing", "pixeldp")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this verb."""
+    add_subject(parser)
+    add = parser.add_argument
+    add(
+        "--method", default="auto", metavar="NAME",
+        help="first_noise (the noise inside), smoothing (of --sigma on the image), pixeldp, or auto (default)",
+    )  # fmt: skip
+    add("--sigma", metavar="X", help="standard deviation of the smoothing noise, [0, 1] pixel scale, such as 0.25")
+    add("--n0", type=typed("int"), default=100, metavar="N", help="draws that choose the class (default 100)")
+    add("--n", type=typed("int"), default=100_000, metavar="N", help="draws that certify it (default 100000)")
+    add("--alpha", type=typed("float"), default=0.001, metavar="X", help="chance of a wrong radius (default 0.001)")
+    add("--eps", metavar="X", help="l_inf size to compare with (default: the run's, else 8/255)")
+    add("--batch-size", type=typed("int"), default=1000, metavar="N", help="images in a pass (default 1000)")
+    add("--figures", metavar="DIR", help="write certified accuracy against radius there, as a PNG file")
+    add("--out", metavar="FILE", help="the record (default RUN/evaluation/certification-SPLIT-seedN.json)")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Certify; print the table, save the record."""
+    check_subject(arguments)
+    figures = check_folder(arguments.figures)
+    eps = None if arguments.eps is None else fraction(arguments.eps)
+    sigma = None if arguments.sigma is None else fraction(arguments.sigma)
+    if arguments.out:
+        new_record(arguments, Path(), "certification")
+
+    from learn2perturb.evaluation import certify
+    from learn2perturb.progress import Reporter
+
+    subject = load_subject(arguments)
+    with Reporter() as reporter:
+        found = certify(
+            subject.model, subject.data, n0=arguments.n0, n=arguments.n, alpha=float(arguments.alpha),
+            method=arguments.method, sigma=sigma, eps=subject.eps if eps is None else eps, limit=arguments.limit,
+            batch_size=arguments.batch_size, seed=arguments.seed, name=subject.name, progress=reporter,
+        )  # fmt: skip
+    out = new_record(arguments, subject.folder, "certification")
+    found.save(out)
+    drawn = [] if figures is None else certification_figure(found, figures)
+    if arguments.json:
+        print_json(summary(found) | {"record": str(out), "figures": [str(path) for path in drawn]})
+        return 0
+    print(found)
+    for path in drawn:
+        print(f"figure: {path}")
+    print(f"\nrecord: {out}")
+    return 0
+
+
+def summary(found: Certification) -> dict[str, Any]:
+    """Return what a program reads, without the votes, which are in the record."""
+    return {
+        "model": found.metadata["model"], "method": found.method, "norm": found.norm, "constant": found.constant,
+        "exact": found.exact, "site": found.site, "sigma": found.sigma, "n0": found.n0, "n": found.n,
+        "alpha": found.alpha, "images": len(found.radii), "abstained": found.abstained, "largest": found.largest,
+        "needed": found.needed, "statement": found.statement, "curve": [list(point) for point in found.curve()],
+        "seconds": found.metadata["seconds"],
+    }  # fmt: skip

@@ -1,0 +1,60 @@
+"""``learn2perturb compare``: two evaluations of the same images, row by row, with intervals."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from learn2perturb.cli.options import add_json, print_json
+from learn2perturb.errors import ConfigError
+
+DESCRIPTION = (
+    "Compare two records of `evaluate` on the same images: difference of accuracy, paired-bootstrap interval,\n"
+    "McNemar's exact test. Records of different images are refused."
+)
+EXAMPLE = "learn2perturb compare runs/a/evaluation/test-seed0.json runs/b/evaluation/test-seed0.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this verb."""
+    add = parser.add_argument
+    add("first", metavar="RECORD", help="a record of evaluate")
+    add("second", metavar="RECORD", help="another, of the same images")
+    add(
+        "--pair", action="append", default=[], metavar="FIRST=SECOND",
+        help="compare these rows, by attack, such as eot-pgd20=pgd20; may be repeated (default: rows of equal name)",
+    )  # fmt: skip
+    add("--out", metavar="FILE", help="write the comparison there, as JSON")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare; print what may be said."""
+    pairs = [_pair(text) for text in arguments.pair]
+
+    from learn2perturb.evaluation import Evaluation, compare
+
+    found = compare(Evaluation.load(arguments.first), Evaluation.load(arguments.second), pairs=pairs)
+    if arguments.out:
+        if Path(arguments.out).exists():
+            raise ConfigError(f"--out {arguments.out} exists; give another name so that nothing is lost")
+        found.save(arguments.out)
+    if arguments.json:
+        print_json(
+            {
+                "first": found.first,
+                "second": found.second,
+                "differences": [asdict(one) | {"sentence": one.sentence} for one in found.differences],
+            }
+        )
+    else:
+        print(found)
+    return 0
+
+
+def _pair(text: str) -> tuple[str, str]:
+    first, equals, second = text.partition("=")
+    if not equals or not first or not second:
+        raise ConfigError(f"--pair {text!r} is no FIRST=SECOND; write --pair eot-pgd20=pgd20")
+    return first, second

@@ -1,0 +1,166 @@
+"""``learn2perturb diagnose``: is the robustness of a model real? Nine checks, curves, a verdict."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from learn2perturb.cli.figures import check_folder, diagnosis_figures
+from learn2perturb.cli.options import add_json, print_json, typed
+from learn2perturb.cli.subject import Subject, add_subject, check_subject, is_factory, load_subject, made_by, new_record
+from learn2perturb.errors import ConfigError
+from learn2perturb.training.config import TrainConfig, fraction
+
+if TYPE_CHECKING:
+    from learn2perturb.evaluation.diagnostics import Diagnosis
+
+DESCRIPTION = (
+    "Check whether the robustness of a network is real: nine checks for masked gradients and faked randomness,\n"
+    "each with a verdict and its evidence. RUN is a run, or any model of yours as module:function.\n"
+    "Exits 0 when the diagnosis was made, whatever it says; with --strict 1 unless every check that applies passed."
+)
+EXAMPLE = "learn2perturb diagnose runs/digits --quick --source pgd_at=runs/digits-pgd_at"
+# source -> how its training differs from that of the run
+_TRAININGS: dict[str, dict[str, Any]] = {
+    "undefended": {"defense": "none", "options": {}},
+    "pgd_at": {"defense": "pgd_at", "options": {}},
+    "twin": {},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this verb."""
+    add_subject(parser)
+    add = parser.add_argument
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--quick", action="store_true", help="minutes on a CPU: up to 200 images (default)")
+    budget.add_argument("--full", action="store_true", help="for a report: 1,000 images, 80 draws, 5,000 queries")
+    add("--eps", metavar="X", help="size of the ball, l_inf, [0, 1] pixel scale (default: the run's, else 8/255)")
+    add(
+        "--source", action="append", default=[], metavar="NAME=RUN",
+        help="network to transfer from: undefended, pgd_at (also the baseline of check 6), twin; may be repeated",
+    )  # fmt: skip
+    add(
+        "--train-sources", action="store_true",
+        help="train the sources that are not given, with the settings of the run, into RUN/sources",
+    )  # fmt: skip
+    add("--stochastic", action="store_true", help="the model is said to be random: catch one that is not")
+    add("--batch-size", type=typed("int"), default=100, metavar="N", help="images in a pass (default 100)")
+    add("--engine", default="auto", metavar="NAME", help="attacks are crafted in: auto (default), plain or fast")
+    add("--figures", metavar="DIR", help="write the curves there, as PNG files")
+    add("--strict", action="store_true", help="exit 1 unless the verdict is that the claim stands")
+    add("--out", metavar="FILE", help="the record (default RUN/evaluation/diagnosis-SPLIT-seedN.json)")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Diagnose; print the verdict, save the record."""
+    check_subject(arguments)
+    named = _named_sources(arguments.source)
+    figures = check_folder(arguments.figures)
+    eps = None if arguments.eps is None else fraction(arguments.eps)
+    if arguments.train_sources and is_factory(arguments.run):
+        raise ConfigError(
+            f"--train-sources trains as the run was trained, and {arguments.run} is no run; give --source"
+        )
+    if arguments.out:
+        new_record(arguments, Path(), "diagnosis")  # refuse a wrong place before hours of work
+
+    from learn2perturb.evaluation import diagnose
+    from learn2perturb.progress import Reporter
+
+    subject = load_subject(arguments)
+    device = next((str(p.device) for p in getattr(subject.model, "parameters", list)()), None)
+    sources = {name: _model(place, device) for name, place in named.items()}
+    if arguments.train_sources:
+        sources |= _trained(subject, Path(arguments.run), sources, device)
+    with Reporter() as reporter:
+        found = diagnose(
+            subject.model, subject.data, budget="full" if arguments.full else "quick",
+            eps=subject.eps if eps is None else eps, sources=sources, stochastic=True if arguments.stochastic else None,
+            seed=arguments.seed, limit=arguments.limit, batch_size=arguments.batch_size, engine=arguments.engine,
+            name=subject.name, progress=reporter,
+        )  # fmt: skip
+    out = new_record(arguments, subject.folder, "diagnosis")
+    found.save(out)
+    drawn = [] if figures is None else diagnosis_figures(found, figures)
+    if arguments.json:
+        print_json(summary(found) | {"record": str(out), "figures": [str(path) for path in drawn]})
+    else:
+        print(found)
+        for path in drawn:
+            print(f"figure: {path}")
+        print(f"\nrecord: {out}")
+    return 1 if arguments.strict and found.verdict != "stands" else 0
+
+
+def summary(found: Diagnosis) -> dict[str, Any]:
+    """Return what a program reads: verdicts, evidence and curves, without the raw bits, which are in the record."""
+    return {
+        "model": found.metadata["model"],
+        "verdict": found.verdict,
+        "summary": found.summary,
+        "findings": list(found.findings),
+        "eps": found.eps,
+        "norm": found.norm,
+        "budget": found.budget["name"],
+        "stochastic": found.stochastic,
+        "lowest": {"attack": found.lowest, "accuracy": found.measurement(found.lowest).accuracy},
+        "checks": [
+            {
+                "number": check.number, "name": check.name, "status": check.status, "sentence": check.sentence,
+                "evidence": check.evidence, "missing": list(check.missing),
+            }
+            for check in found.checks
+        ],
+        "curves": {
+            curve.axis: [[point.at, point.accuracy, point.interval.low, point.interval.high] for point in curve.points]
+            for curve in found.curves
+        },
+        "seconds": found.metadata["seconds"],
+    }  # fmt: skip
+
+
+def _named_sources(given: list[str]) -> dict[str, str]:
+    """Read ``NAME=RUN`` words.
+
+    Raises:
+        ConfigError: one is written otherwise, or a name is given twice.
+    """
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, place = text.partition("=")
+        if not equals or not name or not place:
+            raise ConfigError(f"--source {text!r} is no NAME=RUN; write --source pgd_at=runs/digits-pgd_at")
+        if name in found:
+            raise ConfigError(f"--source {name} is given twice; give each source a name of its own")
+        found[name] = place
+    return found
+
+
+def _model(place: str, device: str | None) -> Any:
+    from learn2perturb.training.loading import load
+
+    model = made_by(place) if is_factory(place) else load(place)
+    return model.to(device) if device is not None and hasattr(model, "to") else model
+
+
+def _trained(subject: Subject, run: Path, given: dict[str, Any], device: str | None) -> dict[str, Any]:
+    """Train, or load if they are trained already, the sources that were not given."""
+    from learn2perturb.training.loop import train
+
+    if not run.is_dir() or not subject.config:
+        raise ConfigError(f"--train-sources needs a run folder, which {run} is not; give --source NAME=RUN")
+    config = TrainConfig.from_dict({**subject.config, "monitor": 0, "tensorboard": False})
+    own = config.defense in ("pgd_at", "none")
+    found = {}
+    for name, changes in _TRAININGS.items():
+        same = own and changes.get("defense") == config.defense  # the twin is that already
+        if name in given or same:
+            continue
+        # Another seed for all: a source that starts from the weights of the run would be more than a stranger.
+        twin = replace(config, seed=config.seed + 1, **changes)
+        found[name] = train(twin, out=run / "sources" / name).model.to(device)
+    return found

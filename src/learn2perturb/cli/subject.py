@@ -1,0 +1,182 @@
+"""What a verb is about: a trained run, or any model of the user's as a factory ``module:function``, and its images."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from learn2perturb.cli.options import typed
+from learn2perturb.errors import CheckpointError, ConfigError, DataError
+from learn2perturb.registry import DATASETS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from learn2perturb.data import ImageData
+
+SPLITS = ("test", "train", "validation")
+_EPS = 8 / 255
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model in eval mode, its images, the size it was trained for, and where records of it go."""
+
+    name: str
+    model: Callable[[Tensor], Tensor]
+    data: ImageData
+    eps: float
+    config: Mapping[str, Any]
+    folder: Path
+
+
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a model and its images."""
+    add = parser.add_argument
+    add(
+        "run", metavar="RUN",
+        help="run folder, .safetensors file, zoo:NAME, hf-hub:owner/name, or module:function of your model",
+    )  # fmt: skip
+    add("--dataset", metavar="NAME", help="registered data set (default: the run's)")
+    add("--data-dir", metavar="DIR", help="folder of the data sets (default: the run's)")
+    add("--split", default="test", metavar="NAME", help="test, train, or validation (what the run held out)")
+    add("--limit", type=typed("int"), metavar="N", help="the first N images only")
+    add("--seed", type=typed("int"), default=0, metavar="N", help="of all draws (default 0)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
+
+
+def is_factory(text: str) -> bool:
+    """Tell whether ``text`` is ``module:function`` and no file or folder."""
+    places = ("hf-hub:", "zoo:")
+    return _FACTORY.fullmatch(text) is not None and not text.startswith(places) and not Path(text).exists()
+
+
+def check_subject(arguments: argparse.Namespace) -> None:
+    """Refuse what can be refused before torch is imported.
+
+    Raises:
+        ConfigError: an unknown split or data set, or a factory without a data set.
+    """
+    if arguments.split not in SPLITS:
+        raise ConfigError(f"split is {arguments.split!r}; allowed: {', '.join(SPLITS)}")
+    if arguments.dataset is not None:
+        DATASETS.entry(arguments.dataset)
+    elif is_factory(arguments.run):
+        raise ConfigError(f"{arguments.run} is a factory, which says nothing of images; give --dataset NAME")
+
+
+def load_subject(arguments: argparse.Namespace) -> Subject:
+    """Load the model and its images.
+
+    Raises:
+        CheckpointError: there is no such run.
+        ConfigError: the factory cannot be imported or called, or no data set is known.
+        DataError: the images do not fit the model.
+    """
+    check_subject(arguments)
+
+    from learn2perturb.training.state import choose_device
+
+    device = choose_device(arguments.device)
+    if is_factory(arguments.run):
+        model = made_by(arguments.run)
+        if hasattr(model, "to"):
+            model = model.to(device)
+        return Subject(arguments.run, model, images(arguments, {}), _EPS, {}, Path("evaluation"))
+    from learn2perturb.training.checkpoint import read_model
+    from learn2perturb.training.loading import load, locate
+
+    header = read_model(locate(arguments.run))[1]
+    config: dict[str, Any] = {**(header.get("config") or {})}
+    config["dataset"] = header.get("dataset", config.get("dataset"))
+    model = load(arguments.run).to(device)
+    data = images(arguments, config)
+    shape = header.get("input_shape")
+    if shape and tuple(shape) != tuple(data.input_shape):
+        raise DataError(
+            f"{arguments.run} was trained on images {tuple(shape)} and {data.name} has {tuple(data.input_shape)}; give "
+            f"--dataset {config.get('dataset', 'NAME')}"
+        )
+    run = Path(arguments.run)
+    folder = (run if run.is_dir() else Path()) / "evaluation"
+    return Subject(str(arguments.run), model, data, float(config.get("eps") or _EPS), config, folder)
+
+
+def made_by(factory: str) -> Any:
+    """Return what ``module:function`` gives, called without arguments; modules of the working folder are found.
+
+    Raises:
+        ConfigError: there is no such module or function, it fails, or it gives no model.
+    """
+    module_name, _, function_name = factory.partition(":")
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        made = getattr(importlib.import_module(module_name), function_name)()
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{factory}: {error}; run from the folder of the file, and write its name without .py"
+        ) from None
+    except AttributeError as error:
+        raise ConfigError(f"{factory}: {error}; write module:function") from error
+    except Exception as error:
+        raise ConfigError(
+            f"{factory} failed: {type(error).__name__}: {error}; it is called without arguments and returns the model"
+        ) from error
+    finally:
+        sys.path.remove(here)
+    if not callable(made):
+        raise ConfigError(f"{factory} returned a {type(made).__name__}; it must return the model, images to logits")
+    return made
+
+
+def images(arguments: argparse.Namespace, config: Mapping[str, Any]) -> ImageData:
+    """Load the images that are asked for, by default those of the run.
+
+    Raises:
+        ConfigError: no data set is known, or no validation images were held out.
+    """
+    from learn2perturb.data import load_data
+
+    name = arguments.dataset or config.get("dataset")
+    if not name:
+        raise ConfigError(f"{arguments.run} was trained on data that have no name here; give --dataset NAME")
+    root = arguments.data_dir or config.get("data_dir")
+    if arguments.split != "validation":
+        return load_data(name, arguments.split, root=root)
+    share = config.get("validation")
+    if not share:
+        raise ConfigError(f"{arguments.run} held out no validation images; use --split test")
+    return load_data(name, "train", root=root).split(share, config.get("seed", 0))[1]
+
+
+def new_record(arguments: argparse.Namespace, folder: Path, kind: str) -> Path:
+    """Return where a record goes: ``--out``, else a name in ``folder`` that does not exist yet.
+
+    Raises:
+        ConfigError: ``--out`` is a folder.
+        CheckpointError: ``--out`` exists and is no record of ours.
+    """
+    if arguments.out:
+        path = Path(arguments.out)
+        if path.is_dir():
+            raise ConfigError(f"--out {path} is a folder; give a file such as {path / (kind + '.json')}")
+        if path.exists() and f'"learn2perturb.{kind}"' not in path.read_bytes()[:200].decode(errors="replace"):
+            raise CheckpointError(f"{path} exists and is no {kind} record; give another --out so that it is not lost")
+        return path
+    parts = [kind, arguments.split, *([f"first{arguments.limit}"] if arguments.limit else []), f"seed{arguments.seed}"]
+    path, number = folder / f"{'-'.join(parts)}.json", 2
+    while path.exists():
+        path = folder / f"{'-'.join(parts)}-{number}.json"
+        number += 1
+    return path

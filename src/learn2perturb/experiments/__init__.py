@@ -1,0 +1,1 @@
+"""Experiments: tables of papers, computed on trained networks, beside the numbers that were published."""

@@ -1,0 +1,75 @@
+"""What papers published: numbers typed as facts into ``paper/*.yaml``, one file a table. Knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from learn2perturb.errors import UnknownNameError
+
+_FOLDER = Path(__file__).parent / "paper"
+
+
+@dataclass(frozen=True)
+class Published:
+    """One number of a paper: accuracy in [0, 1], its deviation where given, and why it is suspect where it is."""
+
+    mean: float
+    std: float | None = None
+    suspect: str | None = None
+
+    def __str__(self) -> str:
+        text = f"{100 * self.mean:.2f}" + ("" if self.std is None else f" +- {100 * self.std:.2f}")
+        return text + ("" if self.suspect is None else " (suspect)")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A published table: ``keys`` say what the levels of a cell's name are, such as (network, pixels, defense)."""
+
+    name: str
+    title: str
+    dataset: str
+    keys: tuple[str, ...]
+    cells: Mapping[tuple[str, ...], Published]
+
+    def cell(self, **names: str) -> Published | None:
+        """Return the number of the cell so named; None where the paper has none."""
+        return self.cells.get(tuple(names[key] for key in self.keys))
+
+
+def published(name: str) -> Facts:
+    """Return the table called ``name``.
+
+    Raises:
+        UnknownNameError: no table is so called.
+    """
+    known = sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+    if name not in known:
+        raise UnknownNameError.of("table", name, known)
+    raw = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    suspect = {tuple(item["cell"]): item["why"] for item in raw["suspect"]}
+    keys = tuple(raw["keys"])
+    found: dict[tuple[str, ...], Published] = {}
+    _collect(raw["cells"], (), len(keys), suspect, found)
+    return Facts(name, raw["title"], raw["dataset"], keys, found)
+
+
+def _collect(
+    level: Mapping[str, Any],
+    above: tuple[str, ...],
+    depth: int,
+    suspect: Mapping[tuple[str, ...], str],
+    found: dict[tuple[str, ...], Published],
+) -> None:
+    for key, value in level.items():
+        cell = (*above, key)
+        if len(cell) < depth:
+            _collect(value, cell, depth, suspect, found)
+            continue
+        mean, std = value if isinstance(value, list) else (value, None)
+        found[cell] = Published(mean / 100, None if std is None else std / 100, suspect.get(cell))

@@ -1,0 +1,128 @@
+"""``diagnose``, ``certify`` and ``compare`` at the command line, on a tiny run and on a factory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from learn2perturb.cli.main import main
+from learn2perturb.evaluation import Certification, Comparison, Diagnosis
+from learn2perturb.evaluation.diagnostics import budget
+
+TINY = dataclasses.replace(
+    budget.QUICK, name="quick", images=16, some=8, scorings=2, eot=2, sweep_eot=1, steps=4, unbounded_steps=5,
+    samples=3, judge_draws=2, eps_grid=(8 / 255, 128 / 255), draw_curve=(1, 4), step_curve=(2, 4), restarts=2,
+    square_queries=5, square_draws=1, slope_images=2, slope_repeats=4,
+)  # fmt: skip
+TRAIN = (
+    "train", "--dataset=digits", "--model=digits_cnn", "--recipe=fast", "--engine=plain", "--device=cpu", "--epochs=1",
+    "--limit=64", "--batch-size=32", "--monitor=0", "--attack-steps=1", "--eps=.1", "--tensorboard=false",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("diagnose") / "run"
+    assert main([*TRAIN, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """A budget of a second, in a working folder of one's own."""
+    monkeypatch.setitem(budget.BUDGETS, "quick", TINY)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_is_diagnosed_with_sources_that_are_trained(trained, quick, capsys):
+    words = ["diagnose", str(trained), "--quick", "--train-sources", "--figures", "figures"]
+    assert main([*words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["eps"] == 0.1
+    assert [check["number"] for check in said["checks"]] == list(range(1, 10))
+    assert said["checks"][1]["missing"] == []
+    assert {path.name for path in (trained / "sources").iterdir()} == {"undefended", "pgd_at", "twin"}
+    assert sorted(path.name for path in (quick / "figures").iterdir()) == [
+        f"accuracy-against-{axis}.png" for axis in ("draws", "eps", "steps")
+    ]
+    record = Diagnosis.load(said["record"])
+    assert (record.verdict, record.seed) == (said["verdict"], 0)
+    assert set(record.metadata["sources"]) == {"undefended", "pgd_at", "twin"}
+    assert main(["diagnose", str(trained), "--strict", "--source", f"pgd_at={trained / 'sources' / 'pgd_at'}"]) == (
+        0 if record.verdict == "stands" else 1
+    )
+    said = capsys.readouterr().out
+    assert "9. the draws are real: " in said
+    assert "missing: transfer from twin" in said
+    assert "diagnosis-test-seed0-2.json" in said
+
+
+def test_a_factory_is_diagnosed_and_certified(quick, capsys):
+    (quick / "mine_for_diagnose.py").write_text(
+        "from learn2perturb import build_model\n"
+        "def network():\n    return build_model('digits_cnn', input_shape=(1, 8, 8)).eval()\n"
+    )
+    assert main(["diagnose", "mine_for_diagnose:network", "--dataset=digits", "--eps=0.1"]) == 0
+    assert "6. noise off holds too: DOES NOT APPLY" in capsys.readouterr().out
+    words = ["certify", "mine_for_diagnose:network", "--dataset=digits", "--sigma=1/4", "--n=50", "--limit=3"]
+    assert main([*words, "--json", "--figures", "figures"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["method"], said["sigma"], said["images"]) == ("smoothing", 0.25, 3)
+    assert Certification.load(said["record"]).n == 50
+    assert (quick / "figures" / "certified-accuracy.png").stat().st_size > 1000
+
+
+def test_a_run_is_certified_by_its_own_noise(trained, quick, capsys):
+    assert main(["certify", str(trained), "--n=20", "--n0=10", "--limit=2", "--out", "c.json"]) == 0
+    said = capsys.readouterr().out
+    assert "first_noise at 'bn1'" in said
+    assert "VACUOUS" in said
+    assert main(["certify", str(trained), "--n=20", "--n0=10", "--limit=2", "--out", "c.json"]) == 0  # our own record
+
+
+def test_two_records_are_compared(trained, quick, capsys):
+    for seed in ("0", "1"):
+        words = ["evaluate", str(trained), "--limit=20", "--draws=2", "--attacks=fgsm", "--out", f"{seed}.json"]
+        assert main([*words, "--seed", seed]) == 0
+    capsys.readouterr()
+    assert main(["compare", "0.json", "1.json", "--out", "d.json", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [one["first"] for one in said["differences"]][:2] == ["clean", "fgsm 0.1"]
+    assert len(Comparison.load("d.json").differences) == 4
+    assert main(["compare", "0.json", "1.json", "--pair", "fgsm=clean"]) == 0
+    assert "fgsm 0.1 against clean" in capsys.readouterr().out
+
+
+BAD = {
+    "no such run": (["diagnose", "nowhere"], "give a run folder"),
+    "factory without data": (["diagnose", "json:loads"], "give --dataset NAME"),
+    "no such module": (["diagnose", "nomodule:f", "--dataset=digits"], "without .py"),
+    "no such function": (["diagnose", "json:nothing", "--dataset=digits"], "write module:function"),
+    "factory that fails": (["certify", "json:loads", "--dataset=digits"], "called without arguments"),
+    "factory of no model": (["certify", "os:getcwd", "--dataset=digits"], "must return the model"),
+    "source not NAME=RUN": (["diagnose", "RUN", "--source", "x"], "write --source"),
+    "source twice": (["diagnose", "RUN", "--source", "a=b", "--source", "a=c"], "given twice"),
+    "quick and full": (["diagnose", "RUN", "--quick", "--full"], "not allowed with"),
+    "figures over a file": (["diagnose", "RUN", "--figures", "file.txt"], "give a folder"),
+    "record over a file": (["diagnose", "RUN", "--out", "file.txt"], "so that it is not lost"),
+    "sources of a factory": (["diagnose", "json:loads", "--dataset=digits", "--train-sources"], "give --source"),
+    "eps": (["diagnose", "RUN", "--eps", "8"], "write 8/255"),
+    "sigma": (["certify", "RUN", "--method", "smoothing"], "sigma is None"),
+    "method": (["certify", "RUN", "--method", "cohen"], "allowed: auto"),
+    "no record": (["compare", "file.txt", "file.txt"], "not valid JSON"),
+    "no pair": (["compare", "a", "b", "--pair", "x"], "write --pair"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_input_is_one_line_that_names_the_mend(case, trained, quick, capsys):
+    (quick / "file.txt").write_text("mine")
+    words, mend = BAD[case]
+    assert main([str(trained) if word == "RUN" else word for word in words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert mend in error
+    assert (quick / "file.txt").read_text() == "mine"
