@@ -1,4 +1,4 @@
-"""Bring a trained network back: from a run folder, a ``.safetensors`` file, or the Hugging Face hub."""
+"""Bring a trained network back: from a run folder, a ``.safetensors`` file, the zoo, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from learn2perturb import zoo
 from learn2perturb.errors import CheckpointError, MissingDependencyError, SiteError
 from learn2perturb.models import build_model
 from learn2perturb.noise import insert, noise_modules, remove_noise
 from learn2perturb.training.checkpoint import MODEL, checkpoints, read_model
 
 HUB = "hf-hub:"
+_PLACES = f"a run folder, a .safetensors file, {zoo.PREFIX}NAME, or {HUB}owner/name"
 
 
 def _from_hub(name: str) -> Path:
@@ -36,10 +38,12 @@ def locate(source: str | os.PathLike[str]) -> Path:
         CheckpointError: there is none.
     """
     if not isinstance(source, (str, os.PathLike)):
-        raise CheckpointError(f"{source!r} is no path; give a run folder, a .safetensors file, or {HUB}owner/name")
+        raise CheckpointError(f"{source!r} is no path; give {_PLACES}")
     text = os.fspath(source)
     if text.startswith(HUB):
         return _from_hub(text.removeprefix(HUB))
+    if text.startswith(zoo.PREFIX):
+        return zoo.weights(text.removeprefix(zoo.PREFIX))
     path = Path(text)
     if path.is_dir():
         found = checkpoints(path)
@@ -49,12 +53,14 @@ def locate(source: str | os.PathLike[str]) -> Path:
             return path / MODEL
         raise CheckpointError(f"{path} holds no checkpoint; give a run folder that has trained, or a .safetensors file")
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a run folder, a .safetensors file, or {HUB}owner/name")
+        raise CheckpointError(f"{path} does not exist; give {_PLACES}")
     return path
 
 
 def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
-    """Return the network of a run folder, a ``.safetensors`` file or ``hf-hub:owner/name``, in eval mode, noise on.
+    """Return the network of a run folder, a ``.safetensors`` file, ``zoo:NAME`` or ``hf-hub:owner/name``.
+
+    It is in eval mode, its noise is on.
 
     Args:
         source: where it is.
