@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 # Small tensors, and threads that spin: with other work on two cores, one thread took tests/compat from minutes to 20 s.
 test test-slow: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-slow lint types imports format clean
+.PHONY: help setup demo test test-slow bench lint types imports format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,8 +27,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setup: packages (minutes the first time)"
 	@$(PIP) torch
 	@$(PIP) --editable '.[dev,compat]'
-	@# Other people's networks, for tests/compat: see the extra "compat" in pyproject.toml
-	@$(PIP) --no-deps torchvision timm
+	@# Other people's networks and attacks, for tests/compat: see the extra "compat" in pyproject.toml
+	@$(PIP) --no-deps torchvision timm torchattacks foolbox adv-lib adversarial-robustness-toolbox
 	@touch $@
 
 demo: $(STAMP)  ## train three defenses on the digits, attack all three, print them side by side
@@ -40,6 +40,9 @@ test: lint types imports  ## lint, types, import contract, then every test that 
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow --durations=10 $(PYTEST_ARGS)
+
+bench: $(STAMP)  ## time the pieces of a training step; the whole: learn2perturb bench step
+	@$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff: rules and format
 	@$(BIN)/ruff check .

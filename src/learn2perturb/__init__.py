@@ -28,6 +28,8 @@ _HOMES = {
     "TrainConfig": "learn2perturb.training",
     "load": "learn2perturb.training",
     "evaluate": "learn2perturb.evaluation",
+    "diagnose": "learn2perturb.evaluation",
+    "certify": "learn2perturb.evaluation",
     "errors": "learn2perturb.errors",
 }
 
@@ -36,6 +38,8 @@ __all__ = [
     "__version__",
     "attacks",
     "build_model",
+    "certify",
+    "diagnose",
     "errors",
     "evaluate",
     "fixed_noise",
@@ -57,7 +61,7 @@ if TYPE_CHECKING:
     from learn2perturb.attacks import list_attacks
     from learn2perturb.data import load_data
     from learn2perturb.defenses import list_defenses
-    from learn2perturb.evaluation import evaluate
+    from learn2perturb.evaluation import certify, diagnose, evaluate
     from learn2perturb.models import build_model, list_models
     from learn2perturb.noise import (
         fixed_noise,

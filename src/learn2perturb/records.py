@@ -236,7 +236,7 @@ def load(path: str | os.PathLike[str], cls: type[R]) -> R:
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` as something JSON holds: dataclasses become dicts, the unknown its ``repr``."""
+    """Return ``value`` as something JSON holds: dataclasses become dicts, code its name, the rest its ``repr``."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -247,6 +247,8 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
+    if hasattr(value, "__qualname__"):  # a class or function: its repr may hold an address
+        return f"{value.__module__}.{value.__qualname__}"
     return repr(value)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from learn2perturb.attacks import PGD, Attack
 from learn2perturb.data import load_data, make_source
+from learn2perturb.engine import gears
 from learn2perturb.errors import CheckpointError, ConfigError, InputError, Learn2PerturbError, UnknownNameError
-from learn2perturb.evaluation import PREDICTORS, Evaluation, evaluate, wilson
+from learn2perturb.evaluation import PREDICTORS, Evaluation, accuracy, evaluate, wilson
 from learn2perturb.evaluation.result import POOLED_NOTE, format_eps
 from learn2perturb.noise import is_stochastic, perturb
 
@@ -390,3 +391,17 @@ def test_replayed_noise_is_warned_of() -> None:
     model = noisy_toy()
     with fixed_noise(model, 3), pytest.warns(UserWarning, match="fixed draw"):
         evaluate(model, toy_data())
+
+
+def test_only_long_attacks_on_noise_are_crafted_compiled():
+    def rows_of(attack, images: int, *, stochastic: bool = True) -> int:
+        run = accuracy._RowRun(
+            "pgd", attack, noise=True, switched=False, stochastic=stochastic, predictors=("single",), draws=2,
+            members=1, seed=0, gear=gears.FAST,
+        )  # fmt: skip
+        run.compile_if_long(images * 32 * 32, rows=250)
+        return run.gear.compiled_rows
+
+    assert rows_of(PGD(steps=20, eot=20), 1000) == 250
+    assert rows_of(PGD(steps=20), 1000) == 0
+    assert rows_of(PGD(steps=20, eot=20), 1000, stochastic=False) == 0

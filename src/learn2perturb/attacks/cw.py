@@ -19,8 +19,9 @@ from learn2perturb.errors import ConfigError
 KEPT = ("mean", "single")
 _BETAS, _TINY = (0.9, 0.999), 1e-8  # Adam's own
 _INSIDE = 1 - 1e-6  # images are drawn in by this much, where atanh is finite
-_CHECKS = 10  # of a search step: where an image whose objective has not fallen since the last one leaves
+_CHECKS = 10  # of a search step: where an image leaves whose objective has not fallen at the last few of them
 _STUCK = 0.9999
+_PATIENCE = 3  # such checks; the published rule has one, of the sum over a batch, which wavers less than one image's
 _JUDGEMENTS = 20  # of a search step, of the nearest candidate since the last one, on a stochastic model
 _CONFIRMATION = 5  # iterations between the same in low precision, where a judgement is a single pass
 _SMOOTHING = 0.9  # of the margin along the path of a stochastic model: neighbours stand in for draws
@@ -108,7 +109,8 @@ class _State:
     w: Tensor
     first: Tensor  # Adam's moments
     second: Tensor
-    objective: Tensor  # at the last check
+    objective: Tensor  # the lowest at a check
+    waits: Tensor  # checks since then
     best: Tensor  # the nearest point kept, of all search steps
     norm: Tensor  # and its distance
     found: Tensor  # whether this c gave one
@@ -164,6 +166,7 @@ class _Search:
             first=torch.zeros_like(x),
             second=torch.zeros_like(x),
             objective=none,
+            waits=torch.zeros_like(rows),
             best=self.best[rows],
             norm=self.norm[rows],
             found=torch.zeros_like(rows, dtype=torch.bool),
@@ -189,8 +192,9 @@ class _Search:
             _adam(state, gradient.mul_(2 * point * (1 - point)), attack.lr, step + 1)
             if abort and step % max(1, attack.steps // _CHECKS) == 0:
                 objective = square - state.c * values.loss
-                stuck = objective > _STUCK * state.objective
-                state.objective = objective
+                state.waits = torch.where(objective > _STUCK * state.objective, state.waits + 1, 0)
+                state.objective = torch.minimum(objective, state.objective)
+                stuck = state.waits >= _PATIENCE
                 if bool(stuck.any()):
                     self._settle(state)
                     self._write(state.of(stuck))

@@ -138,6 +138,13 @@ _WORTHWHILE_PIXELS = 20_000 * 32 * 32
 _COMPILED_PIXELS = 300_000 * 32 * 32
 
 
+def with_compiled_attack(gear: Gear, attacked_pixels: float, rows: int) -> Gear:
+    """Return ``gear`` with attacks on batches of ``rows`` images compiled, if it folds them and the work is enough."""
+    return (
+        dataclasses.replace(gear, compiled_rows=rows) if gear.folding and attacked_pixels >= _COMPILED_PIXELS else gear
+    )
+
+
 def select(
     name: str, device: torch.device, *, pixels: float = math.inf, attacked_pixels: float = 0, rows: int = 0
 ) -> Gear:
@@ -159,8 +166,7 @@ def select(
         return PLAIN
     native = has_native_bfloat16(device)
     if native and (name == "fast" or pixels >= _WORTHWHILE_PIXELS):
-        gear = CUDA if device.type == "cuda" else FAST
-        return dataclasses.replace(gear, compiled_rows=rows if attacked_pixels >= _COMPILED_PIXELS else 0)
+        return with_compiled_attack(CUDA if device.type == "cuda" else FAST, attacked_pixels, rows)
     if name == "fast":
         raise ConfigError(f"engine 'fast' needs bfloat16 in hardware, which {device} lacks; use 'auto' or 'plain'")
     return PLAIN

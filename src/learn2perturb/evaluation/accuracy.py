@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
@@ -123,6 +124,8 @@ def evaluate(
             if not runs:
                 num_classes = _classes(model, x, seed)
                 runs = _plan(model, x, table, predictors, draws, members, noise_off, seed, gear)
+                for run in runs:
+                    run.compile_if_long(expected * math.prod(x.shape[2:]), rows=len(x))
             check_labels(y, num_classes)
             labels.append(y.cpu().numpy())
             for number, run in enumerate(runs):
@@ -178,6 +181,13 @@ class _RowRun:
         self.pooled: list[NDArray[np.int64]] = []
         self.totals = dict.fromkeys(("linf", "l2", "forward_passes", "backward_passes"), 0.0)
         self.seconds = 0.0
+
+    def compile_if_long(self, pixels: int, rows: int) -> None:
+        """Attack in compiled passes of ``rows`` images if that is worth it for ``pixels``: all images, once."""
+        # Of a model without noise, images drop out of some attacks as they are broken, so batches have no one size.
+        if self.stochastic:
+            passes = math.prod(getattr(self.attack, name, 1) for name in ("steps", "eot", "restarts"))
+            self.gear = gears.with_compiled_attack(self.gear, pixels * passes, rows)
 
     @property
     def label(self) -> str:
