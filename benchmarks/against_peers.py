@@ -5,9 +5,9 @@
 The contestants run in turn in one process and the median of the rounds counts. Ours run in the gear ``--engine``
 (``fast`` is bfloat16, channels_last, folded), as ``evaluate(engine=...)`` runs them; theirs are called as their own
 documentation does, in float32. *ours, compiled* is ours as long runs make it (300,000 attacked images of 32 x 32 and
-more); shorter ones would not earn the compilation back. What every attack leaves is scored in float32, with fresh draws that no attack has seen.
-The first run of each, with any compilation, is a short one and not counted. ``memory`` is the peak of one process for
-EOT-PGD with 80 draws a gradient against one with 1.
+more); shorter ones would not earn the compilation back. What every attack leaves is scored in float32, with fresh draws
+that no attack has seen. The first run of each, with any compilation, is a short one and not counted. ``memory`` is the
+peak of one process for EOT-PGD with 80 draws a gradient against one with 1.
 """
 
 from __future__ import annotations
