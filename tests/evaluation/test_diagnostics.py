@@ -256,6 +256,10 @@ def test_a_claim_fails_beyond_two_standard_errors_only():
     assert judge([claim(-values, absolute=True)], 0)[0].status == "failed"
     near = np.array([1.0] * 30 + [0.0] * 50 + [-1.0] * 20)
     assert judge([claim(near)], 0)[0].status == "passed"
+    strict = dataclasses.replace(claim(near).claims[0], strict=True)
+    doubtful = judge([dataclasses.replace(claim(near), claims=(strict,))], 0)[0]
+    assert doubtful.status == "not shown"
+    assert "may be chance" in doubtful.sentence
 
 
 def test_many_claims_are_corrected():

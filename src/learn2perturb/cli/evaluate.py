@@ -21,18 +21,17 @@ from learn2perturb.cli.options import (
     typed,
     words,
 )
-from learn2perturb.errors import CheckpointError, ConfigError, DataError
+from learn2perturb.cli.subject import SPLITS, images, new_record
+from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.registry import ATTACKS, DATASETS
 from learn2perturb.training.config import fraction
 
 if TYPE_CHECKING:
     from learn2perturb.attacks import Attack
-    from learn2perturb.data import ImageData
     from learn2perturb.evaluation import Evaluation
 
 DESCRIPTION = "Attack a trained network and score it with repeated fresh draws of its noise; every row has an interval."
 EXAMPLE = "learn2perturb evaluate runs/cifar10-resnet20-learn2perturb-fast-seed0 --attacks fgsm,pgd20 --limit 1000"
-SPLITS = ("test", "train", "validation")
 _EPS = 8 / 255
 
 
@@ -95,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = record_path(arguments)
     attacks = build_attacks(specs)
     model = load(arguments.run).to(device)
-    data = _data(arguments, config)
+    data = images(arguments, config)
     shape = header.get("input_shape")
     if shape and tuple(shape) != tuple(data.input_shape):
         raise DataError(
@@ -182,45 +181,8 @@ def record_path(arguments: argparse.Namespace) -> Path:
     Raises:
         CheckpointError: ``--out`` is something else than a record of an evaluation.
     """
-    if arguments.out:
-        path = Path(arguments.out)
-        if path.is_dir():
-            raise ConfigError(f"--out {arguments.out} is a folder; give a file such as {path / 'evaluation.json'}")
-        if path.exists():
-            from learn2perturb.evaluation import Evaluation
-
-            try:
-                Evaluation.load(path)
-            except CheckpointError:
-                raise CheckpointError(
-                    f"{path} exists and is no evaluation record; give another --out so that it is not lost"
-                ) from None
-        return path
     run_folder = Path(arguments.run)
-    folder = (run_folder if run_folder.is_dir() else Path()) / "evaluation"
-    parts = [arguments.split, *([f"first{arguments.limit}"] if arguments.limit else []), f"seed{arguments.seed}"]
-    path = folder / f"{'-'.join(parts)}.json"
-    number = 2
-    while path.exists():
-        path = folder / f"{'-'.join(parts)}-{number}.json"
-        number += 1
-    return path
-
-
-def _data(arguments: argparse.Namespace, config: Mapping[str, Any]) -> ImageData:
-    """Load the images that are asked for, by default those of the run."""
-    from learn2perturb.data import load_data
-
-    name = arguments.dataset or config.get("dataset")
-    if not name:
-        raise ConfigError(f"{arguments.run} was trained on data that have no name here; give --dataset NAME")
-    root = arguments.data_dir or config.get("data_dir")
-    if arguments.split != "validation":
-        return load_data(name, arguments.split, root=root)
-    share = config.get("validation")
-    if not share:
-        raise ConfigError(f"{arguments.run} held out no validation images; use --split test")
-    return load_data(name, "train", root=root).split(share, config.get("seed", 0))[1]
+    return new_record(arguments, (run_folder if run_folder.is_dir() else Path()) / "evaluation", "evaluation")
 
 
 def chosen_predictors(arguments: argparse.Namespace, header: Mapping[str, Any]) -> tuple[list[str], int, list[str]]:

@@ -174,7 +174,8 @@ def new_record(arguments: argparse.Namespace, folder: Path, kind: str) -> Path:
         if path.exists() and f'"learn2perturb.{kind}"' not in path.read_bytes()[:200].decode(errors="replace"):
             raise CheckpointError(f"{path} exists and is no {kind} record; give another --out so that it is not lost")
         return path
-    parts = [kind, arguments.split, *([f"first{arguments.limit}"] if arguments.limit else []), f"seed{arguments.seed}"]
+    parts = [] if folder.name == kind else [kind]
+    parts += [arguments.split, *([f"first{arguments.limit}"] if arguments.limit else []), f"seed{arguments.seed}"]
     path, number = folder / f"{'-'.join(parts)}.json", 2
     while path.exists():
         path = folder / f"{'-'.join(parts)}-{number}.json"

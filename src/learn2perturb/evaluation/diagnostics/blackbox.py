@@ -196,6 +196,7 @@ def noise_off(
             baseline.per_image,
             off.per_image,
             NOISE_OFF_BELOW,
+            strict=True,
         )
     )
     return Draft(6, f"{text}; {own}", tuple(claims), evidence=evidence | {"pgd_at": baseline.accuracy})

@@ -75,9 +75,9 @@ class Budget:
 
 # Sized for two CPU cores and a ResNet-V1(20) on 32 x 32 images, where an attack pass takes about 1 ms an image.
 QUICK = Budget(
-    name="quick", images=200, some=100, scorings=10, eot=10, steps=20, sweep_eot=5, unbounded_steps=200,
+    name="quick", images=200, some=100, scorings=10, eot=10, steps=20, sweep_eot=4, unbounded_steps=200,
     unbounded_eot=1, samples=200, sample_draws=1, finalists=3, judge_draws=20, eps_grid=EPS_GRID,
-    draw_curve=(1, 10, 40), step_curve=(5, 20, 50, 100), restarts=5, targets=1, square_queries=300, square_draws=4,
+    draw_curve=(1, 8, 32), step_curve=(5, 20, 50, 100), restarts=5, targets=1, square_queries=300, square_draws=4,
     slope_images=8, slope_repeats=24,
 )  # fmt: skip
 FULL = Budget(
