@@ -284,11 +284,7 @@ class Query:
 
     def score(self, x: Tensor, y: Tensor, draws: int) -> Tensor:
         """Return the mean margin (N,) over ``draws`` fresh forward passes, positive where the attack has its way."""
-        total = torch.zeros(len(x), device=x.device)
-        with torch.no_grad():
-            for _ in range(draws):
-                total = total + margin(self.logits(x.clone()), y)
-        return (-total if self._attack.targeted else total) / draws
+        return self.success(x, y, draws)[1]
 
     def success(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor]:
         """Return the share (N,) of ``draws`` fresh passes in which the attack has its way, and the mean margin (N,)."""

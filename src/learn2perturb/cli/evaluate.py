@@ -21,8 +21,8 @@ from learn2perturb.cli.options import (
     typed,
     words,
 )
-from learn2perturb.cli.subject import SPLITS, images, new_record
-from learn2perturb.errors import ConfigError, DataError
+from learn2perturb.cli.subject import SPLITS, add_images, fitting_images, new_record, own_eps, read_run, records_of
+from learn2perturb.errors import ConfigError
 from learn2perturb.registry import ATTACKS, DATASETS
 from learn2perturb.training.config import fraction
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Attack a trained network and score it with repeated fresh draws of its noise; every row has an interval."
 EXAMPLE = "learn2perturb evaluate runs/cifar10-resnet20-learn2perturb-fast-seed0 --attacks fgsm,pgd20 --limit 1000"
-_EPS = 8 / 255
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,13 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--predictor", metavar="NAMES", help="single, vote, mean_probability, mean_logits (default: the defense's own)")
     add("--members", type=typed("int"), metavar="N", help="passes of an ensemble (default: the defense's own, else 10)")
     add("--no-noise-off", action="store_true", help="leave out the rows with the noise switched off")
-    add("--dataset", metavar="NAME", help="registered data set (default: the run's)")
-    add("--data-dir", metavar="DIR", help="folder of the data sets (default: the run's)")
-    add("--split", default="test", metavar="NAME", help="test, train, or validation (what the run held out)")
-    add("--limit", type=typed("int"), metavar="N", help="the first N images only")
-    add("--seed", type=typed("int"), default=0, metavar="N", help="of attacks and scoring (default 0)")
+    add_images(parser, seed="of attacks and scoring")
     add("--batch-size", type=typed("int"), default=250, metavar="N", help="images in a pass (default 250)")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
     add(
         "--engine", default="plain", metavar="NAME",
         help="attacks are crafted in: plain (float32, default), fast or auto (bfloat16); scoring is always in float32",
@@ -82,27 +76,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     from learn2perturb.evaluation import evaluate
     from learn2perturb.progress import Reporter
-    from learn2perturb.training.checkpoint import read_model
-    from learn2perturb.training.loading import load, locate
+    from learn2perturb.training.loading import load
     from learn2perturb.training.state import choose_device
 
     device = choose_device(arguments.device)
-    source = locate(arguments.run)
-    header = read_model(source)[1]
-    config: dict[str, Any] = {**(header.get("config") or {})}
-    config["dataset"] = header.get("dataset", config.get("dataset"))
+    header, config = read_run(arguments.run)
     out = record_path(arguments)
     attacks = build_attacks(specs)
     model = load(arguments.run).to(device)
-    data = images(arguments, config)
-    shape = header.get("input_shape")
-    if shape and tuple(shape) != tuple(data.input_shape):
-        raise DataError(
-            f"{arguments.run} was trained on images {tuple(shape)} and {data.name} has {tuple(data.input_shape)}; give "
-            f"--dataset {config.get('dataset', 'NAME')}"
-        )
+    data = fitting_images(arguments, header, config)
     if sizes is None:
-        own = float(config.get("eps") or _EPS)
+        own = own_eps(config)
         attacks = {
             name: attack if "eps" in specs[name][1] or not attack.sized else replace(attack, eps=own)
             for name, attack in attacks.items()
@@ -181,8 +165,7 @@ def record_path(arguments: argparse.Namespace) -> Path:
     Raises:
         CheckpointError: ``--out`` is something else than a record of an evaluation.
     """
-    run_folder = Path(arguments.run)
-    return new_record(arguments, (run_folder if run_folder.is_dir() else Path()) / "evaluation", "evaluation")
+    return new_record(arguments, records_of(arguments.run), "evaluation")
 
 
 def chosen_predictors(arguments: argparse.Namespace, header: Mapping[str, Any]) -> tuple[list[str], int, list[str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learn2perturb.cli.options import add_json, guess, print_json, typed
-from learn2perturb.cli.subject import check_subject, is_factory, load_subject
+from learn2perturb.cli.subject import add_images, check_subject, is_factory, load_subject
 from learn2perturb.errors import ConfigError
 from learn2perturb.experiments.facts import published
 
@@ -36,13 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eot", type=typed("int"), default=1, metavar="K", help="draws that the attacks average (default 1: the paper)"
     )
     add("--draws", type=typed("int"), default=10, metavar="N", help="scorings with fresh draws (default 10)")
-    add("--dataset", metavar="NAME", help="registered data set (default: the run's)")
-    add("--data-dir", metavar="DIR", help="folder of the data sets (default: the run's)")
-    add("--split", default="test", metavar="NAME", help="test, train, or validation (what the run held out)")
-    add("--limit", type=typed("int"), metavar="N", help="the first N images only")
-    add("--seed", type=typed("int"), default=0, metavar="N", help="of attacks and scoring (default 0)")
+    add_images(parser, seed="of attacks and scoring")
     add("--batch-size", type=typed("int"), default=250, metavar="N", help="images in a pass (default 250)")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
     add("--engine", default="auto", metavar="NAME", help="attacks are crafted in: auto (default), plain or fast")
     add("--out", metavar="DIR", help="folder of the table and its cells (default runs/reproduced/TABLE)")
     add_json(parser)

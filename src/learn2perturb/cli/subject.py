@@ -47,11 +47,17 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         "run", metavar="RUN",
         help="run folder, .safetensors file, zoo:NAME, hf-hub:owner/name, or module:function of your model",
     )  # fmt: skip
+    add_images(parser, seed="of all draws")
+
+
+def add_images(parser: argparse.ArgumentParser, *, seed: str) -> None:
+    """Add the options that name the images, the device, and the seed, whose help says what it is the seed of."""
+    add = parser.add_argument
     add("--dataset", metavar="NAME", help="registered data set (default: the run's)")
     add("--data-dir", metavar="DIR", help="folder of the data sets (default: the run's)")
     add("--split", default="test", metavar="NAME", help="test, train, or validation (what the run held out)")
     add("--limit", type=typed("int"), metavar="N", help="the first N images only")
-    add("--seed", type=typed("int"), default=0, metavar="N", help="of all draws (default 0)")
+    add("--seed", type=typed("int"), default=0, metavar="N", help=f"{seed} (default 0)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
 
 
@@ -85,6 +91,7 @@ def load_subject(arguments: argparse.Namespace) -> Subject:
     """
     check_subject(arguments)
 
+    from learn2perturb.training.loading import load
     from learn2perturb.training.state import choose_device
 
     device = choose_device(arguments.device)
@@ -93,23 +100,51 @@ def load_subject(arguments: argparse.Namespace) -> Subject:
         if hasattr(model, "to"):
             model = model.to(device)
         return Subject(arguments.run, model, images(arguments, {}), _EPS, {}, Path("evaluation"))
-    from learn2perturb.training.checkpoint import read_model
-    from learn2perturb.training.loading import load, locate
+    header, config = read_run(arguments.run)
+    model = load(arguments.run).to(device)
+    data = fitting_images(arguments, header, config)
+    return Subject(str(arguments.run), model, data, own_eps(config), config, records_of(arguments.run))
 
-    header = read_model(locate(arguments.run))[1]
+
+def read_run(run: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the header of a trained network, and the settings in it with the data set it was trained on.
+
+    Raises:
+        CheckpointError: there is no such run.
+    """
+    from learn2perturb.training.checkpoint import read_model
+    from learn2perturb.training.loading import locate
+
+    header = read_model(locate(run))[1]
     config: dict[str, Any] = {**(header.get("config") or {})}
     config["dataset"] = header.get("dataset", config.get("dataset"))
-    model = load(arguments.run).to(device)
-    data = images(arguments, config)
-    shape = header.get("input_shape")
+    return header, config
+
+
+def own_eps(config: Mapping[str, Any]) -> float:
+    """Return the size that a network was trained for, 8/255 where its settings do not say."""
+    return float(config.get("eps") or _EPS)
+
+
+def records_of(run: str) -> Path:
+    """Return the folder that records of a run go to."""
+    return (Path(run) if Path(run).is_dir() else Path()) / "evaluation"
+
+
+def fitting_images(arguments: argparse.Namespace, header: Mapping[str, Any], config: Mapping[str, Any]) -> ImageData:
+    """Load the images that are asked for, as the network of ``header`` takes them.
+
+    Raises:
+        ConfigError: no data set is known, or no validation images were held out.
+        DataError: they have another shape than the network was trained on.
+    """
+    data, shape = images(arguments, config), header.get("input_shape")
     if shape and tuple(shape) != tuple(data.input_shape):
         raise DataError(
             f"{arguments.run} was trained on images {tuple(shape)} and {data.name} has {tuple(data.input_shape)}; give "
             f"--dataset {config.get('dataset', 'NAME')}"
         )
-    run = Path(arguments.run)
-    folder = (run if run.is_dir() else Path()) / "evaluation"
-    return Subject(str(arguments.run), model, data, float(config.get("eps") or _EPS), config, folder)
+    return data
 
 
 def made_by(factory: str) -> Any:

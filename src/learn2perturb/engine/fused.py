@@ -124,6 +124,24 @@ class _AddNoise(torch.autograd.Function):
         return gradient, pulled, None, None
 
 
+def _is_last(h: Tensor) -> bool:
+    return h.dim() == 4 and not h.is_contiguous()
+
+
+def _flat(tensor: Tensor, h: Tensor) -> Tensor:
+    """Return (rows, ...) as (rows, features), in the order in which the features ``h`` lie in memory."""
+    tensor = tensor.permute(0, 2, 3, 1) if _is_last(h) else tensor
+    return tensor.reshape(tensor.shape[0], -1)
+
+
+def _unflat(rows: Tensor, h: Tensor) -> Tensor:
+    """Return (rows, features) in the shape and layout of ``h``."""
+    if not _is_last(h):
+        return rows.view(h.shape)
+    count, channels, height, width = h.shape
+    return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
 def can_fuse(h: Tensor) -> bool:
     """Tell whether :func:`add_noise` serves these features: on the CPU, one block of memory, eager, a compiler here."""
     return (
@@ -154,11 +172,7 @@ def can_inline(h: Tensor) -> bool:
 
 def add_noise_inlined(h: Tensor, theta: Tensor, distribution: str, *, shared: bool) -> Tensor:
     """Return ``h + theta * eps`` as operations for a compiler to fuse; ``shared`` draws one eps for all rows."""
-    theta = theta.expand(h.shape[1:])
-    last = h.dim() == 4 and not h.is_contiguous()
-    if last:
-        h, theta = h.permute(0, 2, 3, 1), theta.permute(1, 2, 0)
-    flat = h.reshape(h.shape[0], -1)
+    flat, scale = _flat(h, h), _flat(theta.expand(h.shape[1:]).unsqueeze(0), h)
     rows, features = flat.shape
     table = _tables[distribution]
     if shared:
@@ -168,8 +182,7 @@ def add_noise_inlined(h: Tensor, theta: Tensor, distribution: str, *, shared: bo
     else:
         key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(torch.int32)
         eps = draws_in_place(rows, features, key, table)
-    noisy = (flat + theta.reshape(1, -1) * eps).to(h.dtype).view(h.shape)
-    return noisy.permute(0, 3, 1, 2) if last else noisy
+    return _unflat((flat + scale * eps).to(h.dtype), h)
 
 
 def add_shared_noise(h: Tensor, theta: Tensor, eps: Tensor) -> Tensor:
@@ -177,13 +190,9 @@ def add_shared_noise(h: Tensor, theta: Tensor, eps: Tensor) -> Tensor:
 
     The scaled map is laid out as the features are: adding it is then nine times as fast.
     """
-    theta = theta.expand(h.shape[1:])
-    last = h.dim() == 4 and not h.is_contiguous()
-    if last:
-        h, theta, eps = h.permute(0, 2, 3, 1), theta.permute(1, 2, 0), eps.permute(0, 2, 3, 1)
-    noisy: Tensor = _AddSharedNoise.apply(h.reshape(len(h), -1), theta.reshape(1, -1), eps.reshape(1, -1))
-    noisy = noisy.view(h.shape)
-    return noisy.permute(0, 3, 1, 2) if last else noisy
+    scale = theta.expand(h.shape[1:]).unsqueeze(0)
+    noisy: Tensor = _AddSharedNoise.apply(_flat(h, h), _flat(scale, h), _flat(eps, h))
+    return _unflat(noisy, h)
 
 
 def add_noise(h: Tensor, theta: Tensor, distribution: str) -> Tensor | None:
@@ -194,12 +203,9 @@ def add_noise(h: Tensor, theta: Tensor, distribution: str) -> Tensor | None:
     global _usable
     key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(torch.int32)
     table = quantile_table(distribution)
-    theta = theta.expand(h.shape[1:])
-    last = not h.is_contiguous()
-    if last:
-        h, theta = h.permute(0, 2, 3, 1), theta.permute(1, 2, 0)
+    scale = theta.expand(h.shape[1:]).unsqueeze(0)
     try:
-        noisy: Tensor = _AddNoise.apply(h.reshape(h.shape[0], -1), theta.reshape(1, -1), key, table)
+        noisy: Tensor = _AddNoise.apply(_flat(h, h), _flat(scale, h), key, table)
     except Exception as error:
         _usable = False
         warnings.warn(
@@ -208,5 +214,4 @@ def add_noise(h: Tensor, theta: Tensor, distribution: str) -> Tensor | None:
             stacklevel=2,
         )
         return None
-    noisy = noisy.view(h.shape)
-    return noisy.permute(0, 3, 1, 2) if last else noisy
+    return _unflat(noisy, h)
