@@ -72,6 +72,16 @@ def whole(plan, tmp_path_factory):
     return state
 
 
+LONG = 12  # epochs: seconds of training, so that a process which looks five times a second is sure to be cut inside
+
+
+@pytest.fixture
+def long_plan(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(PLAN.replace("epochs: 2", f"epochs: {LONG}"))
+    return read_plan(path)
+
+
 def until(condition, seconds=200.0):
     """Wait for something that another process does."""
     deadline = time.monotonic() + seconds
@@ -81,7 +91,10 @@ def until(condition, seconds=200.0):
 
 
 @pytest.mark.timeout(600)  # processes that start beside other work
-def test_slices_killed_carried_and_gone_on_reach_the_same_weights(plan, whole, tmp_path):
+def test_slices_killed_carried_and_gone_on_reach_the_same_weights(long_plan, tmp_path):
+    plan, whole = long_plan, State(tmp_path / "whole")
+    for run in plan.runs:
+        perform(plan, whole, Task(TRAIN, run), "cpu")
     first = State(tmp_path / "first")
     first.folder.mkdir()
     first.floors.write_text("{}")
@@ -118,7 +131,7 @@ def test_slices_killed_carried_and_gone_on_reach_the_same_weights(plan, whole, t
             for state in (second, whole)
         )
         assert ours == theirs
-        assert len(ours) == 2
+        assert len(ours) == LONG
         assert not (second.run(run) / "checkpoints").exists()
     (line,) = second.slices()
     assert {task["task"] for task in line["tasks"]} == {"train ours", "train pgd"}
