@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from learn2perturb.attacks import PGD
-from learn2perturb.engine import compiling, fused, gears
+from learn2perturb.engine import compiling, gears
 from learn2perturb.noise import noise_disabled, perturb
 
 ROWS = 4
@@ -97,6 +97,29 @@ def test_one_map_for_all_rows_where_draws_are_shared():
     assert not torch.allclose(passed(network, same)[:5], rows[0])
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("sharing", ["per_example", "per_batch"])
+def test_a_compiled_training_pass_draws_the_same_noise_and_has_the_same_gradients(sharing, layout):
+    found = []
+    for rows in (0, ROWS):
+        network = perturb(made(), input_shape=(3, 8, 8), sites=["conv", "norm"], init=0.5, sharing=sharing)
+        network.requires_grad_(True).train().to(memory_format=layout)
+        with torch.no_grad():  # so that a theta in another order would show
+            for parameter in network.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+        x = X.clone(memory_format=layout).requires_grad_()
+        before = network.calls
+        torch.manual_seed(5)
+        gear = dataclasses.replace(COMPILED, compiled_rows=rows, compiled_training=True)
+        with gears.running(gear), gears.training(network):
+            logits = network(x)
+            torch.nn.functional.cross_entropy(logits, Y).backward()
+        assert network.calls - before == (0 if rows else 1)
+        found.append([logits.detach(), x.grad, *(p.grad for p in network.parameters()), *network.buffers()])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
 def test_weights_that_moved_and_noise_that_came_later_are_seen():
     network = made()
     passed(network, X)
@@ -134,12 +157,6 @@ def test_attacks_leave_the_network_as_it_was_and_nothing_keeps_it_alive(noisy):
     assert gone() is None
 
 
-@pytest.mark.parametrize("shape", [(3, 7), (1, 8), (128, 64)])
-def test_inlined_draws_are_the_draws_of_the_kernel(shape):
-    key, table = torch.tensor([12345, -678], dtype=torch.int32), fused.quantile_table("gaussian")
-    assert torch.equal(fused.draws(*shape, key, table), fused.draws_in_place(*shape, key, table))
-
-
 def test_only_long_work_is_compiled():
     image = 32 * 32
     if not gears.has_native_bfloat16(CPU):
@@ -148,4 +165,6 @@ def test_only_long_work_is_compiled():
     assert choose("auto", CPU, attacked_pixels=7 * 50_000 * image, rows=128).compiled_rows == 128
     assert choose("auto", CPU, attacked_pixels=20 * 500 * image, rows=128).compiled_rows == 0
     assert choose("plain", CPU, attacked_pixels=1e15, rows=128).compiled_rows == 0
+    assert not choose("fast", CPU, attacked_pixels=7 * 50_000 * image, rows=128).compiled_training
+    assert choose("fast", CPU, attacked_pixels=7 * 150_000 * image, rows=128).compiled_training
     assert compiling._can_compile(made())

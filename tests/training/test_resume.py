@@ -15,6 +15,7 @@ import pytest
 import sklearn.datasets  # noqa: F401 - imported once here rather than in every child
 import torch
 
+from learn2perturb.engine import compiling, gears
 from learn2perturb.engine.gears import has_native_bfloat16
 from learn2perturb.models import build_model
 from learn2perturb.training import TrainConfig, load, train
@@ -137,8 +138,15 @@ def test_killed_ten_times_at_random_moments_it_ends_bit_for_bit_as_if_never_stop
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.skipif(not has_native_bfloat16(torch.device("cpu")), reason="needs bfloat16 in hardware")
-def test_in_the_fast_gear_a_stopped_run_ends_bit_for_bit_too(tmp_path):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_the_fast_gear_a_stopped_run_ends_bit_for_bit_too(tmp_path, monkeypatch, compiled):
     settings = config(engine="fast", epochs=2, limit=24, options={"noise_delay": 0}, adversarial_delay=0)
+    if compiled:  # as a long training is: its attack and the passes that train
+        monkeypatch.setattr(gears, "_COMPILED_PIXELS", 0)
+        monkeypatch.setattr(gears, "_COMPILED_TRAINING_PIXELS", 0)
+        made = []
+        compiler = compiling._compile
+        monkeypatch.setattr(compiling, "_compile", lambda forward: made.append(1) or compiler(forward))
     train(settings, out=tmp_path / "whole", progress=False)
     # Stopped at two moments: its folder is what a kill after the second step, then after the fourth, leaves behind.
     from learn2perturb.training import state
@@ -157,6 +165,8 @@ def test_in_the_fast_gear_a_stopped_run_ends_bit_for_bit_too(tmp_path):
                 train(settings, out=tmp_path / "killed", progress=False)
     train(settings, out=tmp_path / "killed", progress=False)
     check_same(tmp_path / "killed", tmp_path / "whole")
+    if compiled:
+        assert made
 
 
 # --- averaged weights

@@ -28,7 +28,7 @@ _failed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 def _compile(forward: Forward) -> Forward:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # importing the compiler warns of its own deprecations
-        return torch.compile(forward, dynamic=False)
+        return torch.compile(forward, dynamic=False, options=fused.FUSING)
 
 
 def _once(network: nn.Module, forward: Forward, fast: Forward, x: Tensor) -> Any:

@@ -41,7 +41,8 @@ def standard_normal(shape: Sequence[int], device: torch.device, *, channels_last
     ``channels_last`` fills memory in order and views it as NHWC: ``randn_like`` on such a tensor is several times
     slower.
     """
-    layout = [shape[0], *shape[2:], shape[1]] if channels_last and len(shape) == 4 else list(shape)
+    last = channels_last and len(shape) == 4
+    layout = [shape[0], *shape[2:], shape[1]] if last else list(shape)
     numbers = torch.empty(layout, device=device)
     threads = torch.get_num_threads()
     threaded = gears.current().threaded_draws and device.type == "cpu" and threads > 1
@@ -49,4 +50,4 @@ def standard_normal(shape: Sequence[int], device: torch.device, *, channels_last
         _threaded_normal(numbers.view(-1), threads)
     else:
         numbers.normal_()
-    return numbers.permute(0, 3, 1, 2) if len(layout) == 4 and layout != list(shape) else numbers
+    return numbers.permute(0, 3, 1, 2) if last else numbers

@@ -1,25 +1,34 @@
 """Noise drawn and added in one compiled pass over the features (CPU): the draws are never written to memory.
 
-Number i of a call is ``table[16 bits of mix(mix(i // 2 + a) ^ b)]``: a counter-based generator (two rounds of a 32-bit
+Number i of a call is ``table[16 bits of mix(mix(i + a) ^ b)]``: a counter-based generator (two rounds of a 32-bit
 avalanche hash, keyed by 64 bits that torch's default generator gives for this call alone) and a table of 65,536
 equally likely values. No pool, no rolling: every element of every row, site and pass has its own draw. A backward pass
 that needs the draws computes them again from the key, so they cost no memory either.
+
+The same draws serve a kernel of their own (``add_noise``) and the graph of a compiled network (``add_noise_inlined``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _LEVELS = 1 << 16
 _SCIPY_NAMES = {"gaussian": "norm", "laplace": "laplace", "uniform": "uniform"}
+Options = dict[str, str | int | bool | Callable[..., Any]]
+# Noise is some thirty operations: without this the compiler writes it to memory, and what adds it reads it from there.
+FUSING: Options = {"realize_opcount_threshold": 200}
+# For the kernels of this file alone, where every index has 16 bits; a network's own indices are to be checked.
+_UNCHECKED: Options = FUSING | {"assert_indirect_indexing": False}
+
 _usable = True
 _inlined = False
 _tables: dict[str, Tensor] = {}
@@ -48,26 +57,16 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
+def _fresh_key() -> Tensor:
+    return torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(torch.int32)
+
+
 def draws(rows: int, features: int, key: Tensor, table: Tensor) -> Tensor:
     """Return the (rows, features) draws that ``key`` (2 int32 numbers) stands for."""
-    count = rows * features
-    bits = _mix(_mix(torch.arange((count + 1) // 2, dtype=torch.int32) + key[0]) ^ key[1])
-    halves = [table[(bits & 0xFFFF).long()], table[((bits >> 16) & 0xFFFF).long()]]
-    return torch.cat(halves)[:count].view(rows, features)
-
-
-def draws_in_place(rows: int, features: int, key: Tensor, table: Tensor) -> Tensor:
-    """Return the same numbers as :func:`draws`, each computed where it is needed.
-
-    Two hashes for two numbers instead of one, which a loop of its own would notice; but without the concatenation a
-    larger compiled graph fuses the noise into the loop that is there anyway.
-    """
-    count = rows * features
-    half = (count + 1) // 2
-    index = torch.arange(count, dtype=torch.int32)
-    high = index >= half
-    bits = _mix(_mix(torch.where(high, index - half, index) + key[0]) ^ key[1])
-    return table[(torch.where(high, bits >> 16, bits) & 0xFFFF).long()].view(rows, features)
+    index = torch.arange(rows * features, dtype=torch.int32)
+    bits = _mix(_mix(index + key[0]) ^ key[1])
+    # An embedding, since an index could be negative for all a compiler knows, and is looked at for that.
+    return nn.functional.embedding(bits & (_LEVELS - 1), table.unsqueeze(1)).view(rows, features)
 
 
 def _add(h: Tensor, scale: Tensor, key: Tensor, table: Tensor) -> Tensor:
@@ -83,7 +82,20 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compile at first use: importing the compiler takes seconds, and it warns of its own deprecations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.compile(function, dynamic=True)
+        return torch.compile(function, dynamic=True, options=_UNCHECKED)
+
+
+class _Repeat(torch.autograd.Function):
+    """(1, features) for each of some rows; its gradient sums over rows as a matrix product, which is faster."""
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, rows: int) -> Tensor:
+        return row.expand(rows, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient.new_ones(1, len(gradient)).mm(gradient), None
 
 
 class _AddSharedNoise(torch.autograd.Function):
@@ -135,11 +147,11 @@ def _flat(tensor: Tensor, h: Tensor) -> Tensor:
 
 
 def _unflat(rows: Tensor, h: Tensor) -> Tensor:
-    """Return (rows, features) in the shape and layout of ``h``."""
+    """Return (rows, features) in the shape of a row of ``h`` and in its layout."""
     if not _is_last(h):
-        return rows.view(h.shape)
-    count, channels, height, width = h.shape
-    return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
+        return rows.view(-1, *h.shape[1:])
+    _, channels, height, width = h.shape
+    return rows.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
 
 def can_fuse(h: Tensor) -> bool:
@@ -170,19 +182,83 @@ def can_inline(h: Tensor) -> bool:
     return _inlined and torch.compiler.is_compiling() and h.device.type == "cpu"
 
 
+# Operations of their own, because a compiler computes again for every row what it can look into: it would gather a
+# channels_first theta for every image, and draw the key for every few numbers.
+_operation = functools.partial(
+    torch.library.custom_op, mutates_args=(), device_types="cpu", tags=(torch.Tag.nondeterministic_seeded,)
+)
+
+
+@_operation("learn2perturb::noise_inputs")
+def _noise_inputs(theta: Tensor, shape: list[int], channels_last: bool) -> tuple[Tensor, Tensor]:
+    """Return theta laid out as features (rows, *shape) are, (1, features), and a fresh key."""
+    return _map(theta, shape, channels_last), _fresh_key()
+
+
+@_operation("learn2perturb::shared_noise")
+def _shared_noise(
+    theta: Tensor, shape: list[int], channels_last: bool, distribution: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return ``theta * eps`` and eps, one for all rows, (1, features), laid out as features (rows, *shape) are."""
+    scale = _map(theta, shape, channels_last)
+    if distribution == "gaussian":
+        eps = torch.randn_like(scale)
+    else:
+        eps = quantile_table(distribution)[torch.randint(_LEVELS, scale.shape)]
+    return (scale * eps).to(dtype), eps
+
+
+@_noise_inputs.register_fake
+def _(theta: Tensor, shape: list[int], channels_last: bool) -> tuple[Tensor, Tensor]:
+    return theta.new_empty(1, math.prod(shape)), theta.new_empty(2, dtype=torch.int32)
+
+
+@_shared_noise.register_fake
+def _(
+    theta: Tensor, shape: list[int], channels_last: bool, distribution: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return theta.new_empty(1, math.prod(shape), dtype=dtype), theta.new_empty(1, math.prod(shape))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.theta_shape, ctx.shape, ctx.channels_last = inputs[0].shape, *inputs[1:3]
+    ctx.save_for_backward(output[1])
+
+
+def _pull_scale(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    return _unmap(gradient, ctx.shape, ctx.channels_last).sum_to_size(ctx.theta_shape), None, None
+
+
+def _pull_shared(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+    (eps,) = ctx.saved_tensors
+    return *_pull_scale(ctx, gradient.float() * eps, eps), None, None
+
+
+_noise_inputs.register_autograd(_pull_scale, setup_context=_keep)
+_shared_noise.register_autograd(_pull_shared, setup_context=_keep)
+
+
+def _map(theta: Tensor, shape: list[int], channels_last: bool) -> Tensor:
+    full = theta.expand(shape)
+    # A copy even where none is needed: an operation must not return what it was given.
+    return (full.permute(1, 2, 0) if channels_last else full).reshape(1, -1).clone()
+
+
+def _unmap(flat: Tensor, shape: list[int], channels_last: bool) -> Tensor:
+    if not channels_last:
+        return flat.view(shape)
+    channels, height, width = shape
+    return flat.view(height, width, channels).permute(2, 0, 1)
+
+
 def add_noise_inlined(h: Tensor, theta: Tensor, distribution: str, *, shared: bool) -> Tensor:
     """Return ``h + theta * eps`` as operations for a compiler to fuse; ``shared`` draws one eps for all rows."""
-    flat, scale = _flat(h, h), _flat(theta.expand(h.shape[1:]).unsqueeze(0), h)
-    rows, features = flat.shape
-    table = _tables[distribution]
+    shape, last = list(h.shape[1:]), _is_last(h)
     if shared:
-        # Numbers of torch's own, which a compiler writes to memory: fused, a hash would be computed for every row.
-        words = (1, features)
-        eps = torch.randn(words) if distribution == "gaussian" else table[torch.randint(_LEVELS, words)]
-    else:
-        key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(torch.int32)
-        eps = draws_in_place(rows, features, key, table)
-    return _unflat((flat + scale * eps).to(h.dtype), h)
+        noise, _ = _shared_noise(theta, shape, last, distribution, h.dtype)
+        return h + _unflat(_Repeat.apply(noise, len(h)), h)
+    scale, key = _noise_inputs(theta, shape, last)
+    return (h + _unflat(scale * draws(len(h), scale.shape[1], key, _tables[distribution]), h)).to(h.dtype)
 
 
 def add_shared_noise(h: Tensor, theta: Tensor, eps: Tensor) -> Tensor:
@@ -201,7 +277,7 @@ def add_noise(h: Tensor, theta: Tensor, distribution: str) -> Tensor | None:
     ``theta`` broadcasts against one row. The draws are decided by the state of torch's default generator.
     """
     global _usable
-    key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(torch.int32)
+    key = _fresh_key()
     table = quantile_table(distribution)
     scale = theta.expand(h.shape[1:]).unsqueeze(0)
     try:
