@@ -181,14 +181,18 @@ def run_contest(contest: Contest, model: nn.Module, x: Tensor, y: Tensor, rounds
     short |= {name: make(1) for name, make in contest.theirs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     found: dict[str, Tensor] = {}
+    first: dict[str, float] = {}  # a short attack, and whatever is compiled or allocated once
     for turn in range(rounds + 1):
         for name in runs:
             seed_everything(turn, name)
             start = time.perf_counter()
             x_adv = (runs if turn else short)[name](model, x, y)
+            taken = time.perf_counter() - start
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(taken)
                 found[name] = x_adv.detach()
+            else:
+                first[name] = taken
     seconds = {name: statistics.median(values) for name, values in times.items()}
     fastest = min(seconds[name] for name in contest.theirs)
     draws = DRAWS if contest.noisy else 1
@@ -199,6 +203,7 @@ def run_contest(contest: Contest, model: nn.Module, x: Tensor, y: Tensor, rounds
         table[name] = {
             "seconds": seconds[name],
             "rounds": times[name],
+            "first_call_seconds": first[name],
             "ratio": fastest / seconds[name],
             "accuracy": accuracy(model, x, y, found[name], draws, contest.judged_at),
             "linf": delta.abs().max().item(),
@@ -206,7 +211,7 @@ def run_contest(contest: Contest, model: nn.Module, x: Tensor, y: Tensor, rounds
         }
     return {
         "title": contest.title, "images": len(x), "goal": contest.goal, "judged_at_l2": contest.judged_at,
-        "met": table["ours"]["ratio"] >= contest.goal, "contestants": table,
+        "met_by": [name for name in geared if table[name]["ratio"] >= contest.goal], "contestants": table,
     }  # fmt: skip
 
 
@@ -239,14 +244,18 @@ def show(result: dict) -> None:
     """Print one table."""
     judged = f", judged at l2 {result['judged_at_l2']}" if result["judged_at_l2"] else ""
     print(f"\n{result['title']}, {result['images']} images{judged}")
-    print(f"{'':<16}{'seconds':>9}{'ratio':>8}{'accuracy %':>12}{'largest linf':>14}{'median l2':>11}")
+    print(
+        f"{'':<16}{'seconds':>9}{'ratio':>8}{'first call s':>14}{'accuracy %':>12}{'largest linf':>14}{'median l2':>11}"
+    )
     for name, row in result["contestants"].items():
         l2 = row["median_l2_of_successes"]
         print(
-            f"{name:<16}{row['seconds']:>9.2f}{row['ratio']:>8.2f}{100 * row['accuracy']:>12.2f}{row['linf']:>14.4f}"
+            f"{name:<16}{row['seconds']:>9.2f}{row['ratio']:>8.2f}{row['first_call_seconds']:>14.2f}"
+            f"{100 * row['accuracy']:>12.2f}{row['linf']:>14.4f}"
             f"{'-' if l2 is None else format(l2, '.3f'):>11}"
         )
-    print(f"goal: {result['goal']:g} times the fastest of theirs: {'met' if result['met'] else 'NOT met'}", flush=True)
+    met = ", ".join(f"{name!r}" for name in result["met_by"])
+    print(f"goal: {result['goal']:g} times the fastest of theirs: {f'met by {met}' if met else 'NOT met'}", flush=True)
 
 
 def main() -> int:

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 from learn2perturb.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -36,6 +38,38 @@ class Record(Protocol):
 
 
 R = TypeVar("R", bound=Record)
+
+
+class Saved:
+    """A record that saves and loads itself: base of frozen dataclasses with a ``FORMAT`` and a ``VERSION``."""
+
+    FORMAT: ClassVar[str]
+    VERSION: ClassVar[int]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write this record as JSON, atomically.
+
+        Raises:
+            CheckpointError: it cannot be written; a file that was there is left as it was.
+        """
+        return save(path, typing.cast(Record, self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a record of this type.
+
+        Raises:
+            CheckpointError: missing, damaged, inconsistent, of another format, or of a newer version.
+        """
+        record = load(path, typing.cast(Any, cls))
+        try:
+            record._check()
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        return typing.cast("Self", record)
+
+    def _check(self) -> None:
+        """Raise CheckpointError where fields contradict each other."""
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:

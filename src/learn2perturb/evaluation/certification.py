@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,7 +40,7 @@ def largest_radius(n: int, alpha: float, constant: float) -> float:
 
 
 @dataclass(frozen=True)
-class Certification:
+class Certification(records.Saved):
     """Certified radii of a majority vote, one an image.
 
     Attributes:
@@ -117,23 +115,6 @@ class Certification:
         if share == 0:
             return f"VACUOUS against l_inf {size}: {start[0].lower() + start[1:]}, and no image reached it."
         return f"{start}: {100 * share:.1f} % are certified."
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the certification as JSON, atomically.
-
-        Raises:
-            CheckpointError: it cannot be written; a file that was there is left as it was.
-        """
-        return records.save(path, self)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Certification:
-        """Read a certification.
-
-        Raises:
-            CheckpointError: missing, damaged, or of a newer version.
-        """
-        return records.load(path, cls)
 
     def __str__(self) -> str:
         n = len(self.radii)

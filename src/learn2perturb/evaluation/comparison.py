@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -59,7 +57,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(records.Saved):
     """Differences of two evaluations, row by row."""
 
     FORMAT: ClassVar[str] = "learn2perturb.comparison"
@@ -70,15 +68,6 @@ class Comparison:
     differences: tuple[Difference, ...]
     confidence: float
     metadata: dict[str, Any] = field(default_factory=dict)
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the comparison as JSON, atomically."""
-        return records.save(path, self)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Comparison:
-        """Read a comparison."""
-        return records.load(path, cls)
 
     def __str__(self) -> str:
         lines = [f"first:  {self.first}", f"second: {self.second}", ""]

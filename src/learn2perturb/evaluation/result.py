@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -94,7 +92,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(records.Saved):
     """The rows of one evaluation, the labels of its images, and how, where and when it was made."""
 
     FORMAT: ClassVar[str] = "learn2perturb.evaluation"
@@ -152,29 +150,8 @@ class Evaluation:
             )
         return dataclasses.replace(self, rows=tuple(rows))
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the evaluation as JSON, atomically.
-
-        Raises:
-            CheckpointError: it cannot be written; a file that was there is left as it was.
-        """
-        return records.save(path, self)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Evaluation:
-        """Read an evaluation and check that its bits agree with its predictions and labels.
-
-        Raises:
-            CheckpointError: missing, damaged, inconsistent, or of a newer version.
-        """
-        evaluation = records.load(path, cls)
-        try:
-            evaluation._check()
-        except CheckpointError as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
-        return evaluation
-
     def _check(self) -> None:
+        """Check that bits agree with predictions and labels."""
         labels = self.labels.unpack()
         for row in self.rows:
             predictions, correct = row.predictions.unpack(), row.correct.unpack()

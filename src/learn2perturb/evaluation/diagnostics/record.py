@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from learn2perturb import records
@@ -102,7 +100,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(records.Saved):
     """The nine checks of one model, and what they come to.
 
     Attributes:
@@ -152,23 +150,6 @@ class Diagnosis:
             if one.name == name:
                 return one
         raise UnknownNameError.of("measurement", name, {one.name for one in self.measurements})
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the diagnosis as JSON, atomically.
-
-        Raises:
-            CheckpointError: it cannot be written; a file that was there is left as it was.
-        """
-        return records.save(path, self)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Diagnosis:
-        """Read a diagnosis.
-
-        Raises:
-            CheckpointError: missing, damaged, or of a newer version.
-        """
-        return records.load(path, cls)
 
     def __str__(self) -> str:
         eps = f"{self.norm} {format_eps(self.eps)}"
