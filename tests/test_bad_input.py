@@ -671,7 +671,7 @@ LOAD = [
 ]
 
 EVALUATE = [
-    case("draws 0", ConfigError, "draws|>= 1", lambda _: evaluate(draws=0)),
+    case("draws 0", ConfigError, "draws|at least 1", lambda _: evaluate(draws=0)),
     case("members 1.5", ConfigError, "members|1.5", lambda _: evaluate(members=1.5)),
     case("limit -1", ConfigError, "limit|-1", lambda _: evaluate(limit=-1)),
     case("seed of an evaluation", ConfigError, "seed|-1", lambda _: evaluate(seed=-1)),

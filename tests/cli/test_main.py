@@ -142,7 +142,7 @@ BAD = {
     "unknown attack": (["evaluate", RUN, "--attack", "foo:a=1"], "known: apgd"),
     "two eps": (["evaluate", RUN, "--attack", "fgsm:eps=.1", "--eps", ".2"], "give one of them"),
     "evaluation eps": (["evaluate", RUN, "--eps", "8"], "write 8/255"),
-    "no draws": (["evaluate", RUN, "--draws", "0"], ">= 1"),
+    "no draws": (["evaluate", RUN, "--draws", "0"], "at least 1, got 0"),
     "unknown predictor": (["evaluate", RUN, "--predictor", "best"], "known: mean_logits"),
     "unknown split": (["evaluate", RUN, "--split", "dev"], "allowed: test"),
     "no validation": (["evaluate", RUN, "--split", "validation"], "use --split test"),

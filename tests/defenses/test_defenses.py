@@ -165,8 +165,8 @@ def test_an_unknown_defense_or_option_is_refused(name, options, error, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"epochs": -1}, "epochs is -1"),
-        ({"epochs": 1.5}, "epochs is 1.5"),
+        ({"epochs": -1}, "epochs must be .* got -1"),
+        ({"epochs": 1.5}, "epochs must be .* got 1.5"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"momentum": 2.0}, "momentum is 2.0"),
         ({"eps": 8}, "write 8/255"),

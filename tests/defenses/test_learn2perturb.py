@@ -410,7 +410,7 @@ def test_the_gradient_of_theta_is_theta_times_the_curvature():
     [
         ({"gamma": -1.0}, "gamma is -1.0"),
         ({"gamma": float("nan")}, "gamma is nan"),
-        ({"noise_delay": -1}, "noise_delay is -1"),
+        ({"noise_delay": -1}, "noise_delay must be .* at least 0, got -1"),
         ({"theta_step": "both"}, "allowed: combined, sequential, released"),
         ({"tau": "constant"}, "allowed: harmonic, released"),
         ({"placement": "everywhere"}, "allowed: block_ends, every_convolution"),

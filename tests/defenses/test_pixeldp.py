@@ -265,8 +265,8 @@ def test_certificates_are_violated_no_more_often_than_stated():
         ({"delta": 1.0}, "delta between 0 and 1"),
         ({"mechanism": "uniform"}, "allowed: gaussian, laplace"),
         ({"sensitivity": "guessed"}, "allowed: measured, assumed"),
-        ({"parseval_loops": -1}, "parseval_loops is -1"),
-        ({"ramp": 0.5}, "true or false"),
+        ({"parseval_loops": -1}, "parseval_loops must be .* got -1"),
+        ({"ramp": 0.5}, "ramp must be True or False, got 0.5"),
     ],
 )
 def test_a_wrong_option_is_named(options, message):

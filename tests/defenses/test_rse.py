@@ -154,8 +154,8 @@ def test_the_paper_predicts_with_the_mean_softmax_of_50_draws():
     [
         ({"sigma_init": -0.1}, "sigma_init is -0.1"),
         ({"sigma_inner": float("nan")}, "sigma_inner is nan"),
-        ({"adversarial": "yes"}, "true or false"),
-        ({"restarts": 1}, "true or false"),
+        ({"adversarial": "yes"}, "True or False, got 'yes'"),
+        ({"restarts": 1}, "restarts must be True or False, got 1"),
     ],
 )
 def test_a_wrong_option_is_named(options, message):

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from learn2perturb.attacks.balls import Ball
-from learn2perturb.attacks.base import Attack, Query, check_count, check_flag
+from learn2perturb.attacks.base import Attack, Query
 from learn2perturb.attacks.gradients import Values
 from learn2perturb.attacks.losses import towards
 from learn2perturb.attacks.runs import best_of, likely_targets, per_image
+from learn2perturb.checks import check_count, check_flag
 from learn2perturb.errors import ConfigError
 
 _MOMENTUM = 0.75  # weight of the new step; the rest goes on along the last one

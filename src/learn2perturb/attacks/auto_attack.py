@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from learn2perturb.attacks.apgd import APGD
-from learn2perturb.attacks.base import Attack, Model, Query, check_count, check_images, passes_agree
+from learn2perturb.attacks.base import Attack, Model, Query, check_images, passes_agree
 from learn2perturb.attacks.fab import FAB
 from learn2perturb.attacks.losses import margin
 from learn2perturb.attacks.runs import best_of, per_image
 from learn2perturb.attacks.square import Square
+from learn2perturb.checks import check_count
 from learn2perturb.engine.modes import in_mode
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from learn2perturb.attacks.balls import BALLS, NORMS, Ball
 from learn2perturb.attacks.gradients import AVERAGES, Average, Values, input_gradient, value_and_gradient, values_of
 from learn2perturb.attacks.losses import LOSSES, Loss, margin
+from learn2perturb.checks import check_count
 from learn2perturb.engine import gears
 from learn2perturb.engine.modes import in_mode
 from learn2perturb.engine.random import isolated_rng, seed_everything
@@ -380,18 +381,6 @@ def _prepared(model: Model, mode: Mode, x: Tensor) -> Iterator[None]:
 def _plain(tensor: Tensor) -> Tensor:
     """Return the tensor without graph, and as one that autograd may save if it was made in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-def check_count(name: str, value: Any, *, lowest: int = 1) -> None:
-    """Raise ConfigError unless ``value`` is a whole number of at least ``lowest``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise ConfigError(f"{name} must be a whole number of at least {lowest}, got {value!r}")
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Raise ConfigError unless ``value`` is True or False."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be True or False, got {value!r}")
 
 
 def check_step(name: str, value: Any) -> None:

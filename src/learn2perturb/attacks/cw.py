@@ -10,9 +10,10 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import Attack, Query, check_count, check_flag, check_step
+from learn2perturb.attacks.base import Attack, Query, check_step
 from learn2perturb.attacks.losses import margin
 from learn2perturb.attacks.runs import per_image
+from learn2perturb.checks import check_count, check_flag
 from learn2perturb.engine import gears
 from learn2perturb.errors import ConfigError
 

@@ -9,9 +9,10 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import Attack, Query, check_count, check_flag
+from learn2perturb.attacks.base import Attack, Query
 from learn2perturb.attacks.losses import towards
 from learn2perturb.attacks.runs import likely_targets, per_image
+from learn2perturb.checks import check_count, check_flag
 from learn2perturb.errors import ConfigError
 
 _ALPHA = 0.1  # the most that a step is drawn towards x

@@ -9,9 +9,10 @@ from typing import ClassVar, Literal, NamedTuple, final
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import Attack, Query, check_count
+from learn2perturb.attacks.base import Attack, Query
 from learn2perturb.attacks.gradients import Average, values_of
 from learn2perturb.attacks.losses import LOSSES
+from learn2perturb.checks import check_count
 from learn2perturb.engine import gears
 from learn2perturb.errors import ConfigError, InputError
 

@@ -8,7 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import Attack, Query, check_count, check_flag, check_step
+from learn2perturb.attacks.base import Attack, Query, check_step
+from learn2perturb.checks import check_count, check_flag
 
 
 @final

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from learn2perturb.attacks.balls import BALLS
-from learn2perturb.attacks.base import Attack, Query, check_count, check_flag
+from learn2perturb.attacks.base import Attack, Query
 from learn2perturb.attacks.runs import best_of, per_image
+from learn2perturb.checks import check_count, check_flag
 from learn2perturb.errors import ConfigError
 
 # The share of pixels that a square covers is halved after these queries (of 10,000).

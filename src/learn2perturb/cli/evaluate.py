@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from learn2perturb.checks import check_count
 from learn2perturb.cli.options import (
     DEFAULT_ATTACKS,
     EOT_DRAWS,
@@ -133,8 +134,7 @@ def attack_specs(arguments: argparse.Namespace) -> dict[str, tuple[str, dict[str
     named = arguments.attacks
     if named is None:
         named = "none" if arguments.attack else DEFAULT_ATTACKS
-    if arguments.eot < 1:
-        raise ConfigError(f"eot is {arguments.eot}; it must be a whole number, at least 1")
+    check_count("eot", arguments.eot)
     specs = {name: preset(name, arguments.eot) for name in words(named, "--attacks") if name != "none"}
     for text in arguments.attack:
         name, settings = parse_attack(text)

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from learn2perturb.checks import check_count
 from learn2perturb.defenses.base import (
     Clock,
     Defense,
@@ -21,7 +22,7 @@ from learn2perturb.defenses.base import (
     objective_loss,
     restarted_stages,
 )
-from learn2perturb.defenses.settings import OBJECTIVES, Settings, number, one_of, whole
+from learn2perturb.defenses.settings import OBJECTIVES, Settings, number, one_of
 from learn2perturb.errors import ConfigError
 from learn2perturb.noise import VariationalWeight, kl_divergence, named_noise, noise_parameters, vary_weights
 from learn2perturb.noise.sites import NORMS
@@ -72,7 +73,7 @@ class AdvBNN(Defense):
         if not isinstance(self.stage_lengths, (list, tuple)):
             raise ConfigError(f"stage_lengths is {self.stage_lengths!r}; it must be a list such as [80, 60, 40, 20]")
         for length in self.stage_lengths:
-            whole("a length of stage_lengths", length, 1)
+            check_count("a length of stage_lengths", length)
 
     def prepare(self, network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
         """Make the network's weights posteriors, in place."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from learn2perturb.checks import check_count
 from learn2perturb.defenses.base import (
     ALTERNATIONS,
     Alternation,
@@ -25,7 +26,7 @@ from learn2perturb.defenses.base import (
     learning_rate_factor,
     sgd_optimizers,
 )
-from learn2perturb.defenses.settings import Settings, number, whole
+from learn2perturb.defenses.settings import Settings, number
 from learn2perturb.errors import ConfigError
 from learn2perturb.noise import Perturbation, noise_modules, noise_parameters, perturb, set_noise
 
@@ -92,7 +93,7 @@ class Learn2Perturb(Defense):
         number("theta_lr", self.theta_lr, 0.0, math.inf)
         number("noise_target", self.noise_target, 0.0, math.inf)
         for name, low in (("noise_delay", 0), ("weight_steps", 1), ("noise_steps", 1)):
-            whole(name, getattr(self, name), low)
+            check_count(name, getattr(self, name), low)
         if not self.gamma >= 0:
             raise ConfigError(f"gamma is {self.gamma!r}; it must be at least 0 (the paper has 1e-4)")
         if self.gamma > 0 and not self.minimum > 0:

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from learn2perturb.checks import check_count, check_flag
 from learn2perturb.defenses.base import (
     Clock,
     Defense,
@@ -24,7 +25,7 @@ from learn2perturb.defenses.base import (
     mixed_loss,
     sgd_optimizers,
 )
-from learn2perturb.defenses.settings import Settings, number, whole
+from learn2perturb.defenses.settings import Settings, number
 from learn2perturb.errors import ConfigError, SiteError
 from learn2perturb.noise import Perturbation, noise_modules, noise_sites, perturb
 from learn2perturb.noise.sensitivity import checked_convolution, overlap, sensitivity
@@ -115,9 +116,8 @@ class PixelDP(Defense):
             raise ConfigError(
                 f"epsilon is {self.epsilon!r} and delta {self.delta!r}; epsilon must be above 0, delta between 0 and 1"
             )
-        whole("parseval_loops", self.parseval_loops, 0)
-        if not isinstance(self.ramp, bool):
-            raise ConfigError(f"ramp is {self.ramp!r}; it must be true or false")
+        check_count("parseval_loops", self.parseval_loops, 0)
+        check_flag("ramp", self.ramp)
 
     def prepare(self, network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
         """Divide the first convolution's kernel and insert the noise after it, in place.

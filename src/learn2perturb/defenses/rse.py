@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from learn2perturb.checks import check_flag
 from learn2perturb.defenses.base import Clock, Defense, Losses, Stage, mixed_loss, restarted_stages, sgd_optimizers
 from learn2perturb.defenses.settings import OBJECTIVES, Settings, number
 from learn2perturb.errors import ConfigError, SiteError
@@ -49,8 +50,7 @@ class RSE(Defense):
         for name in ("sigma_init", "sigma_inner"):
             number(name, getattr(self, name), 0.0, math.inf)
         for name in ("adversarial", "restarts"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+            check_flag(name, getattr(self, name))
 
     def check(self, settings: Settings) -> None:
         """Refuse an objective with an adversary where there is none.

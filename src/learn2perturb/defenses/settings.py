@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from learn2perturb.checks import check_count, check_flag
 from learn2perturb.errors import ConfigError
 
 SCHEDULES = ("step", "one_cycle", "cosine", "constant")
@@ -80,7 +81,7 @@ class Settings:
         for name, least in (
             ("epochs", 0), ("batch_size", 1), ("attack_steps", 1), ("attack_eot", 1), ("adversarial_delay", 0),
         ):  # fmt: skip
-            whole(name, getattr(self, name), least)
+            check_count(name, getattr(self, name), least, optional=True)
         for name, low, high in (
             ("lr", 0.0, math.inf), ("momentum", 0.0, 1.0), ("weight_decay", 0.0, math.inf), ("decay", 0.0, 1.0),
             ("alpha", 0.0, math.inf), ("beta", 0.0, math.inf), ("eps", 0.0, 1.0), ("attack_step_size", 0.0, 1.0),
@@ -88,12 +89,11 @@ class Settings:
         ):  # fmt: skip
             number(name, getattr(self, name), low, high)
         for name in ("nesterov", "attack_random_start"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+            check_flag(name, getattr(self, name), optional=True)
         if self.milestones is not None and not isinstance(self.milestones, (list, tuple)):
             raise ConfigError(f"milestones is {self.milestones!r}; it must be a list of epochs, such as [150, 250]")
         for milestone in self.milestones or ():
-            whole("an epoch of milestones", milestone, 0)
+            check_count("an epoch of milestones", milestone, 0)
         one_of("objective", self.objective, OBJECTIVES)
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("attack_labels", self.attack_labels, LABELS)
@@ -114,16 +114,6 @@ class Settings:
     def missing(self) -> list[str]:
         """Return the names of the settings that are still open; a recipe closes them all."""
         return [item.name for item in fields(Settings) if getattr(self, item.name) is None]
-
-
-def whole(name: str, value: Any, low: int) -> None:
-    """Check a whole number.
-
-    Raises:
-        ConfigError: ``value`` is set and is none, or below ``low``.
-    """
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number, at least {low}")
 
 
 def number(name: str, value: Any, low: float, high: float) -> None:

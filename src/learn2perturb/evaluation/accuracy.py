@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from learn2perturb.attacks import Attack
+from learn2perturb.checks import check_count
 from learn2perturb.data import check_labels, make_source
 from learn2perturb.engine import gears
 from learn2perturb.engine.modes import in_mode
@@ -26,7 +27,6 @@ from learn2perturb.evaluation.passes import (
     PROBABILITIES,
     Model,
     are_probabilities,
-    check_count,
     checked_logits,
     circumstances,
     device_of,

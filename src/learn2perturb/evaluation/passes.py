@@ -83,12 +83,6 @@ def device_of(model: Model, device: str | torch.device | None) -> torch.device:
     return own
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise ConfigError unless ``value`` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {value!r}, must be a whole number >= 1")
-
-
 def circumstances(device: torch.device, gear: Gear) -> dict[str, Any]:
     """Return versions, device, gear and hardware, for the metadata of a record."""
     threads = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

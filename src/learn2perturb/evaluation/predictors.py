@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from learn2perturb.attacks.gradients import mean_logits
+from learn2perturb.checks import check_count
 from learn2perturb.engine import gears
 from learn2perturb.errors import ConfigError, InputError, UnknownNameError
-from learn2perturb.evaluation.passes import check_count, checked_logits
+from learn2perturb.evaluation.passes import checked_logits
 
 PREDICTORS = ("single", "vote", "mean_probability", "mean_logits")
 # What the gradients of an attack on an ensemble are averaged over.  A vote has no gradient: it is attacked through the

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from learn2perturb.checks import check_count
 from learn2perturb.data import check_labels, make_source
 from learn2perturb.engine import gears
 from learn2perturb.engine.modes import in_mode
@@ -21,7 +22,7 @@ from learn2perturb.evaluation.certificates import gaussian_dp_radius, laplace_ra
 from learn2perturb.evaluation.certification import METHODS, Certification, largest_radius, lower_bound, radius_of
 from learn2perturb.evaluation.first_noise import check_draws, check_first_noise, first_noise
 from learn2perturb.evaluation.inputs import check_fixed
-from learn2perturb.evaluation.passes import Model, check_count, checked_logits, circumstances, device_of
+from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of
 from learn2perturb.noise import noise_sites
 from learn2perturb.noise.sensitivity import checked_convolution, sensitivity
 from learn2perturb.records import PackedIntegers

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from learn2perturb.defenses.settings import Settings, one_of, whole
+from learn2perturb.checks import check_count
+from learn2perturb.defenses.settings import Settings, one_of
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.registry import DATASETS, DEFENSES, MODELS
 
@@ -90,8 +91,8 @@ class TrainConfig(Settings):
         one_of("engine", self.engine, ENGINES)
         for name, least in (("seed", 0), ("monitor", 0), ("log_every", 1)):
             _check(getattr(self, name) is not None, name, self, f"a whole number, at least {least}")
-            whole(name, getattr(self, name), least)
-        whole("limit", self.limit, 1)
+            check_count(name, getattr(self, name), least, optional=True)
+        check_count("limit", self.limit, 1, optional=True)
         for name in ("validation", "checkpoint_minutes"):
             value = getattr(self, name)
             real = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from learn2perturb.defenses.settings import one_of, whole
+from learn2perturb.checks import check_count
+from learn2perturb.defenses.settings import one_of
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.registry import DATASETS, MODELS
 
@@ -68,9 +69,9 @@ class BenchSettings:
         if self.dataset is not None:
             DATASETS.entry(self.dataset)
         for name in ("batch_size", "attack_steps", "eot", "images", "rounds", "threads"):
-            whole(name, getattr(self, name), 1)
-        whole("workers", self.workers, 0)
-        whole("seed", self.seed, 0)
+            check_count(name, getattr(self, name), 1, optional=True)
+        check_count("workers", self.workers, 0, optional=True)
+        check_count("seed", self.seed, 0, optional=True)
 
     @classmethod
     def of(cls, what: str, given: dict[str, Any]) -> BenchSettings:

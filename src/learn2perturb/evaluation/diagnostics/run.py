@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.attacks import PGD
+from learn2perturb.checks import check_count
 from learn2perturb.data import check_labels, make_source
 from learn2perturb.engine import gears
 from learn2perturb.engine.modes import in_mode
@@ -24,7 +25,7 @@ from learn2perturb.evaluation.diagnostics.measure import Bench, Progress, Subjec
 from learn2perturb.evaluation.diagnostics.record import Diagnosis
 from learn2perturb.evaluation.diagnostics.verdict import conclude, judge
 from learn2perturb.evaluation.inputs import check_fixed, in_train_mode, warn_of_probabilities
-from learn2perturb.evaluation.passes import Model, check_count, checked_logits, circumstances, device_of, passes_differ
+from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of, passes_differ
 from learn2perturb.evaluation.result import format_eps
 from learn2perturb.noise import noise_modules
 from learn2perturb.records import PackedIntegers, plain
