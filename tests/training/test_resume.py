@@ -18,10 +18,10 @@ import torch
 from learn2perturb.engine import compiling, gears
 from learn2perturb.engine.gears import has_native_bfloat16
 from learn2perturb.models import build_model
-from learn2perturb.training import TrainConfig, load, train
+from learn2perturb.training import TrainConfig, load, read_metrics, train
 from learn2perturb.training.checkpoint import checkpoints, read_model, read_resume
 
-TIMED = ("seconds", "images_per_second")
+TIMED = ("seconds", "images_per_second", "compile_seconds")
 KILLS = 10
 
 
@@ -167,6 +167,8 @@ def test_in_the_fast_gear_a_stopped_run_ends_bit_for_bit_too(tmp_path, monkeypat
     check_same(tmp_path / "killed", tmp_path / "whole")
     if compiled:
         assert made
+        first = next(line for line in read_metrics(tmp_path / "whole") if line["kind"] == "epoch")
+        assert 0 < first["compile_seconds"] < first["seconds"]
 
 
 # --- averaged weights

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from learn2perturb.engine import fused
+from learn2perturb.engine import compile_time, fused
 
 Forward = Callable[..., Any]
 
@@ -26,6 +26,7 @@ _failed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _compile(forward: Forward) -> Forward:
+    compile_time.watch()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # importing the compiler warns of its own deprecations
         return torch.compile(forward, dynamic=False, options=fused.FUSING)

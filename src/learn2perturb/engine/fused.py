@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from learn2perturb.engine import compile_time
+
 _LEVELS = 1 << 16
 _SCIPY_NAMES = {"gaussian": "norm", "laplace": "laplace", "uniform": "uniform"}
 Options = dict[str, str | int | bool | Callable[..., Any]]
@@ -80,6 +82,7 @@ def _pull(gradient: Tensor, key: Tensor, table: Tensor) -> Tensor:
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compile at first use: importing the compiler takes seconds, and it warns of its own deprecations."""
+    compile_time.watch()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.compile(function, dynamic=True, options=_UNCHECKED)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from learn2perturb.data import check_labels
-from learn2perturb.engine import gears
+from learn2perturb.engine import compile_time, gears
 from learn2perturb.engine.random import isolated_rng
 from learn2perturb.errors import (
     ConfigError,
@@ -112,6 +112,9 @@ def _run(training: Training) -> list[dict[str, Any]]:
     if schedule is not None and training.step:
         expected = next(islice(schedule, training.step - 1, None))
     lines: list[dict[str, Any]] = []
+    compiled = compile_time.seconds_spent()
+    if training.gear.compiled_rows and _unfinished(training):
+        training.reporter.line("compiling in the first steps: a minute or two, seconds once torch has it in its cache")
     interrupt = Interrupt()
     classes = None
     try:
@@ -151,6 +154,9 @@ def _run(training: Training) -> list[dict[str, Any]]:
                 line["lr"] = float(training.optimizers["weights"].param_groups[0]["lr"])
                 line["seconds"] = training.seconds
                 line["images_per_second"] = seen / (time.perf_counter() - start)
+                if compile_time.seconds_spent() > compiled:
+                    line["compile_seconds"] = compile_time.seconds_spent() - compiled
+                    compiled = compile_time.seconds_spent()
                 file.write(line)
                 lines.append(line)
                 if board is not None:
@@ -195,6 +201,8 @@ def _epoch_line(training: Training, line: dict[str, Any]) -> str:
         if f"{symbol}_schedule" in line:
             parts.append(f"(schedule {line[f'{symbol}_schedule']:.4f})")
     parts.append(f"{line['images_per_second']:.0f} images/s")
+    if line.get("compile_seconds", 0.0) >= 1:
+        parts.append(f"(compiling took {line['compile_seconds']:.0f} s)")
     return "  ".join(parts)
 
 
