@@ -96,6 +96,20 @@ def test_two_records_are_compared(trained, quick, capsys):
     assert "fgsm 0.1 against clean" in capsys.readouterr().out
 
 
+def test_a_run_folder_stands_for_its_only_evaluation(trained, quick, tmp_path, capsys):
+    words = ["evaluate", str(trained), "--limit=20", "--draws=2", "--attacks=none"]
+    folder = tmp_path / "run" / "evaluation"
+    assert main([*words, "--out", str(folder / "a.json")]) == 0
+    (folder / "other.json").write_text("{}")  # no evaluation
+    assert main(["compare", str(tmp_path / "run"), str(folder / "a.json")]) == 0
+    assert main([*words, "--out", str(folder / "b.json")]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "run"), str(folder / "a.json")]) == 2
+    assert "holds 2 evaluations; give one" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path), str(folder / "a.json")]) == 2
+    assert "run: learn2perturb evaluate" in capsys.readouterr().err
+
+
 BAD = {
     "no such run": (["diagnose", "nowhere"], "give a run folder"),
     "factory without data": (["diagnose", "json:loads"], "give --dataset NAME"),

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from learn2perturb.cli.options import add_json, print_json
-from learn2perturb.errors import ConfigError
+from learn2perturb.cli.subject import records_of
+from learn2perturb.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from learn2perturb.evaluation import Evaluation
 
 DESCRIPTION = (
     "Compare two records of `evaluate` on the same images: difference of accuracy, paired-bootstrap interval,\n"
@@ -19,7 +25,7 @@ EXAMPLE = "learn2perturb compare runs/a/evaluation/test-seed0.json runs/b/evalua
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
     add = parser.add_argument
-    add("first", metavar="RECORD", help="a record of evaluate")
+    add("first", metavar="RECORD", help="a record of evaluate, or a run folder that holds one")
     add("second", metavar="RECORD", help="another, of the same images")
     add(
         "--pair", action="append", default=[], metavar="FIRST=SECOND",
@@ -33,9 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare; print what may be said."""
     pairs = [_pair(text) for text in arguments.pair]
 
-    from learn2perturb.evaluation import Evaluation, compare
+    from learn2perturb.evaluation import compare
 
-    found = compare(Evaluation.load(arguments.first), Evaluation.load(arguments.second), pairs=pairs)
+    found = compare(_evaluation(arguments.first), _evaluation(arguments.second), pairs=pairs)
     if arguments.out:
         if Path(arguments.out).exists():
             raise ConfigError(f"--out {arguments.out} exists; give another name so that nothing is lost")
@@ -51,6 +57,23 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(found)
     return 0
+
+
+def _evaluation(path: str) -> Evaluation:
+    """Read a record, or the only evaluation of a run folder."""
+    from learn2perturb.evaluation import Evaluation
+
+    if not Path(path).is_dir():
+        return Evaluation.load(path)
+    found: dict[Path, Evaluation] = {}
+    for file in sorted(records_of(path).glob("*.json")):
+        with contextlib.suppress(CheckpointError):  # other records lie there, too
+            found[file] = Evaluation.load(file)
+    if not found:
+        raise ConfigError(f"{path} holds no evaluation; run: learn2perturb evaluate {path}")
+    if len(found) > 1:
+        raise ConfigError(f"{path} holds {len(found)} evaluations; give one: {', '.join(map(str, found))}")
+    return next(iter(found.values()))
 
 
 def _pair(text: str) -> tuple[str, str]:
