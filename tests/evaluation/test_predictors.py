@@ -150,8 +150,8 @@ def test_evaluate_scores_with_the_same_rules():
     ("arguments", "error", "message"),
     [
         (("mean",), UnknownNameError, "known: mean_logits"),
-        (("vote", 0), ConfigError, "members is 0"),
-        (("vote", 2.5), ConfigError, "members is 2.5"),
+        (("vote", 0), ConfigError, "members must be .* got 0"),
+        (("vote", 2.5), ConfigError, "members must be .* got 2.5"),
     ],
 )
 def test_what_is_not_allowed_is_named(arguments, error, message):

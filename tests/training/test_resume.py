@@ -142,6 +142,7 @@ def test_killed_ten_times_at_random_moments_it_ends_bit_for_bit_as_if_never_stop
 def test_in_the_fast_gear_a_stopped_run_ends_bit_for_bit_too(tmp_path, monkeypatch, compiled):
     settings = config(engine="fast", epochs=2, limit=24, options={"noise_delay": 0}, adversarial_delay=0)
     if compiled:  # as a long training is: its attack and the passes that train
+        torch._dynamo.reset()  # what another test compiled would serve here, too
         monkeypatch.setattr(gears, "_COMPILED_PIXELS", 0)
         monkeypatch.setattr(gears, "_COMPILED_TRAINING_PIXELS", 0)
         made = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 
 _started = 0.0
@@ -15,14 +14,14 @@ def seconds_spent() -> float:
     return _spent
 
 
-@functools.cache
 def watch() -> None:
     """Time every compilation of this process from now on; that of a backward pass comes later than its forward pass."""
-    with contextlib.suppress(ImportError):  # a part of torch that is not promised: without it nothing is shown
-        from torch._dynamo.callback import on_compile_end, on_compile_start
+    with contextlib.suppress(ImportError, AttributeError):  # not promised by torch: without it nothing is shown
+        from torch._dynamo.callback import callback_handler
 
-        on_compile_start(_start)
-        on_compile_end(_end)
+        if _start not in callback_handler.start_callbacks:  # torch._dynamo.reset() drops them
+            callback_handler.register_start_callback(_start)
+            callback_handler.register_end_callback(_end)
 
 
 def _start(_: object) -> None:

@@ -26,7 +26,6 @@ _failed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _compile(forward: Forward) -> Forward:
-    compile_time.watch()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # importing the compiler warns of its own deprecations
         return torch.compile(forward, dynamic=False, options=fused.FUSING)
@@ -72,6 +71,7 @@ def compiled(network: nn.Module, rows: int) -> Iterator[None]:
     if not rows or not _can_compile(network):
         yield
         return
+    compile_time.watch()
     forward: Forward = network.forward
     kept = _known.setdefault(network, {})
     if rows not in kept:
