@@ -138,6 +138,7 @@ def test_killed_ten_times_at_random_moments_it_ends_bit_for_bit_as_if_never_stop
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.skipif(not has_native_bfloat16(torch.device("cpu")), reason="needs bfloat16 in hardware")
+@pytest.mark.timeout(600)  # a slow machine compiles for minutes
 @pytest.mark.parametrize("compiled", [False, True])
 def test_in_the_fast_gear_a_stopped_run_ends_bit_for_bit_too(tmp_path, monkeypatch, compiled):
     settings = config(engine="fast", epochs=2, limit=24, options={"noise_delay": 0}, adversarial_delay=0)
