@@ -154,9 +154,9 @@ def _run(training: Training) -> list[dict[str, Any]]:
                 line["lr"] = float(training.optimizers["weights"].param_groups[0]["lr"])
                 line["seconds"] = training.seconds
                 line["images_per_second"] = seen / (time.perf_counter() - start)
-                if compile_time.seconds_spent() > compiled:
-                    line["compile_seconds"] = compile_time.seconds_spent() - compiled
-                    compiled = compile_time.seconds_spent()
+                if (spent := compile_time.seconds_spent() - compiled) > 0:
+                    line["compile_seconds"] = spent
+                    compiled += spent
                 file.write(line)
                 lines.append(line)
                 if board is not None:
