@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from learn2perturb.errors import ConfigError
@@ -19,3 +20,9 @@ def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
     """Raise ConfigError unless ``value`` is True or False, or None where it is ``optional``."""
     if not (isinstance(value, bool) or (value is None and optional)):
         raise ConfigError(f"{name} must be True or False, got {value!r}")
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str], *, optional: bool = False) -> None:
+    """Raise ConfigError unless ``value`` is among ``allowed``, or None where it is ``optional``."""
+    if value not in allowed and not (value is None and optional):
+        raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")

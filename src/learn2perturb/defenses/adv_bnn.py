@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.checks import check_count
+from learn2perturb.checks import check_choice, check_count
 from learn2perturb.defenses.base import (
     Clock,
     Defense,
@@ -22,7 +22,7 @@ from learn2perturb.defenses.base import (
     objective_loss,
     restarted_stages,
 )
-from learn2perturb.defenses.settings import OBJECTIVES, Settings, number, one_of
+from learn2perturb.defenses.settings import OBJECTIVES, Settings, number
 from learn2perturb.errors import ConfigError
 from learn2perturb.noise import VariationalWeight, kl_divergence, named_noise, noise_parameters, vary_weights
 from learn2perturb.noise.sites import NORMS
@@ -69,7 +69,7 @@ class AdvBNN(Defense):
                 raise ConfigError(
                     f"{name} is 0; it is a standard deviation and must be above 0 (the released code: 0.1)"
                 )
-        one_of("mean_init", self.mean_init, MEAN_INITS)
+        check_choice("mean_init", self.mean_init, MEAN_INITS, optional=True)
         if not isinstance(self.stage_lengths, (list, tuple)):
             raise ConfigError(f"stage_lengths is {self.stage_lengths!r}; it must be a list such as [80, 60, 40, 20]")
         for length in self.stage_lengths:

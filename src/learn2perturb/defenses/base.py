@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from learn2perturb.checks import check_choice
 from learn2perturb.defenses.objectives import (
     Clock,
     Losses,
@@ -25,7 +26,7 @@ from learn2perturb.defenses.objectives import (
     trades_loss,
     training_adversary,
 )
-from learn2perturb.defenses.settings import OBJECTIVES, Settings, one_of
+from learn2perturb.defenses.settings import OBJECTIVES, Settings
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.noise import noise_parameters
 from learn2perturb.registry import DEFENSES
@@ -247,12 +248,3 @@ def build_defense(name: str, options: Mapping[str, Any] | None = None) -> Defens
 def list_defenses(pattern: str = "*") -> list[str]:
     """Return the names of the registered defenses that match the glob ``pattern``."""
     return DEFENSES.names(pattern)
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Check an option of a defense.
-
-    Raises:
-        ConfigError: ``value`` is not among ``allowed``.
-    """
-    one_of(name, str(value), allowed)

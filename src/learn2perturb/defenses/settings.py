@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from learn2perturb.checks import check_count, check_flag
+from learn2perturb.checks import check_choice, check_count, check_flag
 from learn2perturb.errors import ConfigError
 
 SCHEDULES = ("step", "one_cycle", "cosine", "constant")
@@ -94,10 +94,10 @@ class Settings:
             raise ConfigError(f"milestones is {self.milestones!r}; it must be a list of epochs, such as [150, 250]")
         for milestone in self.milestones or ():
             check_count("an epoch of milestones", milestone, 0)
-        one_of("objective", self.objective, OBJECTIVES)
-        one_of("schedule", self.schedule, SCHEDULES)
-        one_of("attack_labels", self.attack_labels, LABELS)
-        one_of("attack_mode", self.attack_mode, MODES)
+        check_choice("objective", self.objective, OBJECTIVES, optional=True)
+        check_choice("schedule", self.schedule, SCHEDULES, optional=True)
+        check_choice("attack_labels", self.attack_labels, LABELS, optional=True)
+        check_choice("attack_mode", self.attack_mode, MODES, optional=True)
         if self.alpha == 0 and self.beta == 0:
             raise ConfigError("alpha and beta are both 0, so there is no loss; eq. 11 of the paper has 0.5 and 0.5")
         if self.objective == "trades" and self.trades_beta == 0:
@@ -129,13 +129,3 @@ def number(name: str, value: Any, low: float, high: float) -> None:
         hint = "; it is in [0, 1] pixel scale: write 8/255 for eight grey levels" if in_pixels else ""
         bound = f"between {low:g} and {high:g}" if math.isfinite(high) else f"at least {low:g}"
         raise ConfigError(f"{name} is {value!r}; it must be a number {bound}{hint}")
-
-
-def one_of(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
-    """Check a choice.
-
-    Raises:
-        ConfigError: ``value`` is set and not among ``allowed``.
-    """
-    if value is not None and value not in allowed:
-        raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from learn2perturb.checks import check_choice
 from learn2perturb.engine import fused, gears
 from learn2perturb.engine.random import derive_seed
 from learn2perturb.errors import ConfigError, SiteError
@@ -36,17 +37,6 @@ def drop_hook(hooks: dict[int, Any], function: Any) -> None:
     for key, hook in list(hooks.items()):
         if hook is function or getattr(hook, "hook", None) is function:
             del hooks[key]
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """Return ``value`` if it is among ``allowed``.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if value not in allowed:
-        raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-    return value
 
 
 def map_shape(feature_shape: tuple[int, ...], granularity: str, channel_dim: int) -> tuple[int, ...]:
@@ -114,9 +104,10 @@ class Perturbation(NoiseModule):
         if not 0 <= minimum <= init < float("inf"):
             raise ConfigError(f"theta init is {init} and minimum is {minimum}; allowed: 0 <= minimum <= init")
         self.feature_shape = tuple(feature_shape)
-        self.place = check_choice("place", place, PLACES)
-        self.granularity = check_choice("granularity", granularity, GRANULARITIES)
-        self.sharing = check_choice("sharing", sharing, SHARINGS)
+        check_choice("place", place, PLACES)
+        check_choice("granularity", granularity, GRANULARITIES)
+        check_choice("sharing", sharing, SHARINGS)
+        self.place, self.granularity, self.sharing = place, granularity, sharing
         self.distribution = check_distribution(distribution)
         self.init, self.minimum, self.learned, self.channel_dim = init, minimum, learned, channel_dim
         self.relative = relative

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from learn2perturb.checks import check_choice
 from learn2perturb.engine.random import derive_seed
 from learn2perturb.errors import ConfigError
 from learn2perturb.noise.base import NoiseModule
 from learn2perturb.noise.distributions import draw, draw_seeded, is_channels_last
-from learn2perturb.noise.feature import GRANULARITIES, check_choice, map_shape, spread
+from learn2perturb.noise.feature import GRANULARITIES, map_shape, spread
 
 
 def _positive(name: str, value: Any, *, or_zero: bool = False) -> float:
@@ -202,7 +203,8 @@ class WeightPerturbation(WeightNoise):
         channel_dim: int = 0,
     ) -> None:
         super().__init__(shape, site=site, tensor=tensor)
-        self.granularity = check_choice("granularity", granularity, GRANULARITIES)
+        check_choice("granularity", granularity, GRANULARITIES)
+        self.granularity = granularity
         self.init = _positive("alpha's init", init, or_zero=True)
         self.channel_dim = channel_dim
         self.alpha = nn.Parameter(torch.full(map_shape(self.shape, granularity, channel_dim), self.init))

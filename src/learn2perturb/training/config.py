@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from learn2perturb.checks import check_count
-from learn2perturb.defenses.settings import Settings, one_of
+from learn2perturb.checks import check_choice, check_count
+from learn2perturb.defenses.settings import Settings
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.registry import DATASETS, DEFENSES, MODELS
 
@@ -88,7 +88,7 @@ class TrainConfig(Settings):
         DATASETS.entry(self.dataset)
         if self.recipe not in RECIPES:
             raise UnknownNameError.of("recipe", self.recipe, RECIPES)
-        one_of("engine", self.engine, ENGINES)
+        check_choice("engine", self.engine, ENGINES, optional=True)
         for name, least in (("seed", 0), ("monitor", 0), ("log_every", 1)):
             _check(getattr(self, name) is not None, name, self, f"a whole number, at least {least}")
             check_count(name, getattr(self, name), least, optional=True)

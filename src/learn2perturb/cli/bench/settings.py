@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from learn2perturb.checks import check_count
-from learn2perturb.defenses.settings import one_of
+from learn2perturb.checks import check_choice, check_count
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.registry import DATASETS, MODELS
 
@@ -63,8 +62,8 @@ class BenchSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        one_of("defense of a benchmark", self.defense, BENCHED)
-        one_of("sharing", self.sharing, SHARINGS)
+        check_choice("defense of a benchmark", self.defense, BENCHED, optional=True)
+        check_choice("sharing", self.sharing, SHARINGS, optional=True)
         MODELS.entry(self.model)
         if self.dataset is not None:
             DATASETS.entry(self.dataset)
