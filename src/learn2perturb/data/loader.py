@@ -265,14 +265,17 @@ def augment(images: Tensor, generator: torch.Generator, *, padding: int, flip: b
     """
     n, channels, height, width = images.shape
     device = images.device
-    draws = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)
-    mirror = torch.randint(0, 2, (n, 1), generator=generator) if flip else torch.zeros(n, 1, dtype=torch.int64)
-    rows = draws[0] + torch.arange(height)
-    columns = torch.arange(width)
-    columns = draws[1] + torch.where(mirror.bool(), columns.flip(0), columns)
+    # Only the draws travel, a few kilobytes: a copy of that size does not wait for the device.
+    draws = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator).to(device, non_blocking=True)
+    rows = draws[0] + torch.arange(height, device=device)
+    columns = torch.arange(width, device=device)
+    if flip:
+        mirror = torch.randint(0, 2, (n, 1), generator=generator).to(device, non_blocking=True)
+        columns = torch.where(mirror.bool(), columns.flip(0), columns)
+    columns = draws[1] + columns
     padded = F.pad(images, (padding,) * 4) if padding else images
     # One flat index a pixel, shared by the channels: half the time of indexing with four broadcast tensors.
-    flat = (rows.unsqueeze(2) * padded.shape[3] + columns.unsqueeze(1)).view(n, 1, -1).to(device)
+    flat = (rows.unsqueeze(2) * padded.shape[3] + columns.unsqueeze(1)).view(n, 1, -1)
     cropped = padded.reshape(n, channels, -1).gather(2, flat.expand(-1, channels, -1))
     return cropped.view(n, channels, height, width)
 

@@ -172,8 +172,9 @@ class Learn2Perturb(Defense):
             total = torch.stack([parameter.sum() for parameter in noise_parameters(model)]).sum()
             count = sum(parameter.numel() for parameter in noise_parameters(model))
             return 0.5 * self.gamma * count * (total / count - self.noise_target) ** 2
-        roots = torch.stack([parameter.sqrt().sum() for parameter in noise_parameters(model)]).sum()
-        return -clock.dial("regulariser", self._weight(clock)) * roots
+        # All in one vector: on a GPU each operation on each site would be a launch of its own.
+        theta = torch.cat([parameter.reshape(-1) for parameter in noise_parameters(model)])
+        return -clock.dial("regulariser", self._weight(clock)) * theta.sqrt().sum()
 
     def _weight(self, clock: Clock) -> float:
         return self.gamma / self.tau_at(clock.epoch)

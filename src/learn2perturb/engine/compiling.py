@@ -20,15 +20,18 @@ from torch.nn.utils import parametrize
 from learn2perturb.engine import compile_time, fused
 
 Forward = Callable[..., Any]
+_CPU = torch.device("cpu")
+
+_OPTIONS: dict[str, fused.Options] = {"cpu": fused.FUSING}
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[int, Forward]] = weakref.WeakKeyDictionary()
 _failed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def _compile(forward: Forward) -> Forward:
+def _compile(forward: Forward, device: torch.device) -> Forward:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # importing the compiler warns of its own deprecations
-        return torch.compile(forward, dynamic=False, options=fused.FUSING)
+        return torch.compile(forward, dynamic=False, options=_OPTIONS.get(device.type))
 
 
 def _once(network: nn.Module, forward: Forward, fast: Forward, x: Tensor) -> Any:
@@ -50,6 +53,11 @@ def _once(network: nn.Module, forward: Forward, fast: Forward, x: Tensor) -> Any
             stacklevel=2,
         )
         return result
+
+
+def compiles(network: nn.Module) -> bool:
+    """Tell whether passes of ``network`` in :func:`compiled` are compiled, one around this call included."""
+    return getattr(network.__dict__.get("forward"), "compiles", False) or _can_compile(network)
 
 
 def _can_compile(network: nn.Module) -> bool:
@@ -76,7 +84,7 @@ def compiled(network: nn.Module, rows: int) -> Iterator[None]:
     kept = _known.setdefault(network, {})
     if rows not in kept:
         # The class's function, not the bound method: what is kept must not keep the network alive.
-        kept[rows] = _compile(type(network).forward)
+        kept[rows] = _compile(type(network).forward, next((p.device for p in network.parameters()), _CPU))
     fast = kept[rows]
 
     def dispatch(x: Tensor, *rest: Any, **named: Any) -> Any:
@@ -84,6 +92,7 @@ def compiled(network: nn.Module, rows: int) -> Iterator[None]:
             return forward(x, *rest, **named)
         return _once(network, forward, lambda z: fast(network, z), x)
 
+    dispatch.compiles = True  # type: ignore[attr-defined]
     network.forward = dispatch
     try:
         yield

@@ -30,9 +30,12 @@ class Gear:
         fused_noise: draw and add noise in one compiled pass where that is possible.
         kept_memory: keep freed memory in the process, so that tensors need no fresh pages.
         folding: fold BatchNorm into convolutions while a network in eval mode is attacked.
+        folding_compiled: fold it in compiled passes, too. A GPU's compiler joins the BatchNorm to the loop after it, so
+            that folding would only add a few kernels a layer.
         compiled_rows: compile the passes of an attacked network for batches of this many images; 0 compiles none.
         compiled_training: compile the training passes of such batches, too.
         recording: record a training step as a CUDA graph and replay it.
+        tuned_convolutions: let cuDNN try its algorithms on each new shape and keep the fastest.
     """
 
     name: str
@@ -42,9 +45,11 @@ class Gear:
     fused_noise: bool = False
     kept_memory: bool = False
     folding: bool = False
+    folding_compiled: bool = True
     compiled_rows: int = 0
     compiled_training: bool = False
     recording: bool = False
+    tuned_convolutions: bool = False
 
     def place(self, network: nn.Module) -> nn.Module:
         """Lay the weights of ``network`` out as this gear wants them; values do not change."""
@@ -62,7 +67,10 @@ FAST = Gear(
     folding=True,
 )  # fmt: skip
 # On a CUDA device small networks wait for launches and memory: everything in compiled kernels, a step in one launch.
-CUDA = Gear("fast", dtype=torch.bfloat16, channels_last=True, folding=True, compiled_training=True, recording=True)
+CUDA = Gear(
+    "fast", dtype=torch.bfloat16, channels_last=True, folding=True, folding_compiled=False, compiled_training=True,
+    recording=True, tuned_convolutions=True,
+)  # fmt: skip
 
 _current: contextvars.ContextVar[Gear] = contextvars.ContextVar("gear", default=PLAIN)
 
@@ -76,10 +84,13 @@ def current() -> Gear:
 def running(gear: Gear) -> Iterator[Gear]:
     """Run all passes of the body in ``gear``."""
     token = _current.set(gear)
+    tuned = torch.backends.cudnn.benchmark
     try:
+        torch.backends.cudnn.benchmark = gear.tuned_convolutions or tuned
         with memory.kept() if gear.kept_memory else contextlib.nullcontext():
             yield gear
     finally:
+        torch.backends.cudnn.benchmark = tuned
         _current.reset(token)
 
 
@@ -101,6 +112,10 @@ def attacking(model: object, x: Tensor, in_eval_mode: bool) -> Iterator[int]:
     gear = current()
     if not (in_eval_mode and gear.folding and isinstance(model, nn.Module)):
         yield 0
+        return
+    if len(x) == gear.compiled_rows and not gear.folding_compiled and compiling.compiles(model):
+        with compiling.compiled(model, gear.compiled_rows):
+            yield 0
         return
     with running(PLAIN):  # the pass that is traced must not compile anything
         folding.pairs(model, x)

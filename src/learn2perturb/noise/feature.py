@@ -182,12 +182,13 @@ class Perturbation(NoiseModule):
         shared = self.sharing == "per_batch"
         if fused.can_inline(h) and self.replay is None:
             return fused.add_noise_inlined(h, scale, self.distribution, shared=shared)
-        if gears.current().fused_noise and not shared and self.replay is None and fused.can_fuse(h):
+        # Asked in this order: a compiler that looks into the pass cannot look into the current gear.
+        if fused.can_fuse(h) and not shared and self.replay is None and gears.current().fused_noise:
             noisy = fused.add_noise(h, scale, self.distribution)
             if noisy is not None:
                 return noisy
         eps = self.draw(h)
-        if shared and gears.current().fused_noise and h.is_floating_point():
+        if shared and h.device.type == "cpu" and h.is_floating_point() and gears.current().fused_noise:
             return fused.add_shared_noise(h, scale, eps)
         return torch.addcmul(h, scale.to(h.dtype), eps.to(h.dtype))
 

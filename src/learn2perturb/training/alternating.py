@@ -30,7 +30,7 @@ class Iteration:
 
 
 def _mean_size(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([t.abs().sum() for t in tensors]).sum() / sum(t.numel() for t in tensors)
+    return torch.stack(list(torch._foreach_norm(tensors, 1))).sum() / sum(t.numel() for t in tensors)
 
 
 def _descend(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,27 @@ class Totals:
     """Running sums of an epoch: they are saved with a checkpoint, so that a resumed epoch reports all of its steps."""
 
     def __init__(self, device: torch.device, state: dict[str, Tensor] | None = None) -> None:
-        self._device = device
-        self._sums = {key: value.to(device) for key, value in (state or {}).items()}
+        self._device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+        # Names that are added together, and (sum, weight) of each as the rows of one tensor.
+        self._sums: dict[tuple[str, ...], Tensor] = {
+            (key,): value.to(self._device).view(1, 2) for key, value in (state or {}).items()
+        }
 
-    def add(self, key: str, value: Tensor | float, weight: float) -> None:
-        """Add ``value`` with ``weight`` (examples or steps) to the mean called ``key``; no synchronisation."""
-        device = "cpu" if self._device.type == "mps" else self._device  # MPS has no float64
-        number = torch.as_tensor(value, dtype=torch.float64, device=device)
-        pair = torch.stack([number.detach() * weight, torch.full_like(number, weight)])
-        self._sums[key] = self._sums[key] + pair if key in self._sums else pair
+    def add(self, values: Mapping[str, Tensor | float], weight: float) -> None:
+        """Add each value with ``weight`` (examples or steps) to the mean of its name; no synchronisation."""
+        if not values:
+            return
+        # A few launches for all of them: on a GPU a launch for each would take longer than the sums.
+        numbers = torch.stack([torch.as_tensor(v, device=self._device).detach().double() for v in values.values()])
+        pairs = torch.stack([numbers, torch.ones_like(numbers)], dim=1) * weight
+        names = tuple(values)
+        self._sums[names] = self._sums[names] + pairs if names in self._sums else pairs
 
     def add_iteration(self, iteration: Iteration, examples: int) -> None:
         """Add the losses, hits and slopes of one iteration."""
         losses = iteration.losses
         parts: dict[str, Tensor | None] = {
-            "loss": losses.total.detach(),
+            "loss": losses.total,
             "clean_loss": losses.clean,
             "adversarial_loss": losses.adversarial,
             "clean_accuracy": None if losses.clean_correct is None else losses.clean_correct.double().mean(),
@@ -43,17 +50,15 @@ class Totals:
             ),
             **losses.extra,
         }
-        for key, value in parts.items():
-            if value is not None:
-                self.add(key, value, examples)
-        if iteration.loss_slope is not None:
-            self.add("theta_loss_slope", iteration.loss_slope, 1)
-        if iteration.regulariser_slope is not None:
-            self.add("theta_regulariser_slope", iteration.regulariser_slope, 1)
+        slopes = {
+            "theta_loss_slope": iteration.loss_slope, "theta_regulariser_slope": iteration.regulariser_slope,
+        }  # fmt: skip
+        for group, weight in ((parts, examples), (slopes, 1)):
+            self.add({key: value for key, value in group.items() if value is not None}, weight)
 
     def means(self) -> dict[str, float]:
         """Return the means so far; this waits for the device."""
-        values = {key: pair.tolist() for key, pair in self._sums.items()}
+        values = {key: pair.tolist() for key, pair in self._by_name().items()}
         result = {key: total / weight for key, (total, weight) in values.items() if weight}
         slope, regulariser = result.get("theta_loss_slope"), result.get("theta_regulariser_slope")
         if slope is not None and regulariser:
@@ -62,7 +67,14 @@ class Totals:
 
     def state(self) -> dict[str, Tensor]:
         """Return the sums, on the CPU."""
-        return {key: value.cpu() for key, value in self._sums.items()}
+        return {key: value.cpu() for key, value in self._by_name().items()}
+
+    def _by_name(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for names, pairs in self._sums.items():
+            for key, pair in zip(names, pairs, strict=True):
+                found[key] = found[key] + pair if key in found else pair
+        return found
 
 
 def noise_report(model: nn.Module, schedule: float | None) -> dict[str, Any]:
