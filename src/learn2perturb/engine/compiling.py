@@ -22,7 +22,8 @@ from learn2perturb.engine import compile_time, fused
 Forward = Callable[..., Any]
 _CPU = torch.device("cpu")
 
-_OPTIONS: dict[str, fused.Options] = {"cpu": fused.FUSING}
+# On a card the casts of all weights join into a few launches.
+_OPTIONS: dict[str, fused.Options] = {"cpu": fused.FUSING, "cuda": {"combo_kernels": True}}
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[int, Forward]] = weakref.WeakKeyDictionary()
 _failed: weakref.WeakSet[nn.Module] = weakref.WeakSet()

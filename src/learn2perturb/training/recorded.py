@@ -33,6 +33,8 @@ def prepare(optimizers: Optimizers, device: torch.device) -> bool:
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(float(group["lr"]), device=device)
             group["fused"], group["foreach"] = True, False
+            if "capturable" in group:  # Adam counts its steps: on the device, where a graph is to count them
+                group["capturable"] = device.type == "cuda"
     return True
 
 
