@@ -148,7 +148,7 @@ def test_in_the_fast_gear_a_stopped_run_ends_bit_for_bit_too(tmp_path, monkeypat
         monkeypatch.setattr(gears, "_COMPILED_TRAINING_PIXELS", 0)
         made = []
         compiler = compiling._compile
-        monkeypatch.setattr(compiling, "_compile", lambda forward: made.append(1) or compiler(forward))
+        monkeypatch.setattr(compiling, "_compile", lambda *given: made.append(1) or compiler(*given))
     train(settings, out=tmp_path / "whole", progress=False)
     # Stopped at two moments: its folder is what a kill after the second step, then after the fourth, leaves behind.
     from learn2perturb.training import state

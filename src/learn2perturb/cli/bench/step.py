@@ -17,6 +17,7 @@ from learn2perturb.models import build_model
 from learn2perturb.noise import perturb
 from learn2perturb.progress import Reporter
 from learn2perturb.training.config import TrainConfig
+from learn2perturb.training.recorded import WARM_UPS
 from learn2perturb.training.state import Training
 
 Call = Callable[[], object]
@@ -91,7 +92,7 @@ def measure(settings: BenchSettings, reporter: Reporter) -> dict[str, dict[str, 
     scene = Scene.of(settings)
     rounds, size = settings.rounds or 1, len(scene.data)
     whole = {"textbook": Worker(textbook_call(scene))}
-    whole |= {name: Worker(geared_call(scene, name)) for name in scene.gears}
+    whole |= {name: _warmed(geared_call(scene, name), scene.gears[name]) for name in scene.gears}
     timings = in_turn(whole, rounds, scene.device, reporter, "training steps")
     shares = _shares(scene, whole, reporter)
     work = needed(scene)
@@ -116,6 +117,17 @@ def measure(settings: BenchSettings, reporter: Reporter) -> dict[str, dict[str, 
     return result
 
 
+def _warmed(call: Call, gear: gears.Gear) -> Worker:
+    """Return a worker whose first call goes on until the step is replayed, where steps are recorded."""
+    calls = WARM_UPS + 2 if gear.recording else 1
+
+    def warm() -> None:
+        for _ in range(calls):
+            call()
+
+    return Worker(call, warm)
+
+
 def _shares(scene: Scene, whole: dict[str, Worker], reporter: Reporter) -> dict[str, dict[str, float]]:
     noisy = scene.settings.defense == "learn2perturb"
     parts: dict[tuple[str, str], Worker] = {}
@@ -123,8 +135,10 @@ def _shares(scene: Scene, whole: dict[str, Worker], reporter: Reporter) -> dict[
         parts[name, "whole"] = Worker(worker.run)
         for part in ("attack", "noise") if noisy else ("attack",):
             left = {"attack": part != "attack", "noise": part != "noise"}
-            call = textbook_call(scene, **left) if name == "textbook" else geared_call(scene, name, **left)
-            parts[name, part] = Worker(call)
+            if name == "textbook":
+                parts[name, part] = Worker(textbook_call(scene, **left))
+            else:
+                parts[name, part] = _warmed(geared_call(scene, name, **left), scene.gears[name])
     rounds = max(1, (scene.settings.rounds or 1) // 2)
     timings = in_turn(parts, rounds, scene.device, reporter, "steps without attack, without noise")
     shares: dict[str, dict[str, float]] = {}
