@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,10 +14,12 @@ from learn2perturb.data import load_data
 from learn2perturb.errors import ConfigError, InputError, NoiseError
 from learn2perturb.evaluation import Certification, certify
 from learn2perturb.evaluation import first_noise as rules
+from learn2perturb.evaluation.certificates import gaussian_dp_radius
 from learn2perturb.evaluation.certification import largest_radius, lower_bound, radius_of
 from learn2perturb.evaluation.first_noise import first_noise
 from learn2perturb.models import build_model
-from learn2perturb.noise import fixed_noise, noise_disabled, noise_modules, perturb
+from learn2perturb.noise import fixed_noise, noise_disabled, noise_modules, perturb, vary_weights
+from learn2perturb.noise.sensitivity import sensitivity
 
 SHAPE = (1, 4, 4)
 
@@ -133,6 +137,71 @@ def test_noise_in_the_weights_is_refused(method):
         certify(net, load_data("digits", "test", limit=2), n0=2, n=4, method=method, **sigma)
 
 
+def test_weights_that_vary_are_refused_while_on_and_named_as_missing_while_off():
+    """A layer has two noise modules, of weight and bias, and one name."""
+    net = vary_weights(Net().eval())
+    with pytest.raises(NoiseError, match="in the weights"):
+        certify(net, images(), n0=2, n=4)
+    with noise_disabled(net):
+        for method in ("first_noise", "pixeldp"):
+            with pytest.raises(NoiseError, match="has none|has 0"):
+                certify(net, images(), n0=2, n=4, method=method)
+        assert certify(net, images(), n0=2, n=4, sigma=0.5).method == "smoothing"
+
+
+def test_the_bound_is_of_the_noise_that_is_on():
+    """Of two noise layers the first by name is off: the certificate is that of the other, at its own site."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a_late = nn.Conv2d(1, 2, 3, padding=1)
+            self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a_late(self.conv(x)).flatten(2).mean(dim=2)
+
+    torch.manual_seed(0)
+    net = perturb(Two().eval(), input_shape=SHAPE, sites=["a_late", "conv"], granularity="layer", init=0.5).eval()
+    noise_modules(net)[0].enabled = False
+    found = certify(net, images(), n0=2, n=4, method="pixeldp")
+    assert found.site == "conv"
+    assert found.constant == pytest.approx(float(sensitivity(net, net.conv)) / 0.5)
+
+
+def _seeding(x: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return (x + 0.5 * torch.randn(x.shape[1:])).flatten(1)[:, :2]
+
+
+def _seeding_afterwards(x: Tensor) -> Tensor:
+    logits = (x + 0.5 * torch.randn_like(x)).flatten(1)[:, :2]
+    torch.manual_seed(0)
+    return logits
+
+
+def _a_draw_for_each_row(x: Tensor) -> Tensor:
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    return (x + 0.5 * noise).flatten(1)[:, :2]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [(_seeding, "seeds the random"), (_seeding_afterwards, "seeds the random"), (_a_draw_for_each_row, "the row of")],
+)
+def test_votes_that_are_replayed_are_refused(model, reason):
+    """A model that seeds the generators makes every vote the same, that of the smoothing noise included."""
+    with pytest.raises(InputError, match=reason):
+        certify(model, images(), sigma=0.25, n0=20, n=100)
+
+
+def test_a_fixed_function_is_certified_however_it_was_made():
+    def projection(x: Tensor) -> Tensor:
+        return x.flatten(1) @ torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+
+    assert certify(projection, images(), sigma=0.25, n0=20, n=100).radii
+
+
 def test_a_scale_of_zero_and_batch_statistics_are_refused():
     net = network()
     noise_modules(net)[0].theta.data[0, 0, 0] = 0
@@ -220,18 +289,78 @@ def test_no_attack_breaks_a_certified_radius():
     assert flipped[certified].mean() <= 0.05
 
 
-def test_the_class_is_chosen_and_certified_by_different_draws():
-    seen: list[int] = []
+TRIALS = 1000
+
+
+def _most(alpha: float) -> int:
+    """How many of the trials may be violated at level ``alpha``: exceeded by chance once in 10,000 times."""
+    return int(stats.binom.isf(1e-4, TRIALS, alpha))
+
+
+@pytest.mark.parametrize("n", [60, 400])
+def test_a_fair_coin_is_certified_no_more_often_than_alpha(n):
+    """Its radius is 0. The class that leads the certifying votes themselves would be certified twice as often."""
+    alpha = 0.2
 
     def coin(x: Tensor) -> Tensor:
-        seen.append(len(x))
         right = torch.rand(len(x)) < 0.5
         return torch.stack([right, ~right], dim=1).float()
 
-    found = certify(coin, images(40), sigma=0.1, n0=9, n=200, alpha=0.01)
-    # Of fair coins the vote of nine says nothing about the next 200; certifying with the choosing draws would.
-    assert found.abstained >= 0.95
-    assert sum(seen) >= 40 * 209
+    x, y = torch.zeros(TRIALS, 1, 1, 1), torch.zeros(TRIALS, dtype=torch.int64)
+    # As many draws choose as certify: were they the same draws, the choice would know the votes.
+    found = certify(coin, (x, y), sigma=0.1, n0=n, n=n, alpha=alpha, batch_size=50_000)
+    certified = round(TRIALS * (1 - found.abstained))
+    assert TRIALS * alpha / 2 < certified <= _most(alpha)
+
+
+class _Distance(nn.Module):
+    """Two classes, decided by the sign of one number: the radius of an image is how far it is from the plane."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 1)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.tensor([[3.0, 4.0]]))
+            self.first.bias.fill_(-3.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x.flatten(1))
+        return torch.cat([-z, z], dim=1)
+
+
+@pytest.mark.parametrize("method", ["first_noise", "smoothing"])
+@pytest.mark.parametrize("alpha", [0.05, 0.3])
+def test_certificates_are_violated_no_more_often_than_alpha(method, alpha):
+    """A certificate is a promise: over 1,000 trials with a known radius, and near to the level, not far below it."""
+    model, sigma = _Distance().eval(), 0.3
+    true = torch.linspace(0.02, 0.4, TRIALS)
+    side = torch.where(torch.arange(TRIALS) % 2 == 0, 1.0, -1.0)
+    x = (torch.tensor([0.5, 0.5]) + (true * side)[:, None] * torch.tensor([0.6, 0.8])).view(TRIALS, 1, 1, 2)
+    y = (side > 0).long()
+    if method == "first_noise":
+        perturb(model, input_shape=(1, 1, 2), sites="first", init=5 * sigma)  # |w| = 5, so it is sigma on the image
+    given = {"sigma": sigma} if method == "smoothing" else {}
+    found = certify(model.eval(), (x, y), method=method, n0=30, n=300, alpha=alpha, batch_size=50_000, **given)
+    assert found.constant == pytest.approx(1 / sigma)
+    certified = found.predictions.unpack() >= 0
+    wrong_class = found.predictions.unpack() != y.numpy()
+    violated = certified & (wrong_class | (np.array(found.radii) > true.numpy()))
+    assert TRIALS * alpha / 2 < violated.sum() <= _most(alpha)
+
+
+def test_the_class_is_chosen_and_certified_by_different_draws():
+    passes: list[int] = []
+
+    def turning(x: Tensor) -> Tensor:
+        """Class 0 in the pass that chooses, the first of 20 rows; class 1 in those that certify."""
+        passes.extend([len(x)] * (len(x) == 20))
+        answer = torch.full((len(x),), len(passes) > 1)
+        return torch.stack([~answer, answer], dim=1).float()
+
+    found = certify(turning, images(4), sigma=0.1, n0=5, n=100, alpha=0.01, batch_size=20)
+    assert len(passes) == 1 + 20
+    assert found.predictions.unpack().tolist() == [-1] * 4
+    assert found.votes.unpack().tolist() == [0] * 4
 
 
 # --- the record
@@ -250,6 +379,9 @@ def test_vacuity_is_said_and_the_record_kept(tmp_path):
         lambda x: torch.stack([1 + 0 * x[:, 0, 0, 0], 0 * x[:, 0, 0, 0]], 1), images(), sigma=9.0, n0=9, n=99
     )
     assert "100.0 % are certified" in sure.statement
+    assert set(sure.radii) == {sure.largest} == {9.0 * stats.norm.ppf(0.001 ** (1 / 99))}
+    assert sure.accuracy_at(sure.largest) == 1
+    assert dataclasses.replace(found, norm="l1").needed == pytest.approx(0.9 * 16)
 
 
 def test_pixeldp_gives_its_own_radius():
@@ -263,5 +395,12 @@ def test_pixeldp_gives_its_own_radius():
     assert (found.norm, found.exact) == ("l2", False)
     assert found.constant >= tight.constant  # a bound of what the other has exactly
     assert found.largest < tight.largest
+    with torch.no_grad():
+        net.fc.weight.zero_()
+        net.fc.bias.copy_(torch.arange(10.0))
+    sure = certify(net, data, method="pixeldp", n0=50, n=500, alpha=0.05)
+    level = (0.05 / 10) ** (1 / 500)  # Bonferroni over ten classes, and not once more: other draws chose
+    agreed = gaussian_dp_radius(level, 1 - level, sigma=1.0, sensitivity=sure.constant)
+    assert [*sure.radii, sure.largest] == pytest.approx([float(agreed)] * 4)
     with pytest.raises(NoiseError, match="one noise layer"):
         certify(network(), images(), method="pixeldp", n0=2, n=4)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import NoiseError
-from learn2perturb.noise import Perturbation, noise_modules, noise_sites
+from learn2perturb.noise import Perturbation, named_noise
 
 # Up to this many pixels S is exact, from the Gram matrix (pixels x pixels, 134 MB at most); beyond, it is bounded.
 EXACT_PIXELS = 4096
@@ -39,8 +39,8 @@ class _Reached(Exception):
     """Ends a pass at the first noise: what comes after is not asked for."""
 
 
-def check_draws(model: object, *, what: str) -> list[Perturbation]:
-    """Return the noise modules of ``model`` that are switched on, after checking that its votes are independent.
+def check_draws(model: object, *, what: str) -> list[tuple[str, Perturbation]]:
+    """Return the noise of ``model`` that is switched on, by site, after checking that its votes are independent.
 
     Raises:
         NoiseError: noise that is replayed, shared over a batch, in the weights, or relative to the batch's features.
@@ -48,7 +48,7 @@ def check_draws(model: object, *, what: str) -> list[Perturbation]:
     if not isinstance(model, nn.Module):
         return []
     found = []
-    for site, module in zip(noise_sites(model), noise_modules(model), strict=True):
+    for site, module in named_noise(model):
         if not module.enabled:
             continue
         reason = ""
@@ -66,7 +66,7 @@ def check_draws(model: object, *, what: str) -> list[Perturbation]:
                 "sharing='per_example', outside of fixed_noise, or smooth the network without it: noise_disabled(model)"
             )
         assert isinstance(module, Perturbation)
-        found.append(module)
+        found.append((site, module))
     return found
 
 
@@ -138,8 +138,8 @@ def _replaced(modules: list[Perturbation], what: Callable[[Perturbation, Tensor]
 
 
 def _enabled(network: nn.Module) -> dict[str, Perturbation]:
-    named = zip(noise_sites(network), noise_modules(network), strict=True)
-    return {site: module for site, module in named if isinstance(module, Perturbation) and module.enabled}
+    found = named_noise(network)
+    return {site: module for site, module in found if isinstance(module, Perturbation) and module.enabled}
 
 
 def _order(network: nn.Module, x: Tensor) -> list[tuple[str, Perturbation]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from learn2perturb.engine.random import seed_everything
 from learn2perturb.errors import InputError
 from learn2perturb.evaluation.passes import PROBABILITIES, Model, are_probabilities, checked_logits, passes_differ
+from learn2perturb.evaluation.replays import BY_ROW, SEEDS, replayed
 from learn2perturb.noise import noise_disabled
 from learn2perturb.noise.base import NoiseModule
 
@@ -34,8 +35,23 @@ def check_fixed(model: Model, x: Tensor, seed: int) -> list[str]:
     """Check that ``model`` (in eval mode) is a fixed function of an image; return what could not be checked.
 
     Raises:
-        InputError: it stays in train mode, changes its own buffers in a pass, or answers differently in another batch:
-            no number of it would mean anything.
+        InputError: it stays in train mode, changes its own buffers in a pass, seeds the generators, or answers
+            differently in another batch: no number of it would mean anything.
+    """
+    reason = replay_of(model, x, seed)
+    if reason in (SEEDS, BY_ROW):
+        raise InputError(
+            f"{reason}: its draws are replayed, and votes or averages over them count one draw many times; draw noise "
+            "without seeding"
+        )
+    return check_batches(model, x, seed)
+
+
+def replay_of(model: Model, x: Tensor, seed: int) -> str:
+    """Return how the draws of ``model`` (in eval mode) are replayed, or nothing; of its noise, not of this package's.
+
+    Raises:
+        InputError: it stays in train mode, or changes its own buffers in a pass.
     """
     still = in_train_mode(model)
     if still:
@@ -43,10 +59,19 @@ def check_fixed(model: Model, x: Tensor, seed: int) -> list[str]:
             f"the model stays in train mode after eval() ({_shown(still)}), so its answers depend on the batch; do not "
             "override train() or set .training inside forward()"
         )
+    _check_buffers(model, x[:_IMAGES])
+    with _quiet(model):
+        return replayed(model, x[:_IMAGES], seed)
+
+
+def check_batches(model: Model, x: Tensor, seed: int) -> list[str]:
+    """Check that the answer of ``model`` does not change with the batch; return what could not be checked.
+
+    Raises:
+        InputError: it does.
+    """
     x = x[:_IMAGES]
-    _check_buffers(model, x)
-    quiet = noise_disabled(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
-    with quiet:
+    with _quiet(model):
         if not passes_differ(model, x, seed):
             _check_batch_size(model, x)
             return []
@@ -63,6 +88,10 @@ def warn_of_probabilities(model: Model, x: Tensor, seed: int) -> list[str]:
             return []
     warnings.warn(PROBABILITIES, stacklevel=3)
     return [PROBABILITIES]
+
+
+def _quiet(model: Model) -> contextlib.AbstractContextManager[object]:
+    return noise_disabled(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
 
 
 def _check_buffers(model: Model, x: Tensor) -> None:
@@ -91,7 +120,7 @@ def _check_batch_size(model: Model, x: Tensor) -> None:
         raise InputError(
             f"the model's answer changes with the batch size: logits of images alone and in a batch of {len(x)} differ "
             f"by {difference:.3g} (rounding explains {allowed:.1g}); is a BatchNorm inside in train mode, or without "
-            "running statistics? give the network itself, in eval mode"
+            "running statistics, or a generator seeded from the batch? give the network itself, in eval mode"
         )
 
 

@@ -23,7 +23,6 @@ from learn2perturb.evaluation.certification import METHODS, Certification, large
 from learn2perturb.evaluation.first_noise import check_draws, check_first_noise, first_noise
 from learn2perturb.evaluation.inputs import check_fixed
 from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of
-from learn2perturb.noise import noise_sites
 from learn2perturb.noise.sensitivity import checked_convolution, sensitivity
 from learn2perturb.records import PackedIntegers
 
@@ -174,17 +173,17 @@ def _constant(model: Model, x: Tensor, method: str, sigma: float | None) -> tupl
     if method == "first_noise":
         found = first_noise(model, x)
         return found.constant, found.site, found.exact, "gaussian"
-    modules = check_draws(model, what="PixelDP's certificate")
-    if len(modules) != 1 or modules[0].theta.numel() != 1 or modules[0].place != "output":
+    found_noise = check_draws(model, what="PixelDP's certificate")
+    if len(found_noise) != 1 or found_noise[0][1].theta.numel() != 1 or found_noise[0][1].place != "output":
         raise NoiseError(
             f"PixelDP's certificate is for one noise layer with one scale, on the output of the first convolution, and "
-            f"this model has {len(modules)}; use method='first_noise', or train with defense pixeldp"
+            f"this model has {len(found_noise)}; use method='first_noise', or train with defense pixeldp"
         )
-    noise, site = modules[0], noise_sites(model)[0]
+    site, noise = found_noise[0]
     norm = "l2" if noise.distribution == "gaussian" else "l1"
     check_first_noise(model, x, distributions=("gaussian", "laplace"))
     bound = float(sensitivity(model, checked_convolution(model.get_submodule(site), site), norm))
-    return bound / float(noise.theta), site, False, noise.distribution
+    return bound / float(noise.theta.detach()), site, False, noise.distribution
 
 
 def _unanimous(n: int, classes: int) -> NDArray[np.int64]:

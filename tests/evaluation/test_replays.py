@@ -1,0 +1,126 @@
+"""Draws that repeat are found and named, in whatever way they are made to; honest models are left alone."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from learn2perturb.engine.random import isolated_rng, seed_everything
+from learn2perturb.errors import InputError
+from learn2perturb.evaluation.inputs import check_fixed
+from learn2perturb.evaluation.replays import BY_ROW, HIDDEN, SEEDS, Contained, replayed, seeds_generators
+
+X = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+WEIGHT = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
+
+
+def answer(x: Tensor, noise: Tensor) -> Tensor:
+    return (x + 0.3 * noise).flatten(1) @ WEIGHT
+
+
+def seeds_torch(x: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return answer(x, torch.randn(x.shape[1:]))
+
+
+def seeds_torch_by_the_images(x: Tensor) -> Tensor:
+    torch.manual_seed(int(1e6 * x.sum()))
+    return answer(x, torch.randn(x.shape))
+
+
+def seeds_torch_afterwards(x: Tensor) -> Tensor:
+    logits = answer(x, torch.randn_like(x))
+    torch.manual_seed(0)
+    return logits
+
+
+def seeds_numpy(x: Tensor) -> Tensor:
+    np.random.seed(0)
+    return answer(x, torch.from_numpy(np.random.randn(*x.shape)).float())
+
+
+def seeds_python(x: Tensor) -> Tensor:
+    random.seed(0)
+    return answer(x, torch.full_like(x, random.gauss(0, 1)))
+
+
+def forks(x: Tensor) -> Tensor:
+    with isolated_rng():
+        torch.manual_seed(0)
+        return answer(x, torch.randn(x.shape[1:]))
+
+
+def own_generator(x: Tensor) -> Tensor:
+    return answer(x, torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
+
+
+def own_generator_by_the_image(x: Tensor) -> Tensor:
+    noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(int(1e6 * one.sum()))) for one in x]
+    return answer(x, torch.stack(noise))
+
+
+def fresh(x: Tensor) -> Tensor:
+    return answer(x, torch.randn_like(x))
+
+
+def fresh_for_a_batch(x: Tensor) -> Tensor:
+    return answer(x, torch.randn(x.shape[1:]))
+
+
+def fresh_from_a_fork(x: Tensor) -> Tensor:
+    seed = int(torch.randint(2**31, (1,)))
+    with isolated_rng():
+        torch.manual_seed(seed)
+        return answer(x, torch.randn(x.shape))
+
+
+def plain(x: Tensor) -> Tensor:
+    return answer(x, torch.zeros_like(x))
+
+
+REPLAYED = {
+    seeds_torch: SEEDS, seeds_torch_by_the_images: SEEDS, seeds_torch_afterwards: SEEDS, seeds_numpy: SEEDS,
+    seeds_python: SEEDS, forks: HIDDEN, own_generator: BY_ROW, own_generator_by_the_image: HIDDEN,
+}  # fmt: skip
+HONEST = [fresh, fresh_for_a_batch, fresh_from_a_fork, plain, nn.BatchNorm2d(1, track_running_stats=False)]
+
+
+@pytest.mark.parametrize("model", list(REPLAYED))
+def test_a_replay_is_named(model):
+    with isolated_rng():
+        assert replayed(model, X, 0) == REPLAYED[model]
+
+
+@pytest.mark.parametrize("model", HONEST)
+def test_what_is_honest_is_no_replay(model):
+    network = nn.Sequential(model, nn.Flatten()).eval() if isinstance(model, nn.Module) else model
+    with isolated_rng():
+        assert replayed(network, X, 0) == ""
+
+
+@pytest.mark.parametrize("model", [seeds_torch, seeds_torch_afterwards, own_generator])
+def test_a_replay_is_no_fixed_function_and_batchnorm_is_not_blamed(model):
+    with isolated_rng(), pytest.raises(InputError) as caught:
+        check_fixed(model, X, 0)
+    assert "replayed" in str(caught.value)
+    assert "BatchNorm" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model", [seeds_torch, seeds_numpy, seeds_python])
+def test_a_model_that_seeds_is_contained(model):
+    """Without that, an attack's own draws would come again after every query."""
+    contained = Contained(model).eval()
+    with isolated_rng():
+        assert torch.equal(contained(X), model(X))
+        assert seeds_generators(model, X, 0)
+        assert not seeds_generators(contained, X, 0)
+        seed_everything(3)
+        expected = torch.rand(4), np.random.rand(), random.random()
+        seed_everything(3)
+        contained(X)
+        assert torch.equal(torch.rand(4), expected[0])
+        assert (np.random.rand(), random.random()) == expected[1:]
