@@ -6,10 +6,13 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from learn2perturb.cli.main import main
+from learn2perturb.cli.subject import read_run
 from learn2perturb.evaluation import Certification, Comparison, Diagnosis
 from learn2perturb.evaluation.diagnostics import budget
+from learn2perturb.training.loading import load
 
 TINY = dataclasses.replace(
     budget.QUICK, name="quick", images=16, some=8, scorings=2, eot=2, sweep_eot=1, steps=4, unbounded_steps=5,
@@ -48,6 +51,11 @@ def test_a_run_is_diagnosed_with_sources_that_are_trained(trained, quick, capsys
     assert sorted(path.name for path in (quick / "figures").iterdir()) == [
         f"accuracy-against-{axis}.png" for axis in ("draws", "eps", "steps")
     ]
+    own = read_run(str(trained))[1]["seed"]
+    seeds = {name: read_run(str(trained / "sources" / name))[1]["seed"] for name in ("undefended", "pgd_at", "twin")}
+    assert own not in seeds.values()  # a twin of the same seed would be the network itself, no stranger
+    first, second = (load(place).conv1.weight for place in (trained, trained / "sources" / "twin"))
+    assert not torch.equal(first, second)
     record = Diagnosis.load(said["record"])
     assert (record.verdict, record.seed) == (said["verdict"], 0)
     assert set(record.metadata["sources"]) == {"undefended", "pgd_at", "twin"}
@@ -73,6 +81,25 @@ def test_a_factory_is_diagnosed_and_certified(quick, capsys):
     assert (said["method"], said["sigma"], said["images"]) == ("smoothing", 0.25, 3)
     assert Certification.load(said["record"]).n == 50
     assert (quick / "figures" / "certified-accuracy.png").stat().st_size > 1000
+
+
+def test_the_noise_of_a_factory_is_switched_off_by_another(quick, capsys):
+    (quick / "mine_with_noise.py").write_text(
+        "import torch\n"
+        "from learn2perturb import build_model\n"
+        "def quiet():\n    torch.manual_seed(0)\n"
+        "    return build_model('digits_cnn', input_shape=(1, 8, 8)).eval()\n"
+        "def noisy():\n    network = quiet()\n"
+        "    return lambda x: network(x + 0.1 * torch.randn_like(x))\n"
+    )
+    words = ["diagnose", "mine_with_noise:noisy", "--dataset=digits", "--eps=0.1", "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["checks"][5]["missing"] == ["the noise-off twin"]
+    assert main([*words, "--noise-off", "mine_with_noise:quiet", "--source", "pgd_at=mine_with_noise:quiet"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["checks"][5]["missing"] == []
+    assert set(said["checks"][5]["evidence"]) == {"noise off", "transfer", "white-box", "pgd_at"}
+    assert said["checks"][8]["notes"] == []
 
 
 def test_a_run_is_certified_by_its_own_noise(trained, quick, capsys):
@@ -124,6 +151,7 @@ BAD = {
     "record over a file": (["diagnose", "RUN", "--out", "file.txt"], "so that it is not lost"),
     "sources of a factory": (["diagnose", "json:loads", "--dataset=digits", "--train-sources"], "give --source"),
     "eps": (["diagnose", "RUN", "--eps", "8"], "write 8/255"),
+    "noise-off of nothing": (["diagnose", "RUN", "--noise-off", "nowhere"], "give a run folder"),
     "sigma": (["certify", "RUN", "--method", "smoothing"], "sigma is None"),
     "method": (["certify", "RUN", "--method", "cohen"], "allowed: auto"),
     "no record": (["compare", "file.txt", "file.txt"], "not valid JSON"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 import warnings
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from learn2perturb import records
 from learn2perturb.attacks import FGSM, PGD
 from learn2perturb.data import load_data
 from learn2perturb.engine.random import isolated_rng
@@ -18,7 +21,7 @@ from learn2perturb.errors import CheckpointError, ConfigError, DataError, InputE
 from learn2perturb.evaluation.diagnostics import BUDGETS, CHECKS, QUICK, Diagnosis, diagnose
 from learn2perturb.evaluation.diagnostics.draws import gradient_slope, row_slope
 from learn2perturb.evaluation.diagnostics.verdict import Draft, Statement, conclude, judge
-from learn2perturb.noise import fixed_noise, perturb
+from learn2perturb.noise import fixed_noise, perturb, perturb_weights
 
 EPS = 0.15
 TINY = dataclasses.replace(
@@ -114,6 +117,9 @@ def test_a_diagnosis_is_kept_and_read_back(honest, tmp_path):
     bits = honest.measurement("reported").correct.unpack()
     assert bits.shape == (1, TINY.images)
     assert bits.mean() == honest.measurement("reported").accuracy
+    older = json.loads(path.read_text())
+    assert [check.pop("notes") for check in older["checks"]] == [[]] * 9  # a record from before there were notes
+    assert records.from_json(json.dumps(older), Diagnosis) == honest
     path.write_text(path.read_text().replace('"verdict": "stands"', '"verdict": "maybe"'))
     with pytest.raises(CheckpointError, match="verdict"):
         Diagnosis.load(path)
@@ -158,8 +164,6 @@ def test_saturated_logits_are_caught(networks, digits):
 
 
 def noisy(networks, sharing: str) -> nn.Module:
-    import copy
-
     return perturb(
         copy.deepcopy(networks["pgd_at"]), input_shape=(1, 8, 8), sites=["conv1", "conv2"], sharing=sharing, init=0.3
     )
@@ -180,16 +184,97 @@ def test_real_draws_are_found_real(real_noise):
     assert "transfer from own noise-off twin" in {one.name for one in real_noise.measurements}
 
 
-def test_draws_shared_by_a_batch_are_caught(networks, digits):
-    found = examined(noisy(networks, "per_batch"), digits, networks)
-    assert 9 in failed(found)
-    assert "share one draw" in found.check(9).sentence
+FEW = dataclasses.replace(TINY, images=24, some=12, samples=5, unbounded_steps=10, step_curve=(4, 8), slope_repeats=24)
+
+
+def shared_weights(networks) -> nn.Module:
+    return perturb_weights(copy.deepcopy(networks["pgd_at"]), sites=["conv1", "conv2"], init=0.3).eval()
+
+
+def shared_by_hand(networks):
+    """Nothing of this package: one draw of noise on the images for a pass."""
+    return lambda x: networks["pgd_at"](x + 0.1 * torch.randn(x.shape[1:]))
+
+
+def shared_and_own(networks):
+    """A draw for each row, on top of one for the pass."""
+    return lambda x: networks["pgd_at"](x + 0.1 * torch.randn(x.shape[1:]) + 0.05 * torch.randn(x.shape))
+
+
+@pytest.mark.parametrize("kind", [lambda n: noisy(n, "per_batch"), shared_weights, shared_by_hand, shared_and_own])
+def test_draws_shared_by_a_batch_are_a_note_not_a_fault(networks, digits, kind):
+    found = diagnose(kind(networks), digits, budget=FEW, eps=EPS, engine="plain")
+    check = found.check(9)
+    assert check.status == "passed", check.sentence
+    assert len(check.notes) == 1
+    assert "EOT must average over fresh passes" in check.notes[0]
+    assert "intervals over images are too narrow" in str(found)
+    assert records.from_json(records.to_json(found), Diagnosis).check(9).notes == check.notes
+
+
+def seeded(network: nn.Module, kind: str):
+    """A network that fakes its noise."""
+
+    def forward(x: Tensor) -> Tensor:
+        if kind == "globally":
+            torch.manual_seed(0)
+        if kind == "by image":
+            torch.manual_seed(int(1e6 * x.sum()))
+        generator = torch.Generator().manual_seed(0) if kind == "its own" else None
+        return network(x + 0.1 * torch.randn(x.shape, generator=generator))
+
+    return forward
+
+
+@pytest.mark.parametrize("kind", ["globally", "by image", "its own"])
+def test_a_forward_that_seeds_fails_for_the_right_reason(networks, digits, kind):
+    found = diagnose(seeded(networks["undefended"], kind), digits, budget=FEW, eps=EPS, engine="plain")
+    assert found.check(9).status == "failed"
+    assert found.verdict == "does not stand"
+    reason = "the row of the batch" if kind == "its own" else "forward() seeds the random generators"
+    assert reason in found.check(9).sentence.replace("Forward", "forward")
+    assert "replayed" in found.check(9).sentence
+    assert "BatchNorm" not in str(found)
+
+
+def test_a_fixed_function_that_seeds_is_no_noise_where_it_is_said(networks, digits):
+    def projected(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return networks["pgd_at"](x + 0.01 * torch.randn(x.shape[1:]))
+
+    found = diagnose(projected, digits, budget=FEW, eps=EPS, engine="plain", stochastic=False)
+    assert found.check(9).status == "does not apply"
+
+
+def test_noise_of_any_model_is_switched_off_by_its_twin(networks, digits):
+    model, sources = shared_by_hand(networks), {"pgd_at": networks["pgd_at"]}
+    without = diagnose(model, digits, budget=FEW, eps=EPS, engine="plain", sources=sources)
+    assert without.check(6).status == "not shown"
+    assert "--noise-off" in without.check(6).sentence
+    found = diagnose(model, digits, budget=FEW, eps=EPS, engine="plain", sources=sources, noise_off=networks["pgd_at"])
+    check = found.check(6)
+    assert check.status == "passed"
+    assert check.evidence["noise off"] == pytest.approx(check.evidence["pgd_at"], abs=0.1)
+    assert "transfer from own noise-off twin" in {one.name for one in found.measurements}
+    assert (without.metadata["noise_off"], found.metadata["noise_off"]) == ("none", "given")
+
+
+def test_a_twin_that_is_none_is_refused(networks, digits):
+    model = shared_by_hand(networks)
+    for twin, error, mend in (
+        (3, ConfigError, "must be callable"),
+        (model, InputError, "still draws noise"),
+        (lambda x: networks["pgd_at"](x)[:, :5], InputError, "5 classes and the model 10"),
+        (seeded(networks["pgd_at"], "globally"), InputError, "seeds the random"),
+    ):
+        with pytest.raises(error, match=mend):
+            diagnose(model, digits, budget=FEW, eps=EPS, engine="plain", noise_off=twin)
 
 
 def test_replayed_noise_is_caught(networks, digits):
     model = noisy(networks, "per_example")
     with fixed_noise(model, 0):
-        found = examined(model, digits, networks)
+        found = diagnose(model, digits, budget=FEW, eps=EPS, engine="plain")
     assert 9 in failed(found)
     assert "replayed" in found.check(9).sentence
 
@@ -200,7 +285,8 @@ def test_a_foreign_model_that_is_said_to_be_random_and_is_not(networks, digits):
             torch.manual_seed(0)
             return networks["pgd_at"](x + 0.05 * torch.randn(x.shape[1:]))
 
-    assert 9 in failed(examined(replaying, digits, {}, stochastic=True))
+    found = diagnose(replaying, digits, budget=FEW, eps=EPS, engine="plain", stochastic=True)
+    assert 9 in failed(found)
 
 
 # --- slopes
@@ -221,7 +307,22 @@ def test_a_pool_of_draws_has_not_the_slope_of_independence():
     assert gradient_slope(independent, x, y, 512).fits
     assert not gradient_slope(rolled, x, y, 512).fits
     assert row_slope(independent, x, 24).fits
+    cycle = [torch.randn(6, 4) for _ in range(4)]  # four draws in a circle: the average of four is constant
+    circling = lambda x: (x.flatten(1) + cycle[next(passes) % 4]).sigmoid() @ weight  # noqa: E731
+    assert gradient_slope(circling, x, y, 512).value < -2
+    assert gradient_slope(lambda x: x.flatten(1) @ weight[:, :2] + torch.randn(2), x, y, 64) is None
     assert not row_slope(lambda x: independent(x[:1]).expand(len(x), -1), x, 24).fits
+
+
+def test_one_number_for_a_whole_pass_is_no_replay_by_chance():
+    """The images of a pass then err together: an error told from their spread fails a quarter of such models."""
+    x, y, weight = torch.rand(8, 1, 2, 2), torch.zeros(8, dtype=torch.int64), torch.randn(4, 3)
+    found = [
+        gradient_slope(lambda x: (x.flatten(1) + torch.randn(())).sigmoid() @ weight, x, y, 16 * 24) for _ in range(20)
+    ]
+    assert sum(slope.fits for slope in found) >= 19
+    spread = np.std([slope.value for slope in found])
+    assert np.mean([slope.standard_error for slope in found]) == pytest.approx(spread, rel=0.5)
 
 
 def test_one_unlucky_draw_among_many_points_is_no_break():
@@ -365,6 +466,8 @@ def test_what_cannot_be_said_is_refused(networks, digits):
         diagnose(model, (torch.rand(5, 1, 8, 8), torch.ones(5, dtype=torch.int64)))
     with pytest.raises(ConfigError, match="divided by 4"):
         dataclasses.replace(TINY, draw_curve=(1, 6))
+    with pytest.raises(ConfigError, match="at least 3"):
+        dataclasses.replace(TINY, slope_repeats=2)
 
 
 def test_budgets_are_sound_and_full_is_as_the_thresholds_ask():

@@ -46,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train-sources", action="store_true",
         help="train the sources that are not given, with the settings of the run, into RUN/sources",
     )  # fmt: skip
+    add(
+        "--noise-off", metavar="MODEL",
+        help="your network without its noise, module:function, for check 6 (noise of this package needs none)",
+    )  # fmt: skip
     add("--stochastic", action="store_true", help="the model is said to be random: catch one that is not")
     add("--batch-size", type=typed("int"), default=100, metavar="N", help="images in a pass (default 100)")
     add("--engine", default="auto", metavar="NAME", help="attacks are crafted in: auto (default), plain or fast")
@@ -74,14 +78,15 @@ def run(arguments: argparse.Namespace) -> int:
     subject = load_subject(arguments)
     device = next((str(p.device) for p in getattr(subject.model, "parameters", list)()), None)
     sources = {name: _model(place, device) for name, place in named.items()}
+    noise_off = None if arguments.noise_off is None else _model(arguments.noise_off, device)
     if arguments.train_sources:
         sources |= _trained(subject, Path(arguments.run), sources, device)
     with Reporter() as reporter:
         found = diagnose(
             subject.model, subject.data, budget="full" if arguments.full else "quick",
-            eps=subject.eps if eps is None else eps, sources=sources, stochastic=True if arguments.stochastic else None,
-            seed=arguments.seed, limit=arguments.limit, batch_size=arguments.batch_size, engine=arguments.engine,
-            name=subject.name, progress=reporter,
+            eps=subject.eps if eps is None else eps, sources=sources, noise_off=noise_off,
+            stochastic=True if arguments.stochastic else None, seed=arguments.seed, limit=arguments.limit,
+            batch_size=arguments.batch_size, engine=arguments.engine, name=subject.name, progress=reporter,
         )  # fmt: skip
     out = new_record(arguments, subject.folder, "diagnosis")
     found.save(out)
@@ -111,7 +116,7 @@ def summary(found: Diagnosis) -> dict[str, Any]:
         "checks": [
             {
                 "number": check.number, "name": check.name, "status": check.status, "sentence": check.sentence,
-                "evidence": check.evidence, "missing": list(check.missing),
+                "evidence": check.evidence, "missing": list(check.missing), "notes": list(check.notes),
             }
             for check in found.checks
         ],

@@ -11,14 +11,21 @@ from learn2perturb.errors import ConfigError, InputError
 
 # One-sided level at which a single comparison fails beyond two standard errors: 1 - Phi(2).
 TWO_SIGMA = 0.022750131948179195
+# Accuracies are ratios of whole numbers; a difference that lies on a threshold must not fall to a side by rounding.
+_ROUNDING = 1e-9
+
+
+def beyond(difference: float, allowed: float) -> bool:
+    """Tell whether a difference of accuracies is more than ``allowed``, by more than rounding."""
+    return difference > allowed + _ROUNDING
 
 
 def exceeds(difference: float, allowed: float, standard_error: float) -> float:
     """Return the one-sided p-value of "the difference is no more than ``allowed``", ``1 - Phi((d - allowed) / SE)``."""
     from scipy import stats
 
-    if standard_error == 0:
-        return 1.0 if difference <= allowed else 0.0
+    if standard_error < _ROUNDING:
+        return 0.0 if beyond(difference, allowed) else 1.0
     return float(stats.norm.sf((difference - allowed) / standard_error))
 
 

@@ -1,4 +1,4 @@
-"""Check 9: the draws are real. Two calls differ, two rows of a batch differ, averages of K draws vary as 1/K."""
+"""Check 9: the draws are real. Two calls differ, and averages of K draws vary as 1/K; shared draws are noted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from learn2perturb.attacks.gradients import input_gradient
 from learn2perturb.attacks.losses import margin
@@ -15,18 +15,20 @@ from learn2perturb.engine.random import seed_everything
 from learn2perturb.evaluation.diagnostics.measure import Bench
 from learn2perturb.evaluation.diagnostics.verdict import Draft
 from learn2perturb.evaluation.passes import Model, checked_logits, passes_differ
-from learn2perturb.noise import Perturbation, noise_modules
 
 COUNTS = (1, 4, 16)
 TOLERANCE = 0.1
-REPLAYED = (
-    "two calls give the same answer although the model has noise: its draws are replayed, so an average over draws "
-    "averages nothing, and scoring uses the draws that the attack saw"
-)
+REPLAYED = "its draws are replayed, so an average over draws averages nothing, and scoring uses draws the attack saw"
+SAME = "two calls give the same answer although the model has noise"
 SHARED = (
-    "all rows of a batch share one draw: copies of an image in one batch average nothing, and errors over images are "
-    "not independent"
+    "so EOT must average over fresh passes, as the attacks here do: copies of an image in one batch average less than "
+    "they seem to; and images scored in one pass are not independent, so intervals over images are too narrow: compare "
+    "several scorings"
 )
+# Parts of the passes, each left out once: enough to tell an error, few enough to keep the sums of each.
+_PARTS = 12
+# Relative to a square: what is below is rounding.
+_NOTHING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -45,44 +47,52 @@ class Slope:
         return f"{self.value:.2f} +- {self.standard_error:.2f}"
 
 
-def real(bench: Bench, *, claimed: bool) -> Draft:
-    """9: draws are fresh in every pass, independent between rows, and averages over them converge as they must."""
+def real(bench: Bench, *, claimed: bool, replay: str = "") -> Draft:
+    """9: draws are fresh in every pass, and averages over them converge as they must.
+
+    ``replay``: how the draws are known to be replayed, if they are. Draws that the rows of a batch share are noted.
+    """
     if not claimed:
         return Draft(9, does_not_apply="two calls give the same answer, and nothing says that the model is random")
     budget = bench.budget
     x, y = bench.x[: budget.slope_images], bench.y[: budget.slope_images]
     with bench.subject.ready() as model:
-        if not passes_differ(model, x, bench.seed):
-            return Draft(
-                9,
-                wrong=(REPLAYED,),
-                evidence={"calls differ": 0.0},
-            )
+        differ = passes_differ(model, x, bench.seed)
+        if replay or not differ:
+            return Draft(9, wrong=(f"{replay or SAME}: {REPLAYED}",), evidence={"calls differ": float(differ)})
         seed_everything(bench.seed, "rows")
         rows_differ = _rows_differ(model, x)
-        shares = _shares_weights(model)
         seed_everything(bench.seed, "gradient slope")
         gradients = gradient_slope(model, x, y, COUNTS[-1] * budget.slope_repeats)
         seed_everything(bench.seed, "row slope")
         rows = row_slope(model, x, budget.slope_repeats) if rows_differ else None
+    return _told(gradients, rows, rows_differ=rows_differ)
+
+
+def _told(gradients: Slope | None, rows: Slope | None, *, rows_differ: bool) -> Draft:
+    """Return the check from what was measured."""
     evidence = {"calls differ": 1.0, "rows differ": float(rows_differ)}
-    wrong, told = [], ["two calls differ"]
-    if not rows_differ and not shares:
-        wrong.append(SHARED)
-    told.append("the weights' draw is one for each pass" if shares else "two rows of a batch differ")
-    for name, slope in (("gradient", gradients), ("rows of a batch", rows)):
-        if slope is None:
-            continue
-        evidence |= {f"slope of {name}": slope.value, f"its error, {name}": slope.standard_error}
-        told.append(f"the variance of {name} averaged over K draws falls with slope {slope} (-1 is independence)")
-        if not slope.fits:
-            wrong.append(
-                f"the variance of {name} averaged over K draws falls with slope {slope}, not -1: the draws are not "
-                "independent"
-            )
-    not_shown = "" if gradients is not None else "the gradient does not vary with the draws, so its slope tells nothing"
+    wrong, notes, told = [], [], ["two calls differ"]
+    if not rows_differ:
+        notes.append(f"all rows of a batch share one draw, {SHARED}")
+    if rows is not None:
+        evidence |= {"slope of rows of a batch": rows.value, "its error, rows of a batch": rows.standard_error}
+        falls = f"the variance of K rows of a batch, averaged, falls with slope {rows}"
+        if rows.fits:
+            told.append(f"{falls} (-1 is independence)")
+        else:
+            notes.append(f"the rows of a batch share a part of their draws ({falls}, not -1), {SHARED}")
+    not_shown = ""
+    if gradients is None:
+        not_shown = "the gradient does not vary with the draws, so its slope tells nothing"
+    else:
+        evidence |= {"slope of gradient": gradients.value, "its error, gradient": gradients.standard_error}
+        falls = f"the variance of the gradient averaged over K passes falls with slope {gradients}"
+        told.append(f"{falls} (-1 is independence)")
+        if not gradients.fits:
+            wrong.append(f"{falls}, not -1: draws come again, so passes are not independent")
     told.append("scoring has streams of draws that no attack sees")
-    return Draft(9, "; ".join(told), wrong=tuple(wrong), not_shown=not_shown, evidence=evidence)
+    return Draft(9, "; ".join(told), (), tuple(wrong), not_shown=not_shown, notes=tuple(notes), evidence=evidence)
 
 
 def _rows_differ(model: Model, x: Tensor) -> bool:
@@ -93,34 +103,50 @@ def _rows_differ(model: Model, x: Tensor) -> bool:
     return bool(spread > 1e-5 * (1 + logits.abs().max()))
 
 
-def _shares_weights(model: Model) -> bool:
-    """Tell whether all noise of the model is in its weights, one draw a pass by construction."""
-    modules = [module for module in noise_modules(model) if module.enabled] if isinstance(model, nn.Module) else []
-    return bool(modules) and not any(isinstance(module, Perturbation) for module in modules)
-
-
 def gradient_slope(model: Model, x: Tensor, y: Tensor, passes: int) -> Slope | None:
     """Return how the variance of the input gradient, averaged over K successive passes, falls with K.
 
-    Of the margin: the cross-entropy of a confident image is ruled by rare draws, whose variance is ill estimated.
+    Of the margin: the cross-entropy of a confident image is ruled by rare draws, whose variance is ill estimated. The
+    error is over passes (delete-a-part jackknife), not over images, which may share the draws of a pass.
     """
-    sums = {count: torch.zeros_like(x, dtype=torch.float64) for count in COUNTS}
-    squares = {count: torch.zeros_like(x, dtype=torch.float64) for count in COUNTS}
-    running = {count: torch.zeros_like(x, dtype=torch.float64) for count in COUNTS}
-    for number in range(1, passes + 1):
-        gradient = input_gradient(model, margin, x, y).double()
-        for count in COUNTS:
-            running[count] += gradient / count
-            if number % count == 0:
-                sums[count] += running[count]
-                squares[count] += running[count].square()
-                running[count].zero_()
+    blocks = passes // COUNTS[-1]
+    parts = min(_PARTS, blocks)
+    sums = torch.zeros(parts, len(x), x[0].numel(), dtype=torch.float64, device=x.device)
+    squares = torch.zeros(len(COUNTS), parts, len(x), dtype=torch.float64, device=x.device)
+    held = torch.zeros(parts, dtype=torch.float64, device=x.device)
+    for block in range(blocks):
+        part = block * parts // blocks
+        held[part] += 1
+        running = torch.zeros(len(COUNTS), len(x), x[0].numel(), dtype=torch.float64, device=x.device)
+        for number in range(1, COUNTS[-1] + 1):
+            running += input_gradient(model, margin, x, y).double().flatten(1)
+            for index, count in enumerate(COUNTS):
+                if number % count == 0:
+                    squares[index, part] += (running[index] / count).square().sum(dim=1)
+                    if count == COUNTS[-1]:
+                        sums[part] += running[index]
+                    running[index].zero_()
+    whole = sums.sum(dim=0)
+    left_out = [
+        _slopes(whole - sums[part], squares.sum(dim=1) - squares[:, part], float(held.sum() - held[part]))
+        for part in range(parts)
+    ]
+    slopes = _slopes(whole, squares.sum(dim=1), float(held.sum()))
+    if slopes is None or any(one is None for one in left_out):
+        return None
+    others = np.array([one.mean() for one in left_out if one is not None])
+    error = ((parts - 1) / parts * ((others - others.mean()) ** 2).sum()) ** 0.5
+    return Slope(float(slopes.mean()), float(error))
+
+
+def _slopes(total: Tensor, squares: Tensor, blocks: float) -> NDArray[np.float64] | None:
+    """Return each image's slope from the sum (n, D) of its gradients and the squares (counts, n) of its averages."""
     variances = []
-    for count in COUNTS:
-        blocks = passes // count
-        variance = (squares[count] - sums[count].square() / blocks) / (blocks - 1)
-        variances.append(variance.flatten(1).sum(dim=1).cpu().numpy())
-    return _slope(np.stack(variances))
+    for index, count in enumerate(COUNTS):
+        averages = blocks * COUNTS[-1] / count
+        variances.append((squares[index] - (total / count).square().sum(dim=1) / averages) / (averages - 1))
+    rounding = _NOTHING * squares[0] / (blocks * COUNTS[-1])
+    return _fitted(torch.stack(variances).cpu().numpy(), rounding.cpu().numpy())
 
 
 def row_slope(model: Model, x: Tensor, repeats: int) -> Slope | None:
@@ -134,14 +160,20 @@ def row_slope(model: Model, x: Tensor, repeats: int) -> Slope | None:
             ).double()
         means = [logits.unflatten(1, (copies // count, count)).mean(dim=2) for count in COUNTS]
         variances.append([float(mean.var(dim=0).mean(dim=0).sum()) for mean in means])
-    return _slope(np.array(variances).T)
-
-
-def _slope(variances: NDArray[np.float64]) -> Slope | None:
-    """Fit each image's log variance, (counts, images), against log K; None where nothing varies."""
-    varying = variances[:, (variances > 0).all(axis=0)]
-    if varying.shape[1] == 0:
+    slopes = _fitted(np.array(variances).T, 0.0)
+    if slopes is None:
         return None
-    slopes = np.polyfit(np.log(COUNTS), np.log(varying), 1)[0]
+    # Every image has passes of its own here, so that images are independent.
     error = float(slopes.std(ddof=1) / len(slopes) ** 0.5) if len(slopes) > 1 else TOLERANCE
     return Slope(float(slopes.mean()), error)
+
+
+def _fitted(variances: NDArray[np.float64], rounding: NDArray[np.float64] | float) -> NDArray[np.float64] | None:
+    """Return the slope of each image's log variance, (counts, images), against log K; None where nothing varies."""
+    varying = variances[:, variances[0] > rounding]
+    if varying.shape[1] == 0:
+        return None
+    # The floor is for draws that run in a circle, whose average may be constant.
+    logs = np.log(np.maximum(varying, _NOTHING * varying[0]))
+    slopes: NDArray[np.float64] = np.polyfit(np.log(COUNTS), logs, 1)[0]
+    return slopes

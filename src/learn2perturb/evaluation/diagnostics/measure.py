@@ -162,6 +162,15 @@ class Bench:
         """Return ``max_{j != y} z_j - z_y`` of each image, the mean over fresh draws, shape (n,)."""
         return self._mean(purpose, x, draws, lambda logits, rows: margin(logits, y[rows]))
 
+    def mean_success(self, purpose: str, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+        """Return the share (n,) of fresh draws in which each image is wrong, and the mean margin over the same."""
+
+        def value(logits: Tensor, rows: slice) -> Tensor:
+            wrong = logits.argmax(dim=1) != y[rows]
+            return torch.stack([wrong.to(logits.dtype), margin(logits, y[rows])], dim=1)
+
+        return tuple(self._mean(purpose, x, draws, value).unbind(dim=1))  # type: ignore[return-value]
+
     def mean_logits(self, purpose: str, x: Tensor, draws: int) -> Tensor:
         """Return the logits (n, classes), the mean over fresh draws."""
         return self._mean(purpose, x, draws, lambda logits, _: logits)

@@ -54,7 +54,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Check:
-    """One of the nine checks: its verdict, a sentence, the numbers, and what was missing."""
+    """One of the nine checks: its verdict, a sentence, the numbers, what was missing, and what else is to be known."""
 
     number: int
     name: str
@@ -63,6 +63,7 @@ class Check:
     evidence: dict[str, float] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()
     missing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,5 +162,6 @@ class Diagnosis(records.Saved):
             lines.append(f"{one.number}. {one.name}: {one.status.upper()}")
             lines.append(f"   {one.sentence}")
             lines += [f"   missing: {item}" for item in one.missing]
+            lines += [f"   note: {item}" for item in one.notes]
         lines += ["", self.summary]
         return "\n".join(lines)

@@ -7,6 +7,7 @@ import datetime
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,14 +19,21 @@ from learn2perturb.data import check_labels, make_source
 from learn2perturb.engine import gears
 from learn2perturb.engine.modes import in_mode
 from learn2perturb.engine.random import isolated_rng, seed_everything
-from learn2perturb.errors import ConfigError, DataError
+from learn2perturb.errors import ConfigError, DataError, InputError
 from learn2perturb.evaluation.diagnostics import blackbox, draws, whitebox
 from learn2perturb.evaluation.diagnostics.budget import Budget, budget_of, gradient_passes, resized
 from learn2perturb.evaluation.diagnostics.measure import Bench, Progress, Subject
-from learn2perturb.evaluation.diagnostics.record import Diagnosis
-from learn2perturb.evaluation.diagnostics.verdict import conclude, judge
-from learn2perturb.evaluation.inputs import check_fixed, in_train_mode, warn_of_probabilities
+from learn2perturb.evaluation.diagnostics.record import Curve, Diagnosis
+from learn2perturb.evaluation.diagnostics.verdict import Draft, conclude, judge
+from learn2perturb.evaluation.inputs import (
+    check_batches,
+    check_fixed,
+    in_train_mode,
+    replay_of,
+    warn_of_probabilities,
+)
 from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of, passes_differ
+from learn2perturb.evaluation.replays import Contained, seeds_generators
 from learn2perturb.evaluation.result import format_eps
 from learn2perturb.noise import noise_modules
 from learn2perturb.records import PackedIntegers, plain
@@ -39,6 +47,7 @@ def diagnose(
     eps: float | None = None,
     attack: PGD | None = None,
     sources: Mapping[str, Model] | None = None,
+    noise_off: Model | None = None,
     stochastic: bool | None = None,
     seed: int = 0,
     limit: int | None = None,
@@ -62,8 +71,10 @@ def diagnose(
         sources: networks that attacks are transferred from, by name: ``undefended``, ``pgd_at`` (also the baseline of
             check 6), ``twin`` (an independent training of the same defense), and any other. The own noise-off twin
             needs none. One that is not given is named as missing.
-        stochastic: whether the model is said to be random; None finds out. Say True of a foreign model, and replayed
-            draws are caught.
+        noise_off: the same network without its noise, images to logits, for check 6. Noise of this package needs none,
+            since it can be switched off; for any other model the check is not shown without.
+        stochastic: whether the model is said to be random; None finds out. Say True of a foreign model, and draws that
+            are missing are caught; False of one that seeds a generator to make up a fixed function.
         seed: of attacks, scoring and everything else.
         limit: use so many images, in place of the budget's number.
         batch_size: images in one pass.
@@ -76,7 +87,7 @@ def diagnose(
         ConfigError: a setting is not allowed.
         UnknownNameError: an unknown budget.
         InputError: the model is no fixed function of an image: it stays in train mode, moves its BatchNorm statistics
-            in a pass, or answers differently in another batch; or its output is no logits.
+            in a pass, or answers differently in another batch; or its output is no logits. Or ``noise_off`` is none.
         DataError: there are no images, or all are of one class.
     """
     if not callable(model):
@@ -92,27 +103,38 @@ def diagnose(
     for key, source in (sources or {}).items():
         if not callable(source):
             raise ConfigError(f"source {key!r} is a {type(source).__name__}, must be callable: a network or a function")
+    if noise_off is not None and not callable(noise_off):
+        raise ConfigError(f"noise_off is a {type(noise_off).__name__}, must be callable: the network without its noise")
     place = device_of(model, device)
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
     findings = _train_mode_finding(model)
-    everyone = [model, *(sources or {}).values()]
+    everyone = [model, *(sources or {}).values(), *([] if noise_off is None else [noise_off])]
     with isolated_rng(), _all_in_eval_mode(everyone):
         x, y = _images(data, plan.images, place, batch_size, seed)
         plan = resized(plan, len(x))
-        findings += check_fixed(model, x, seed) + warn_of_probabilities(model, x, seed)
+        replay = replay_of(model, x, seed)
+        if not replay or stochastic is False:
+            findings += check_batches(model, x, seed)
+        findings += warn_of_probabilities(model, x, seed)
         modules = noise_modules(model) if isinstance(model, nn.Module) else []
         draws_noise = passes_differ(model, x[:8], seed)
-        claimed = stochastic if stochastic is not None else draws_noise or any(module.enabled for module in modules)
+        said = bool(replay) if stochastic is None else stochastic
+        claimed = said or draws_noise or any(module.enabled for module in modules)
         work = gradient_passes(plan, stochastic=draws_noise, sources=len(sources or {}))
         gear = gears.select(engine, place, pixels=work * x.shape[2] * x.shape[3])
         with torch.no_grad():
             check_labels(y, checked_logits(model, x[:1]).shape[1])
         bench = Bench(
-            Subject(model, draws_noise), x, y, attack, plan, seed=seed, gear=gear, batch_size=batch_size,
-            expected_passes=work, progress=progress,
+            Subject(_contained(model, x, seed), draws_noise), x, y, attack, plan, seed=seed, gear=gear,
+            batch_size=batch_size, expected_passes=work, progress=progress,
         )  # fmt: skip
-        given = {key: Subject(source, _draws(source, x, seed)) for key, source in (sources or {}).items()}
-        drafts, curves = _checks(bench, given, claimed=claimed, has_noise_modules=bool(modules))
+        given = {key: _source(source, x, seed) for key, source in (sources or {}).items()}
+        quiet = None
+        if noise_off is not None:
+            quiet = _given_twin(noise_off, bench, seed)
+        elif modules:
+            quiet = _own_twin(bench)
+        drafts, curves = _checks(bench, given, quiet, claimed=claimed, replay=replay)
     checks = judge(drafts, seed)
     lowest = min(bench.rivals, key=lambda key: bench.rivals[key])
     verdict, summary = conclude(
@@ -124,6 +146,7 @@ def diagnose(
         "attack": f"{whitebox.title(attack, stochastic=draws_noise)}",
         "parameters": {key: value for key, value in plain(attack).items() if key != "seed"},
         "sources": sorted(given),
+        "noise_off": "given" if noise_off is not None else "own" if modules else "none",
         "date": started,
         "seconds": time.perf_counter() - clock,
         "batch_size": batch_size,
@@ -148,11 +171,13 @@ def diagnose(
     )
 
 
-def _checks(bench: Bench, sources: Mapping[str, Subject], *, claimed: bool, has_noise_modules: bool) -> Any:
+def _checks(
+    bench: Bench, sources: Mapping[str, Subject], quiet: Subject | None, *, claimed: bool, replay: str
+) -> tuple[list[Draft], list[Curve]]:
     """Run the nine checks; return their drafts, in order, and the curves."""
     clean = bench.scored("clean", bench.x, kind="none")
     reported = bench.attacked("reported", bench.attack, bench.budget.images)
-    transfers = blackbox.transferred(bench, sources, own_twin=has_noise_modules)
+    transfers = blackbox.transferred(bench, sources, quiet if claimed else None)
     fifth, sizes = whitebox.distortion(bench, clean)
     seventh, curves = whitebox.converged(bench, reported)
     drafts = [
@@ -161,12 +186,46 @@ def _checks(bench: Bench, sources: Mapping[str, Subject], *, claimed: bool, has_
         whitebox.unbounded(bench),
         blackbox.random_search(bench, reported),
         fifth,
-        blackbox.noise_off(bench, reported, sources, transfers),
+        blackbox.noise_off(bench, reported, sources, transfers, quiet)
+        if claimed
+        else Draft(6, does_not_apply="the model has no noise to switch off"),
         seventh,
         whitebox.losses(bench, reported),
-        draws.real(bench, claimed=claimed),
+        draws.real(bench, claimed=claimed, replay=replay),
     ]
     return drafts, [sizes, *curves]
+
+
+def _contained(model: Model, x: Tensor, seed: int) -> Model:
+    """Return the model, with random generators of its own if it seeds them: attacks draw from the same ones."""
+    return Contained(model).eval() if seeds_generators(model, x[:8], seed) else model
+
+
+def _source(model: Model, x: Tensor, seed: int) -> Subject:
+    return Subject(_contained(model, x, seed), passes_differ(model, x[:8], seed))
+
+
+def _own_twin(bench: Bench) -> Subject:
+    """Return our model with its noise switched off; what still differs between passes is not ours (dropout)."""
+    quiet = replace(bench.subject, quiet=True)
+    with quiet.ready() as model:
+        return replace(quiet, stochastic=passes_differ(model, bench.x[:8], bench.seed))
+
+
+def _given_twin(twin: Model, bench: Bench, seed: int) -> Subject:
+    """Return the twin that was given, after checking that it has no noise and the same classes.
+
+    Raises:
+        InputError: it has noise, other classes, or is no fixed function of an image.
+    """
+    check_fixed(twin, bench.x, seed)
+    with torch.no_grad():
+        classes = checked_logits(twin, bench.x[:1]).shape[1]
+    if classes != bench.num_classes:
+        raise InputError(f"noise_off gives {classes} classes and the model {bench.num_classes}; give the same network")
+    if passes_differ(twin, bench.x[:8], seed):
+        raise InputError("noise_off still draws noise: two passes of it differ; give the network with its noise off")
+    return Subject(twin, stochastic=False)
 
 
 def _reported(attack: PGD | None, eps: float | None, budget: Budget) -> PGD:
@@ -204,10 +263,6 @@ def _all_in_eval_mode(models: list[Model]) -> Iterator[None]:
         for one in models:
             stack.enter_context(in_mode(one, False))
         yield
-
-
-def _draws(source: Model, x: Tensor, seed: int) -> bool:
-    return passes_differ(source, x[:8], seed)
 
 
 def _images(data: Any, n: int, place: torch.device, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:

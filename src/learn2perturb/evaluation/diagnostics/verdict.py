@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from learn2perturb.evaluation.diagnostics.record import CHECKS, NO_PROOF, Check, Claim, Status, Verdict
 from learn2perturb.evaluation.intervals import paired_bootstrap
-from learn2perturb.evaluation.significance import TWO_SIGMA, exceeds, holm
+from learn2perturb.evaluation.significance import TWO_SIGMA, beyond, exceeds, holm
 
 # Below this, two standard errors are more than 10 points, and nearly everything passes.
 FEWEST_IMAGES = 100
@@ -28,6 +28,7 @@ class Draft:
         missing: what could not be run; named, no failure.
         not_shown: why the check as a whole was not shown, or nothing.
         does_not_apply: why it does not apply to this model, or nothing.
+        notes: what is no fault, with its consequence.
         evidence: name -> number.
     """
 
@@ -38,6 +39,7 @@ class Draft:
     missing: tuple[str, ...] = ()
     not_shown: str = ""
     does_not_apply: str = ""
+    notes: tuple[str, ...] = ()
     evidence: dict[str, float] = field(default_factory=dict)
 
 
@@ -95,7 +97,7 @@ def _check(draft: Draft, claims: tuple[Claim, ...]) -> Check:
     doubtful = [
         f"{text}, or so it seems: on {claim.n} images it may be chance"
         for text, statement, claim in zip(told, draft.claims, claims, strict=True)
-        if statement.strict and claim.holds and claim.difference > claim.allowed
+        if statement.strict and claim.holds and beyond(claim.difference, claim.allowed)
     ]
     status: Status
     if wrong:
@@ -107,7 +109,7 @@ def _check(draft: Draft, claims: tuple[Claim, ...]) -> Check:
     else:
         status, sentence = "passed", draft.good
     text = sentence[:1].upper() + sentence[1:].rstrip(".") + "."
-    return Check(draft.number, CHECKS[draft.number], status, text, draft.evidence, claims, draft.missing)
+    return Check(draft.number, CHECKS[draft.number], status, text, draft.evidence, claims, draft.missing, draft.notes)
 
 
 def conclude(checks: Sequence[Check], *, lowest: str, accuracy: float, n: int, eps: str) -> tuple[Verdict, str]:

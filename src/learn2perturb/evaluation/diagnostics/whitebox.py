@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from learn2perturb.attacks import FGSM, PGD
 from learn2perturb.evaluation.diagnostics.measure import Attacked, Bench
@@ -14,6 +15,7 @@ from learn2perturb.evaluation.diagnostics.record import Curve, Point
 from learn2perturb.evaluation.diagnostics.verdict import Draft, Statement, percent
 from learn2perturb.evaluation.intervals import accuracy_interval
 from learn2perturb.evaluation.result import format_eps
+from learn2perturb.evaluation.significance import beyond
 
 UNBOUNDED_LEFT = 0.01
 CONVERGED = 0.005
@@ -70,7 +72,7 @@ def unbounded(bench: Bench) -> Draft:
     return Draft(
         3,
         f"with eps = 1 and {steps} steps {left} are left",
-        wrong=(f"{text}: the gradients do not lead where they must",) if found.accuracy > UNBOUNDED_LEFT else (),
+        wrong=(f"{text}: the gradients do not lead where they must",) if beyond(found.accuracy, UNBOUNDED_LEFT) else (),
         evidence={"accuracy": found.accuracy},
     )
 
@@ -174,16 +176,7 @@ def losses(bench: Bench, reported: Attacked) -> Draft:
     again = dataclasses.replace(base, restarts=budget.restarts)
     candidates.append(bench.attacked(f"{budget.restarts} restarts", again, n))
     pool = [reported.x[:n], *(candidate.x for candidate in candidates)]
-    # Chosen by draws that the scoring does not use: the least of several noisy scores would be too low by luck.
-    margins = torch.stack(
-        [
-            bench.mean_margin(f"best {number}", images, bench.y[:n], budget.judge_draws)
-            for number, images in enumerate(pool)
-        ]
-    )
-    winner = margins.argmax(dim=0)
-    best_images = torch.stack(pool)[winner, torch.arange(n, device=winner.device)]
-    best = bench.scored("best of all losses and restarts", best_images, kind="best of", rival=True)
+    best = bench.scored("best of all losses and restarts", _best(bench, pool), kind="best of", rival=True)
     own = float(reported.first(n).mean())
     text = f"the reported attack leaves {percent(own)}, the best of {len(pool)} for each image {percent(best.accuracy)}"
     return Draft(
@@ -201,6 +194,31 @@ def losses(bench: Bench, reported: Attacked) -> Draft:
         missing=() if bench.num_classes > 2 else ("loss dlr, which needs three classes",),
         evidence={"reported": own, "best": best.accuracy} | {one.name: one.accuracy for one in candidates},
     )
+
+
+def _best(bench: Bench, pool: list[Tensor]) -> Tensor:
+    """Return the images (n) of the best of ``pool``: what a scoring by draws that choose nothing is asked about.
+
+    What is judged is accuracy, so what chooses is how often an image is wrong; margins settle ties. First the best for
+    each image, then, by other draws, the best of that and of the attacks as they are: where many are nearly alike,
+    choosing for each image by few draws may lose to one that is a little better everywhere.
+    """
+    n, draws = len(pool[0]), bench.budget.judge_draws
+    y = bench.y[:n]
+    wrong, margins = (
+        torch.stack(parts)
+        for parts in zip(
+            *(bench.mean_success(f"best {number}", images, y, draws) for number, images in enumerate(pool)), strict=True
+        )
+    )
+    winner = margins.where(wrong == wrong.max(dim=0).values, -torch.inf).argmax(dim=0)
+    mixed = torch.stack(pool)[winner, torch.arange(n, device=winner.device)]
+    entries = [mixed, *pool]
+    shares = [
+        float(bench.mean_success(f"best entry {number}", images, y, draws)[0].mean())
+        for number, images in enumerate(entries)
+    ]
+    return entries[int(np.argmax(shares))]
 
 
 def _curve(bench: Bench, axis: str, at: list, rows: list[np.ndarray]) -> Curve:  # type: ignore[type-arg]
