@@ -6,7 +6,7 @@ import shlex
 
 import numpy as np
 
-from benchmarks.paper_scale.plan import Cell, Plan
+from benchmarks.paper_scale.plan import PLAN, Cell, Plan
 from benchmarks.paper_scale.state import State
 from learn2perturb.evaluation import Row, paired_bootstrap
 
@@ -55,4 +55,9 @@ def command(plan: Plan, run: str, cell: Cell) -> str:
     """Return what computes a cell anew: the package's own verb where it can express it."""
     if cell.is_verb:
         return shlex.join(["learn2perturb", "evaluate", run, *plan.words(cell)])
-    return shlex.join(["python", "-m", "benchmarks.paper_scale", "cell", run, cell.name, "--out", f"{cell.name}.json"])
+    words = ["python", "-m", "benchmarks.paper_scale", "cell", run, cell.name, "--out", f"{cell.name}.json"]
+    if plan.path.resolve() != PLAN:
+        root = PLAN.parents[2]
+        path = plan.path.resolve()
+        words += ["--plan", str(path.relative_to(root)) if path.is_relative_to(root) else path.name]
+    return shlex.join(words)

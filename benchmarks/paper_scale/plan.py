@@ -13,7 +13,7 @@ from learn2perturb.errors import ConfigError
 from learn2perturb.registry import DEFENSES
 from learn2perturb.training.config import TrainConfig
 
-PLAN = Path(__file__).with_name("plan.yaml")
+PLAN = Path(__file__).resolve().with_name("plan.yaml")
 _WITHOUT_NOISE = ("none", "pgd_at", "madry", "trades")
 
 
