@@ -123,6 +123,32 @@ def test_art_runs_ours(plain, batch, classifier):
     assert (exported.generate(x=x.numpy()) == ATTACK(plain, x, predicted).numpy()).all()
 
 
+FORMS = {
+    "int32": lambda y: y.to(torch.int32),
+    "column": lambda y: y[:, None],
+    "one-hot": lambda y: nn.functional.one_hot(y, 10),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_labels_of_every_form_mean_the_same(form, plain, batch, classifier, torchattacks):
+    x, y = batch
+    given, expected = FORMS[form](y), ATTACK(plain, x, y)
+    assert torch.equal(attacks.to_torchattacks(ATTACK, plain)(x, given), expected)
+    assert torch.equal(attacks.to_adv_lib(ATTACK)(model=plain, inputs=x, labels=given), expected)
+    generated = attacks.to_art(ATTACK, classifier).generate(x=x.numpy(), y=given.numpy())
+    assert (generated == expected.numpy()).all()
+
+
+def test_labels_that_say_no_class_are_refused(plain, batch, classifier):
+    x, _ = batch
+    soft = torch.full((len(x), 10), 0.1)
+    with pytest.raises(InputError, match="not one-hot"):
+        attacks.to_adv_lib(ATTACK)(model=plain, inputs=x, labels=soft)
+    with pytest.raises(InputError, match="not one-hot"):
+        attacks.to_art(ATTACK, classifier).generate(x=x.numpy(), y=soft.numpy())
+
+
 def test_the_preprocessing_of_an_art_classifier_is_attacked_too(plain, batch, art):
     x, y = batch
     exported = attacks.to_art(ATTACK, art_classifier(plain, preprocessing=(0.5, 0.5)))

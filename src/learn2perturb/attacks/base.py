@@ -18,7 +18,7 @@ from learn2perturb.attacks.gradients import AVERAGES, Average, Values, input_gra
 from learn2perturb.attacks.losses import LOSSES, Loss, margin
 from learn2perturb.checks import check_count
 from learn2perturb.engine import gears
-from learn2perturb.engine.modes import in_mode
+from learn2perturb.engine.modes import in_mode, one_image_explained
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, InputError, Learn2PerturbError
 
@@ -367,7 +367,7 @@ def _prepared(model: Model, mode: Mode, x: Tensor) -> Iterator[None]:
     if mode not in ("eval", "train", "keep"):
         raise ConfigError(f"mode must be 'eval', 'train' or 'keep', got {mode!r}")
     weights = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
-    with in_mode(model, None if mode == "keep" else mode == "train"):
+    with in_mode(model, None if mode == "keep" else mode == "train"), one_image_explained(len(x)):
         try:
             for weight in weights:
                 weight.requires_grad_(False)

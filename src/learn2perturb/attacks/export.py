@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from learn2perturb.attacks.base import Attack
 from learn2perturb.attacks.foreign import foreign_library
+from learn2perturb.engine.labels import class_numbers
 from learn2perturb.errors import ConfigError, InputError
 
 # The classes are made inside the functions: their bases exist only where the other library is installed.
@@ -37,7 +38,7 @@ def to_torchattacks(attack: Attack, model: nn.Module) -> Any:
                 labels = self.get_target_label(inputs, labels)
             # With a normalisation of torchattacks' own, the model is what it makes of it.
             target = self.model if self._normalization_applied is None else self.get_logits
-            return replace(attack, targeted=self.targeted)(target, inputs, labels)  # type: ignore[arg-type]
+            return replace(attack, targeted=self.targeted)(target, inputs, _labels(labels, inputs))
 
     exported = Exported()
     if attack.targeted:
@@ -74,7 +75,7 @@ def to_foolbox(attack: Attack) -> Any:
                 raise InputError(f"criterion is {criterion!r}; give labels, or TargetedMisclassification(classes)")
             y = criterion.target_classes if targeted else criterion.labels
             run = replace(attack, eps=epsilon, targeted=targeted)
-            return type(inputs)(run(model, inputs.raw, y.raw))
+            return type(inputs)(run(model, inputs.raw, _labels(y.raw, inputs.raw)))
 
     return Exported()
 
@@ -88,7 +89,7 @@ def to_adv_lib(attack: Attack) -> Callable[..., Tensor]:
     _check(attack)
 
     def exported(model: nn.Module, inputs: Tensor, labels: Tensor, targeted: bool = False) -> Tensor:
-        return replace(attack, targeted=targeted)(model, inputs, labels)
+        return replace(attack, targeted=targeted)(model, inputs, _labels(labels, inputs))
 
     return exported
 
@@ -124,10 +125,9 @@ def to_art(attack: Attack, classifier: Any) -> Any:
                 if self.targeted:
                     raise InputError("y is None; a targeted attack needs the classes to reach")
                 y = classifier.predict(x).argmax(axis=1)
-            labels = torch.as_tensor(y if y.ndim == 1 else y.argmax(axis=1)).long().to(classifier.device)
             images = torch.as_tensor(x).to(classifier.device)
             run = replace(attack, targeted=self.targeted)
-            return run(_Preprocessed(classifier), images, labels).cpu().numpy()
+            return run(_Preprocessed(classifier), images, _labels(y, images)).cpu().numpy()
 
     return Exported()
 
@@ -144,6 +144,11 @@ class _Preprocessed(nn.Module):
         """Return logits (N, K)."""
         x, _ = self._classifier._apply_preprocessing(x, y=None, fit=False, no_grad=False)
         return self.network(x)
+
+
+def _labels(labels: Any, images: Tensor) -> Tensor:
+    """Return labels of another library, of whatever form, as ours beside ``images``: (N,) int64."""
+    return class_numbers(labels, len(images), one_hot=True).to(images.device)
 
 
 def _check(attack: Any) -> None:

@@ -56,7 +56,7 @@ def add_images(parser: argparse.ArgumentParser, *, seed: str) -> None:
     add("--dataset", metavar="NAME", help="registered data set (default: the run's)")
     add("--data-dir", metavar="DIR", help="folder of the data sets (default: the run's)")
     add("--split", default="test", metavar="NAME", help="test, train, or validation (what the run held out)")
-    add("--limit", type=typed("int"), metavar="N", help="the first N images only")
+    add("--limit", type=typed("int"), metavar="N", help="N images only, balanced over the classes")
     add("--seed", type=typed("int"), default=0, metavar="N", help=f"{seed} (default 0)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
 
@@ -210,7 +210,7 @@ def new_record(arguments: argparse.Namespace, folder: Path, kind: str) -> Path:
             raise CheckpointError(f"{path} exists and is no {kind} record; give another --out so that it is not lost")
         return path
     parts = [] if folder.name == kind else [kind]
-    parts += [arguments.split, *([f"first{arguments.limit}"] if arguments.limit else []), f"seed{arguments.seed}"]
+    parts += [arguments.split, *([f"limit{arguments.limit}"] if arguments.limit else []), f"seed{arguments.seed}"]
     path, number = folder / f"{'-'.join(parts)}.json", 2
     while path.exists():
         path = folder / f"{'-'.join(parts)}-{number}.json"

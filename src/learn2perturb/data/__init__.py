@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from learn2perturb.data.batches import BatchSource, check_labels
 from learn2perturb.data.dataset import ImageData, load_data
-from learn2perturb.data.loader import BatchSource, check_labels, make_source
+from learn2perturb.data.loader import make_source
+from learn2perturb.data.streams import JoinedLast, classes_of
+from learn2perturb.data.subset import balanced_rows, warn_of_subset
 
-__all__ = ["BatchSource", "ImageData", "check_labels", "load_data", "make_source"]
+__all__ = [
+    "BatchSource",
+    "ImageData",
+    "JoinedLast",
+    "balanced_rows",
+    "check_labels",
+    "classes_of",
+    "load_data",
+    "make_source",
+    "warn_of_subset",
+]

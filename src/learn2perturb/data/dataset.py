@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learn2perturb.data.subset import balanced_rows
 from learn2perturb.engine.random import derive_seed
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.registry import DATASETS
@@ -73,13 +74,15 @@ class ImageData:
         return channels, height, width
 
     def take(self, n: int) -> ImageData:
-        """Return the first ``n`` images (all of them if there are fewer).
+        """Return ``n`` images in a fixed random order, balanced over the classes (all if there are fewer).
+
+        ``take(100)`` begins with ``take(10)``, and both have the classes in the shares of the whole set.
 
         Raises:
             ConfigError: ``n`` is not a whole number >= 1.
         """
         checked_limit(n)
-        return replace(self, images=self.images[:n], labels=self.labels[:n])
+        return self if n >= len(self) else self._select(balanced_rows(self.labels, len(self), n))
 
     def split(self, fraction: float, seed: int = 0) -> tuple[ImageData, ImageData]:
         """Hold out ``fraction`` of every class, drawn by ``seed``; return (rest, held out), each in its old order.
@@ -102,9 +105,9 @@ class ImageData:
             )
         return self._select(~held), self._select(held)
 
-    def _select(self, mask: Tensor) -> ImageData:
-        mask = mask.to(self.images.device)
-        return replace(self, images=self.images[mask], labels=self.labels[mask])
+    def _select(self, rows: Tensor) -> ImageData:
+        rows = rows.to(self.images.device)
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
 
 
 def load_data(
@@ -118,7 +121,8 @@ def load_data(
 ) -> ImageData:
     """Load the registered set ``name`` from the folder ``root``: $LEARN2PERTURB_DATA_DIR, else ``.data``, by default.
 
-    ``limit`` keeps the first so many images; ``options`` go to the set's own loader (``size`` of ``folder``).
+    ``limit`` takes so many images, balanced over the classes; ``options`` go to the set's own loader (``size`` of
+    ``folder``).
 
     Raises:
         UnknownNameError: no data set has that name.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from learn2perturb.attacks import Attack
 from learn2perturb.checks import check_count
-from learn2perturb.data import check_labels, make_source
+from learn2perturb.data import check_labels, make_source, warn_of_subset
 from learn2perturb.engine import gears
 from learn2perturb.engine.modes import in_mode
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
@@ -82,7 +82,7 @@ def evaluate(
         seed: of attacks and scoring; the same seed gives the same evaluation (and, for a model without noise and an
             attack without a random start, for every batch size).
         batch_size: images in one pass (a DataLoader keeps its own).
-        limit: evaluate the first ``limit`` images only.
+        limit: evaluate so many images only, balanced over the classes (the first ones of a loader of yours).
         device: where to evaluate; by default where the model is.
         engine: the gear that attacks craft in: ``plain`` (float32), ``fast`` (bfloat16 where the hardware has it) or
             ``auto``. Scoring is in float32, always.
@@ -138,6 +138,7 @@ def evaluate(
     if not done:
         raise DataError("the data hold no images; give at least one, and a limit of at least 1")
     truth = np.concatenate(labels)
+    warn_of_subset(source, torch.from_numpy(truth), num_classes)
     rows = [row for run in runs for row in run.rows(truth, num_classes)]
     metadata = {
         "model": name or getattr(model, "registered_name", None) or getattr(model, "__name__", type(model).__name__),

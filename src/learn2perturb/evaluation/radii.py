@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from learn2perturb.checks import check_count
-from learn2perturb.data import check_labels, make_source
+from learn2perturb.data import BatchSource, check_labels, make_source, warn_of_subset
 from learn2perturb.engine import gears
 from learn2perturb.engine.modes import in_mode
 from learn2perturb.engine.random import isolated_rng, seed_everything
@@ -62,7 +62,7 @@ def certify(
             ``auto``: ``smoothing`` where sigma is given, else ``first_noise``.
         sigma: standard deviation of the smoothing noise, [0, 1] pixel scale.
         eps: l_inf size at which the record says whether the certificate is vacuous.
-        limit: certify the first ``limit`` images only.
+        limit: certify so many images only, balanced over the classes (the first ones of a loader of yours).
         batch_size: images in a pass.
         seed: of all draws.
         device: where to run; by default where the model is.
@@ -87,13 +87,15 @@ def certify(
     place = device_of(model, device)
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
     with isolated_rng(), in_mode(model, False):
-        x, y = _all_images(data, limit, place, batch_size, seed)
+        source = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=limit)
+        x, y = _all_images(source, place)
         # Before anything else looks at the model: what is refused here is refused in seconds, not after the votes.
         constant, site, exact, mechanism = _constant(model, x, method, sigma)
         check_fixed(model, x, seed)
         with torch.no_grad():
             classes = checked_logits(model, x[:1]).shape[1]
         check_labels(y, classes)
+        warn_of_subset(source, y, classes)
         noise = sigma if method == "smoothing" else None
         total = len(x) * (n0 + n)
         seed_everything(seed, "choose")
@@ -192,12 +194,11 @@ def _unanimous(n: int, classes: int) -> NDArray[np.int64]:
     return votes
 
 
-def _all_images(data: Any, limit: int | None, place: torch.device, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    batches = list(make_source(data, batch_size=batch_size, seed=seed, device=place, limit=limit).epoch(0))
+def _all_images(source: BatchSource, place: torch.device) -> tuple[Tensor, Tensor]:
+    batches = list(source.epoch(0))
     if not batches:
         raise DataError("the data hold no images; give at least one")
-    x, y = torch.cat([x for x, _ in batches])[:limit], torch.cat([y for _, y in batches])[:limit]
-    return x.to(place), y.to(place)
+    return torch.cat([x for x, _ in batches]).to(place), torch.cat([y for _, y in batches]).to(place)
 
 
 def _votes(

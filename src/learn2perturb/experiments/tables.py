@@ -111,7 +111,7 @@ def reproduce(
         runs: trained networks; table 6 takes all ordered pairs of them.
         out: a folder: ``TABLE.json``, ``TABLE.md``, and the evaluation of each cell in ``cells/``.
         settings: replaces settings of the attacks, such as ``{"steps": 100}``; the notes say so.
-        limit: first images only.
+        limit: so many images only, balanced over the classes.
         draws: scorings with fresh draws.
         eot: draws averaged by the attacks on a stochastic network.
         seed: of attacks and scoring.
@@ -217,6 +217,8 @@ def _file_name(plan: _Planned, common: Mapping[str, Any]) -> str:
     """Return a name that is readable, and another one for any other weights, attack, images or seed."""
     data = getattr(plan.target.data, "name", "")
     key = [plan.labels, plan.target.identity, plan.source, records.plain(plan.attack), type(plan.attack).__name__, data]
+    # Earlier versions took the first images: what they stored is of others.
+    key += ["balanced"] if common.get("limit") else []
     digest = hashlib.sha256(json.dumps([key, dict(common)], sort_keys=True).encode()).hexdigest()[:12]
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(plan.labels.values())).strip("-")[-80:]
     return f"{readable}-{digest}.json"
@@ -240,7 +242,7 @@ def _notes(
         text = ", ".join(f"{name}={value}" for name, value in settings.items())
         yield f"Other settings than the paper's: {text}."
     if limit is not None:
-        yield f"The first {limit} images only."
+        yield f"{limit} images only, balanced over the classes."
     if eot > 1:
         yield f"The attacks average {eot} draws; the paper's do not."
     for cell in cells:

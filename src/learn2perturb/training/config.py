@@ -50,14 +50,15 @@ class TrainConfig(Settings):
         model_options: options of the network, such as ``{"normalization": "cifar10"}``.
         data_dir: folder of the data sets; default $LEARN2PERTURB_DATA_DIR, else ``.data``.
         download: fetch the data set if it is missing.
-        limit: train on the first so many images only.
+        limit: train on so many images only, balanced over the classes (the first ones of a loader of yours).
         validation: share of the training set that is held out and monitored, in [0, 1).
         augment: random crop and flip; None is as suits the data set.
         seed: decides everything: first weights, order, augmentation, noise, random starts.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         engine: ``plain`` (float32, the reference), ``fast`` (bfloat16, channels last, folded), ``auto`` (fast where
             bfloat16 is native).
-        monitor: images scored after each epoch, clean and under the training adversary; 0 for none.
+        monitor: images scored after each epoch, clean and under the training adversary, balanced over the classes
+            (the first ones of a loader of yours); 0 for none.
         log_every: steps between lines of ``metrics.jsonl``.
         checkpoint_minutes: most minutes between checkpoints; there is one after every epoch in any case.
         tensorboard: whether to write TensorBoard events.

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from learn2perturb.data import check_labels
 from learn2perturb.engine import compile_time, gears
@@ -122,7 +122,11 @@ def _run(training: Training) -> list[dict[str, Any]]:
             while _unfinished(training):
                 start, seen, saved = time.perf_counter(), 0, time.monotonic()
                 before = training.seconds
+                part = getattr(training.source, "part_of", None) is not None and training.step == 0
+                labels: list[Tensor] = []
                 for x, y in training.source.epoch(training.epoch, training.batch):
+                    if part:
+                        labels.append(y)
                     if classes is None:
                         classes = check_network(training, x, y)
                     elif not hasattr(training.source, "labels"):
@@ -143,6 +147,7 @@ def _run(training: Training) -> list[dict[str, Any]]:
                         saved = time.monotonic()
                     if interrupt.received is not None:
                         raise KeyboardInterrupt
+                training.look_at("train", training.source, labels, classes or 1)
                 if training.batch != training.batches:
                     raise TrainingError(
                         f"the data gave {training.batch} batches in epoch {training.epoch} and promised "

@@ -13,15 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from learn2perturb.data import BatchSource, ImageData, check_labels, load_data, make_source
+from learn2perturb.data import BatchSource, check_labels, warn_of_subset
 from learn2perturb.defenses import Clock, Defense, Losses, Stage, build_defense, forward, training_adversary
 from learn2perturb.engine import gears
 from learn2perturb.engine.devices import checked_device
-from learn2perturb.engine.modes import in_mode
+from learn2perturb.engine.modes import blind_to_one_image, in_mode, one_image_explained
 from learn2perturb.engine.random import isolated_rng, seed_torch
 from learn2perturb.engine.recording import CudaGraphs
 from learn2perturb.errors import (
@@ -49,6 +48,7 @@ from learn2perturb.training.checkpoint import (
 from learn2perturb.training.config import TrainConfig
 from learn2perturb.training.metrics import MetricsFile, Totals
 from learn2perturb.training.recorded import NaNGuard, RecordedSteps, prepare, set_rate
+from learn2perturb.training.sources import joined, sources
 
 
 def choose_device(name: str) -> torch.device:
@@ -64,32 +64,6 @@ def choose_device(name: str) -> torch.device:
     return checked_device(name)
 
 
-def sources(config: TrainConfig, data: Any, device: torch.device) -> tuple[BatchSource, BatchSource | None, str]:
-    """Return training batches, batches to monitor, and what the latter are."""
-    if data is None:
-        train_set: Any = load_data(config.dataset, "train", root=config.data_dir, download=config.download)
-        watched: Any = load_data(config.dataset, "test", root=config.data_dir) if not config.validation else None
-    elif isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[0], (torch.Tensor, np.ndarray)):
-        train_set, watched = data
-    else:
-        train_set, watched = data, None
-    label = "test"
-    if config.validation:
-        if not isinstance(train_set, ImageData):
-            raise DataError("validation splits the package's own data sets; give yours as data=(train, validation)")
-        train_set, watched = train_set.split(config.validation, config.seed)
-        label = "validation"
-    batch_size = config.batch_size or 128
-    train = make_source(
-        train_set, batch_size=batch_size, shuffle=True, augment=config.augment is not False, seed=config.seed,
-        device=device, limit=config.limit,
-    )  # fmt: skip
-    monitor = None
-    if config.monitor and watched is not None:
-        monitor = make_source(watched, batch_size=250, device=device, seed=config.seed, limit=config.monitor)
-    return train, monitor, label
-
-
 class Training:
     """The state of one training: built from the config, moved forward step by step, saved, restored."""
 
@@ -100,8 +74,7 @@ class Training:
         self.device = choose_device(config.device)
         self.defense: Defense = build_defense(config.defense, config.options)
         self.defense.check(config)
-        self.source, self.monitor, self.monitored = sources(config, data, self.device)
-        self.batches = self.source.num_batches
+        self.source, self.monitor, self.monitored, self.classes = sources(config, data, self.device)
         self.plan: tuple[Stage, ...] = self.defense.stages(config)
         self.epochs = sum(stage.epochs for stage in self.plan)
         pixels = self.epochs * self.source.num_examples * math.prod((self.source.input_shape or (0,))[1:])
@@ -112,7 +85,12 @@ class Training:
         # None: data of the user's own, which no name brings back
         self.dataset = config.dataset if data is None else None
         self.model = self._build(model).to(self.device)
+        # A network that normalises each channel over one number cannot train on one image.
+        if blind_to_one_image(self.model, torch.zeros(1, *self.input_shape, device=self.device)):
+            self.source = joined(self.source)
+        self.batches = self.source.num_batches
         self.gear.place(self.model)
+        self._looked_at: set[str] = set()
         # Where steps are recorded nothing may wait for the device, so a flag there says whether a loss was NaN.
         self.recorded = RecordedSteps(CudaGraphs(self.device)) if self.gear.recording else None
         self.guard = NaNGuard(self.device) if self.gear.recording else None
@@ -191,6 +169,7 @@ class Training:
             "predictor": self.defense.predictor,
             "members": self.defense.members,
             "dataset": self.dataset,
+            "classes": None if self.classes is None else list(self.classes),
             "epoch": self.epoch,
         }
 
@@ -310,7 +289,7 @@ class Training:
                         f"{clock.batch}); {self._mend()}"
                     )
 
-            with gears.training(self.model):
+            with gears.training(self.model), one_image_explained(len(x)):
                 return iterate(
                     self.defense, self.model, now, self.optimizers,
                     lambda: self.defense.loss(self.model, x, y, now, self.config), check,
@@ -327,6 +306,12 @@ class Training:
         if self.average is not None:
             self.average.update(self.model)
         self.totals.add_iteration(iteration, len(y))
+
+    def look_at(self, what: str, source: BatchSource, labels: list[torch.Tensor], classes: int) -> None:
+        """Warn once if the labels of a part of the training or monitored set cannot stand for the whole."""
+        if what not in self._looked_at and labels:
+            self._looked_at.add(what)
+            warn_of_subset(source, torch.cat(labels), classes)
 
     def check_finite(self) -> None:
         """Read the flag of recorded steps: whether a loss was not finite since the last time.
@@ -353,12 +338,17 @@ class Training:
         seed_torch(self.config.seed, "monitor", self.epoch)
         attack = training_adversary(self.config)
         hits = torch.zeros(2, dtype=torch.int64, device=self.device)
-        count = 0
+        labels, classes = [], 1
         for x, y in monitor.epoch(0):
             x = self.gear.place_images(x)
             adversarial = attack.craft(self.model, x, y)
-            hits += torch.stack([(forward(self.model, z).argmax(1) == y).sum() for z in (x, adversarial)])
-            count += len(y)
+            answers = [forward(self.model, z) for z in (x, adversarial)]
+            hits += torch.stack([(logits.argmax(1) == y).sum() for logits in answers])
+            classes = answers[0].shape[1]
+            check_labels(y, classes)
+            labels.append(y)
+        self.look_at("monitor", monitor, labels, classes)
+        count = sum(map(len, labels))
         clean, pgd = (hits / max(count, 1)).tolist()
         return {f"{self.monitored}_clean": clean, f"{self.monitored}_pgd": pgd, f"{self.monitored}_n": count}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from learn2perturb.attacks import PGD
 from learn2perturb.checks import check_count
-from learn2perturb.data import check_labels, make_source
+from learn2perturb.data import BatchSource, balanced_rows, check_labels, make_source, warn_of_subset
 from learn2perturb.engine import gears
 from learn2perturb.engine.modes import in_mode
 from learn2perturb.engine.random import isolated_rng, seed_everything
@@ -64,7 +64,8 @@ def diagnose(
 
     Args:
         model: any callable from images in [0, 1] (N, C, H, W) to logits (N, classes); a module is put in eval mode.
-        data: what ``learn2perturb.data.make_source`` takes; the first ``budget.images`` of it are used.
+        data: what ``learn2perturb.data.make_source`` takes; ``budget.images`` of it are used, balanced over the
+            classes (the first ones of a loader of yours).
         budget: ``quick`` (minutes on a CPU), ``full`` (a report), or a :class:`Budget`.
         eps: size of the ball, [0, 1] pixel scale; that of ``attack``, by default 8/255.
         attack: the reported attack, whose accuracy is in question; by default EOT-PGD-20 with steps of eps / 4.
@@ -110,7 +111,8 @@ def diagnose(
     findings = _train_mode_finding(model)
     everyone = [model, *(sources or {}).values(), *([] if noise_off is None else [noise_off])]
     with isolated_rng(), _all_in_eval_mode(everyone):
-        x, y = _images(data, plan.images, place, batch_size, seed)
+        images = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=plan.images)
+        x, y = _images(images, place, seed)
         plan = resized(plan, len(x))
         replay = replay_of(model, x, seed)
         if not replay or stochastic is False:
@@ -123,7 +125,9 @@ def diagnose(
         work = gradient_passes(plan, stochastic=draws_noise, sources=len(sources or {}))
         gear = gears.select(engine, place, pixels=work * x.shape[2] * x.shape[3])
         with torch.no_grad():
-            check_labels(y, checked_logits(model, x[:1]).shape[1])
+            num_classes = checked_logits(model, x[:1]).shape[1]
+        check_labels(y, num_classes)
+        findings += warn_of_subset(images, y, num_classes)
         bench = Bench(
             Subject(_contained(model, x, seed), draws_noise), x, y, attack, plan, seed=seed, gear=gear,
             batch_size=batch_size, expected_passes=work, progress=progress,
@@ -265,22 +269,17 @@ def _all_in_eval_mode(models: list[Model]) -> Iterator[None]:
         yield
 
 
-def _images(data: Any, n: int, place: torch.device, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the first ``n`` images and labels, or as many as there are."""
+def _images(source: BatchSource, place: torch.device, seed: int) -> tuple[Tensor, Tensor]:
+    """Return images and labels in an order of which every beginning is balanced: the costly checks take one."""
     seed_everything(seed, "data")
-    xs, ys, count = [], [], 0
-    for x, y in make_source(data, batch_size=batch_size, seed=seed, device=place, limit=n).epoch(0):
-        xs.append(x.to(place))
-        ys.append(y.to(place))
-        count += len(x)
-        if count >= n:
-            break
-    if not count:
+    batches = list(source.epoch(0))
+    if not batches:
         raise DataError("the data hold no images; give at least one")
-    x, y = torch.cat(xs)[:n], torch.cat(ys)[:n]
+    x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
     if len(y) > 1 and bool((y == y[0]).all()):
         raise DataError(
-            f"the first {len(y)} images are all of class {int(y[0])}, so the set seems to be sorted; shuffle it, or "
-            "use more images"
+            f"all {len(y)} images are of class {int(y[0])}, which shows nothing; give images of several classes (from "
+            "a sorted set, shuffle it first, or use more)"
         )
-    return x, y
+    rows = balanced_rows(y, len(y), len(y)).to(x.device)
+    return x[rows].to(place), y[rows].to(place)
