@@ -95,7 +95,7 @@ GOOD = {
 }
 
 SHORT = {"unbounded_steps": 1, "samples": 1, "square_queries": 2, "restarts": 1, "scorings": 1, "some": 4}
-SHORT |= {"step_curve": (1, 2), "draw_curve": (1, 4), "eps_grid": (2 / 255, 1.0), "slope_repeats": 2}  # type: ignore[dict-item]
+SHORT |= {"step_curve": (1, 2), "draw_curve": (1, 4), "eps_grid": (2 / 255, 1.0), "slope_repeats": 3}  # type: ignore[dict-item]
 
 
 def network() -> nn.Module:

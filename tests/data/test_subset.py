@@ -105,7 +105,7 @@ def certify(data: object) -> object:
 def diagnose(data: object) -> object:
     budget = resized(QUICK, 100)
     changes = {"some": 4, "unbounded_steps": 2, "samples": 2, "square_queries": 2, "restarts": 1, "scorings": 1}
-    changes |= {"step_curve": (1, 2), "draw_curve": (1, 4), "eps_grid": (2 / 255, 1.0), "slope_repeats": 2}
+    changes |= {"step_curve": (1, 2), "draw_curve": (1, 4), "eps_grid": (2 / 255, 1.0), "slope_repeats": 3}
     budget = l2p.evaluation.diagnostics.budget.budget_of(budget, **changes)
     return l2p.diagnose(network(), data, budget=budget, attack=PGD(0.1, 0.05, 1))
 
