@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from learn2perturb.engine import gears
 from learn2perturb.engine.folding import folded
@@ -73,6 +75,76 @@ def test_what_comes_between_is_not_folded_over():
     assert count(perturb(lived_in(Block()), input_shape=(3, 8, 8), sites=["norm"], place="input")) == 0
     shared = Block()
     assert count(lived_in(nn.Sequential(shared.conv, shared.norm, nn.Conv2d(4, 3, 1), shared.conv, shared.norm))) == 0
+
+
+class Activated(nn.BatchNorm2d):
+    """A norm that does more than a norm, as timm's BatchNormAct2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that computes its weight first, as timm's StdConv2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+@pytest.mark.parametrize(
+    "layers", [lambda: (nn.Conv2d(3, 4, 3), Activated(4)), lambda: (Standardised(3, 4, 3), nn.BatchNorm2d(4))]
+)
+def test_a_layer_that_does_more_than_its_class_is_left_alone(layers):
+    network, x = lived_in(nn.Sequential(*layers())), torch.rand(2, 3, 8, 8)
+    wanted = network(x)
+    with folded(network, x) as count:
+        assert torch.equal(network(x), wanted)
+    assert count == 0
+
+
+def halve(module: nn.Module, inputs: object) -> None:
+    """A pre-hook of a whole network that sets the weight of a layer below."""
+    with torch.no_grad():
+        module[0].weight.copy_(module.kept / 2)
+
+
+def with_hook_above(convolution: nn.Conv2d) -> nn.Module:
+    network = nn.Sequential(convolution, nn.BatchNorm2d(4))
+    network.kept = nn.Parameter(convolution.weight.detach().clone())
+    network.register_forward_pre_hook(halve)
+    return network
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda layer: nn.Sequential(weight_norm(layer), nn.BatchNorm2d(4)),
+        lambda layer: nn.Sequential(prune.random_unstructured(layer, "weight", 0.3), nn.BatchNorm2d(4)),
+        lambda layer: nn.Sequential(nn.utils.spectral_norm(layer), nn.BatchNorm2d(4)),
+        lambda layer: nn.Sequential(parametrizations.weight_norm(layer), nn.BatchNorm2d(4)),
+        lambda layer: nn.Sequential(parametrizations.spectral_norm(layer), nn.BatchNorm2d(4)),
+        lambda layer: nn.Sequential(parametrizations.orthogonal(layer), nn.BatchNorm2d(4)),
+        with_hook_above,
+    ],
+)
+def test_a_weight_that_is_computed_is_folded_as_it_is_now(build):
+    torch.manual_seed(0)
+    network, x = lived_in(build(nn.Conv2d(3, 4, 3))), torch.rand(2, 3, 8, 8)
+    with folded(network, x):
+        network(x)
+    with torch.no_grad():  # an update of what it is computed from, before any other pass
+        for parameter in network.parameters():
+            parameter.mul_(1.5).add_(0.1)
+    with folded(network, x) as count:
+        folds = network(x)
+    assert count == 1
+    torch.testing.assert_close(folds, network(x), rtol=1e-4, atol=1e-4)
+
+
+def weight_norm(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and still what many networks have
+        return nn.utils.weight_norm(layer)
 
 
 class Drawn(nn.Module):

@@ -90,7 +90,8 @@ def _state(source: str, *, without_noise: bool) -> bytes:
     if without_noise and header.get("noise"):
         from learn2perturb.noise import remove_noise
 
-        state = {key: value.contiguous() for key, value in remove_noise(load(source)).state_dict().items()}
+        # Copies: safetensors refuses tensors that share memory, as tied weights do.
+        state = {key: value.clone().contiguous() for key, value in remove_noise(load(source)).state_dict().items()}
         header["noise"] = []
     config = header.get("config")
     if config:

@@ -11,22 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from learn2perturb.engine.weights import slots
 from learn2perturb.noise import noise_parameters
 
 Model = Callable[[Tensor], Tensor]
 
 
-def perturbed_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def perturbed_weights(model: nn.Module) -> list[nn.Parameter]:
     """Return what is perturbed: trained parameters of at least two dimensions, as in the released code; no noise.
 
     Norms and biases are left alone, and so is theta: it is the defense's own, not a weight of the network.
     """
     noise = {id(parameter) for parameter in noise_parameters(model)}
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.ndim > 1 and id(parameter) not in noise
-    }
+    return [p for p in model.parameters() if p.requires_grad and p.ndim > 1 and id(p) not in noise]
 
 
 def against_weights(model: nn.Module, gamma: float, loss: Callable[[Model], Tensor]) -> Model:
@@ -35,20 +32,28 @@ def against_weights(model: nn.Module, gamma: float, loss: Callable[[Model], Tens
     v is a constant, so a gradient taken through the returned callable is the gradient at ``w + v`` and is accumulated
     in ``w.grad``. No weight is ever changed (the sum is put in their place for the length of a pass), so none has to
     be restored. The pass that finds g has noise of its own, and leaves the statistics of BatchNorm as they are.
+
+    A weight that several layers share is one weight, and moves in all of them.
     """
     weights = perturbed_weights(model)
     if not weights:
         return model
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    slopes = torch.autograd.grad(loss(_replaced(model, buffers)), list(weights.values()), allow_unused=True)
+    buffers = {id(buffer): buffer.clone() for buffer in model.buffers()}
+    slopes = torch.autograd.grad(loss(_replaced(model, buffers)), weights, allow_unused=True)
     moved = {}
-    for (name, weight), slope in zip(weights.items(), slopes, strict=True):
+    for weight, slope in zip(weights, slopes, strict=True):
         if slope is not None:
             length = torch.linalg.vector_norm(slope)
             tiny = torch.finfo(slope.dtype).tiny
-            moved[name] = weight + gamma * torch.linalg.vector_norm(weight.detach()) / length.clamp_min(tiny) * slope
+            moved[id(weight)] = (
+                weight + gamma * torch.linalg.vector_norm(weight.detach()) / length.clamp_min(tiny) * slope
+            )
     return _replaced(model, moved)
 
 
-def _replaced(model: nn.Module, values: Mapping[str, Tensor]) -> Model:
-    return lambda x: functional_call(model, dict(values), (x,))
+def _replaced(model: nn.Module, values: Mapping[int, Tensor]) -> Model:
+    """Return ``model`` with the tensors of these ids replaced for the length of each pass."""
+    # Each place is named once. By the names of its own, functional_call would swap a module that is registered twice
+    # two times, and give it the replacement back.
+    places = {name: values[id(tensor)] for name, tensor in slots(model) if id(tensor) in values}
+    return lambda x: functional_call(model, places, (x,), tie_weights=False)

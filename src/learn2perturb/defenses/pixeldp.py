@@ -26,6 +26,7 @@ from learn2perturb.defenses.base import (
     sgd_optimizers,
 )
 from learn2perturb.defenses.settings import Settings, number
+from learn2perturb.engine.weights import maker, mend
 from learn2perturb.errors import ConfigError, SiteError
 from learn2perturb.noise import Perturbation, noise_modules, noise_sites, perturb
 from learn2perturb.noise.sensitivity import checked_convolution, overlap, sensitivity
@@ -131,6 +132,11 @@ class PixelDP(Defense):
                 "the network has no convolution, and PixelDP's noise goes after the first; use learn2perturb"
             )
         first = checked_convolution(network.get_submodule(names[0]), names[0])
+        if made := maker(first, "weight"):
+            raise SiteError(
+                f"the first convolution, {names[0]!r}, gets its weight from {made}, and PixelDP must set it; make it a "
+                f"parameter first: {mend(first, 'weight')}"
+            )
         with torch.no_grad():
             first.weight.div_(self._divisor(first))
         perturb(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ from torch.overrides import TorchFunctionMode
 
 from learn2perturb.engine.random import isolated_rng
 from learn2perturb.engine.tracing import tensors_in
+from learn2perturb.engine.weights import maker
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
+Hook = TypeVar("Hook", bound=Callable[..., object])
 
 _plans: weakref.WeakKeyDictionary[nn.Module, list[Pair]] = weakref.WeakKeyDictionary()
 # What folded convolutions answer with: made once and filled anew in every context, because compiled code knows them by
@@ -78,10 +80,26 @@ def _trace(network: nn.Module, x: Tensor) -> list[Pair]:
     ]
 
 
+def input_only(hook: Hook) -> Hook:
+    """Declare of a forward pre-hook that it changes inputs only: the weights of its module are what they are."""
+    hook.input_only = True  # type: ignore[attr-defined]
+    return hook
+
+
+def _computes(network: nn.Module) -> bool:
+    """Tell whether a pass may compute weights first (old weight_norm, prune): a pre-hook that says nothing may."""
+    hooks = (hook for module in network.modules() for hook in module._forward_pre_hooks.values())
+    return not all(getattr(hook, "input_only", False) for hook in hooks)
+
+
 def _can_fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
-    """Tell whether nothing comes between the two layers now: no hook, frozen statistics."""
+    """Tell whether the two do what their classes say, with nothing between them: no hook, frozen statistics."""
     return not (
         norm.training
+        # A subclass may do more: standardise its weight, pad, or apply an activation after the norm.
+        or type(conv).forward is not nn.Conv2d.forward
+        or type(conv)._conv_forward is not nn.Conv2d._conv_forward
+        or type(norm).forward is not nn.BatchNorm2d.forward
         or norm.running_mean is None
         or conv.padding_mode != "zeros"
         or conv._forward_hooks
@@ -120,7 +138,7 @@ def _constant_forward(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> functools.partia
 
 
 def _noisy_forward(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """Fold at every pass: the weights of the two layers are drawn anew for each."""
+    """Fold at every pass: the weights of the two layers are drawn, or computed, anew for each."""
     return conv._conv_forward(x, *_fold(conv, norm))
 
 
@@ -150,18 +168,21 @@ def folded(network: nn.Module, x: Tensor) -> Iterator[int]:
     """Run the passes of the body with BatchNorm folded where possible; yields how many pairs are.
 
     The weights of the fold are constants: gradients reach the images, not the convolution and norm. Weights that are
-    parametrised, as noisy ones are, are computed and folded anew in every pass.
+    parametrised, as noisy ones are, or that a pre-hook may compute, are folded anew in every pass.
     """
     if "_orig_mod" in network._modules:  # of torch.compile; naming its class would import the compiler: seconds
         yield 0
         return
     done: list[nn.Module] = []
+    computed = _computes(network)
     try:
         for conv, norm in pairs(network, x):
             if not _can_fold(conv, norm):
                 continue
-            drawn = parametrize.is_parametrized(conv) or parametrize.is_parametrized(norm)
-            forward = functools.partial(_noisy_forward, conv, norm) if drawn else _constant_forward(conv, norm)
+            made = any(parametrize.is_parametrized(layer) or maker(layer, "weight") for layer in (conv, norm))
+            forward = (
+                functools.partial(_noisy_forward, conv, norm) if computed or made else _constant_forward(conv, norm)
+            )
             conv.forward = forward  # type: ignore[method-assign]
             norm.forward = _identity  # type: ignore[method-assign, assignment]
             done += [conv, norm]

@@ -8,7 +8,6 @@ largest singular value: the smoothing of Cohen et al. 2019, of ``diag(theta)^-1 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.engine.random import isolated_rng, seed_everything
+from learn2perturb.engine.weights import copied, maker, mend
 from learn2perturb.errors import NoiseError
 from learn2perturb.noise import Perturbation, named_noise
 
@@ -102,7 +102,7 @@ def check_first_noise(
         )
     with isolated_rng():
         seed_everything("first noise")
-        twin = copy.deepcopy(model).double().requires_grad_(False).eval()
+        twin = copied(model).double().requires_grad_(False).eval()
         x = x[:2].double()
         order = _order(twin, x)
         site, first = order[0]
@@ -247,10 +247,15 @@ def _bound(
     network: nn.Module, features: Callable[[Tensor], Tensor], shape: torch.Size, scale: Tensor, site: str
 ) -> float:
     """Return ``sqrt(|B|_1 |B|_inf) >= |B|_2`` for B = diag(scale)^-1 A, by one pass with absolute weights each way."""
-    positive = copy.deepcopy(network)
+    positive = copied(network)
     with torch.no_grad():
-        for module in positive.modules():
+        for name, module in positive.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)) and module.weight is not None:
+                if made := maker(module, "weight"):
+                    raise NoiseError(
+                        f"S cannot be bounded: the weight of {name!r} is computed by {made}, and an image has more "
+                        f"than {EXACT_PIXELS} numbers; make it a parameter first: {mend(module, 'weight')}"
+                    )
                 module.weight.abs_()
     absolute = _features(positive, _enabled(positive)[site])
     zero = torch.zeros(1, *shape, dtype=torch.float64, device=scale.device)

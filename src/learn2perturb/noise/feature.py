@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.checks import check_choice
-from learn2perturb.engine import fused, gears
+from learn2perturb.engine import folding, fused, gears
 from learn2perturb.engine.random import derive_seed
 from learn2perturb.errors import ConfigError, SiteError
 from learn2perturb.noise.base import NoiseModule
@@ -28,6 +28,7 @@ def _perturb_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) ->
     return module.perturbation.perturb(output)  # type: ignore[operator, union-attr]
 
 
+@folding.input_only
 def _perturb_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (module.perturbation.perturb(args[0]), *args[1:])  # type: ignore[operator, union-attr]
 

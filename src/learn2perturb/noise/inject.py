@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from learn2perturb.engine.random import derive_seed
+from learn2perturb.engine.weights import maker, mend
 from learn2perturb.errors import NoiseError, SiteError
 from learn2perturb.noise import sites as site_rules
 from learn2perturb.noise.base import NoiseModule
@@ -26,7 +30,7 @@ LAYERS = (*site_rules.CONVOLUTIONS, nn.Linear)
 def _load_plain_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     """Let a checkpoint without any noise load strictly: the noise keeps the values that it has."""
     own: dict[str, Any] = {}
-    for site, noise in named_noise(module):
+    for site, noise in named_noise(module, every_name=True):
         above = f"{prefix}{site}."
         own |= {f"{above}{noise.path}.{key}": value for key, value in noise.state_dict().items()}
         for plain, now in noise.moved.items():
@@ -168,23 +172,57 @@ def _insert_weight_noise(
     able = [
         name
         for name, layer in layers.items()
-        if isinstance(layer, types) and (_own(layer, tensors) or parametrize.is_parametrized(layer))
+        if isinstance(layer, types) and (_own(layer, tensors) or any(maker(layer, tensor) for tensor in tensors))
     ]
     chosen = able if sites is None else site_rules.select(network, able, sites)
     if not chosen:
         raise SiteError("no layer with weights to perturb was found; name the sites: sites='encoder.*'")
     specs: list[dict[str, Any]] = []
+    first: dict[int, str] = {}
     for name in chosen:
         own = _own(layers[name], tensors)
-        if not own:
-            raise SiteError(
-                f"site {name!r} ({type(layers[name]).__name__}) has no {' or '.join(tensors)} of its own that is not "
-                "parametrised already; choose another layer, or call remove_noise(network) first"
-            )
+        _check_own(name, layers[name], tensors)
+        for tensor, parameter in own.items():
+            other = first.setdefault(id(parameter), name)
+            if other != name and kind == VariationalWeight.kind:
+                raise SiteError(
+                    f"sites {other!r} and {name!r} share one {tensor}, and a posterior would be drawn twice and its KL "
+                    "counted twice; untie them: layer.weight = torch.nn.Parameter(layer.weight.detach().clone())"
+                )
         specs += [{"kind": kind, "site": name, "tensor": key, "shape": list(own[key].shape)} | arguments for key in own]
         if kind == WeightPerturbation.kind and getattr(layers[name], "transposed", False):
             specs[-1]["channel_dim"] = 1
     return insert(network, specs)
+
+
+def _check_own(name: str, layer: nn.Module, tensors: tuple[str, ...]) -> None:
+    """Refuse a layer one of whose ``tensors`` is not its own: the noise would miss it, or be overwritten.
+
+    Raises:
+        SiteError: one is computed, not made yet, or there is none.
+    """
+    who = f"site {name!r} ({parametrize.type_before_parametrizations(layer).__name__})"
+    for tensor in tensors:
+        made = maker(layer, tensor)
+        if made and any(isinstance(one, NoiseModule) for one in _chain(layer, tensor)):
+            raise SiteError(f"{who} is perturbed already; call remove_noise(network) first")
+        if made:
+            raise SiteError(
+                f"{who} gets its {tensor} from {made}, which weight noise does not go with; make it a parameter first: "
+                f"{mend(layer, tensor)}, or name other sites"
+            )
+    own = _own(layer, tensors)
+    if not own:
+        raise SiteError(f"{who} has no {' or '.join(tensors)}; choose another layer")
+    if any(is_lazy(parameter) for parameter in own.values()):
+        raise SiteError(f"{who} has no weights yet; run one pass of the network first: network(images)")
+
+
+def _chain(layer: nn.Module, tensor: str) -> Iterable[nn.Module]:
+    if not parametrize.is_parametrized(layer, tensor):
+        return ()
+    chain: parametrize.ParametrizationList = layer.parametrizations[tensor]  # type: ignore[index, assignment]
+    return chain
 
 
 def _own(layer: nn.Module, tensors: tuple[str, ...]) -> dict[str, nn.Parameter]:
@@ -227,14 +265,17 @@ def _check_module(network: object) -> None:
         raise NoiseError(f"network is a {type(network).__name__}; only a torch.nn.Module can hold noise")
 
 
-def named_noise(network: nn.Module) -> list[tuple[str, NoiseModule]]:
+def named_noise(network: nn.Module, *, every_name: bool = False) -> list[tuple[str, NoiseModule]]:
     """Return the noise modules of ``network`` and the submodules they perturb, as these are named in it now.
+
+    A submodule with several names has its first one, or with ``every_name`` an entry for each.
 
     Raises:
         NoiseError: it is no module.
     """
     _check_module(network)
-    found = [(name, module) for name, module in network.named_modules() if isinstance(module, NoiseModule)]
+    names = network.named_modules(remove_duplicate=not every_name)
+    found = [(name, module) for name, module in names if isinstance(module, NoiseModule)]
     return [(name.removesuffix(module.path).rstrip("."), module) for name, module in found]
 
 
@@ -325,6 +366,12 @@ def fixed_noise(network: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise NoiseError(f"seed is {seed!r}; fixed_noise needs a whole number")
     with _held(network, "replay", seed) as modules:
+        # Networks perturbed one by one and then joined have sites of equal names: each but the first has its own seed.
+        seen: Counter[tuple[str, str]] = Counter()
+        for module in modules:
+            place = (module.site, module.path)
+            module.replay = derive_seed(seed, "twin", seen[place]) if seen[place] else seed
+            seen[place] += 1
         try:
             yield network
         finally:

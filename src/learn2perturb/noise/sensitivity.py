@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.engine.modes import in_mode
+from learn2perturb.engine.weights import maker, mend
 from learn2perturb.errors import SiteError
 from learn2perturb.noise.inject import noise_disabled
 
@@ -91,11 +92,16 @@ def checked_convolution(module: nn.Module, name: str) -> nn.Conv2d:
     """Return the first convolution if its sensitivity can be bounded.
 
     Raises:
-        SiteError: it is no plain Conv2d with zero padding.
+        SiteError: it is no plain Conv2d with zero padding, or a pre-hook computes its weight.
     """
     if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
         raise SiteError(
             f"the first convolution, {name!r}, is {module}; its sensitivity is known for a Conv2d with zero padding"
+        )
+    if maker(module, "weight") == "a forward pre-hook":  # it may be out of date when it is looked at
+        raise SiteError(
+            f"the first convolution, {name!r}, gets its weight from a forward pre-hook; make it a parameter first: "
+            f"{mend(module, 'weight')}"
         )
     return module
 

@@ -23,6 +23,7 @@ from learn2perturb.engine.devices import checked_device
 from learn2perturb.engine.modes import blind_to_one_image, in_mode, one_image_explained
 from learn2perturb.engine.random import isolated_rng, seed_torch
 from learn2perturb.engine.recording import CudaGraphs
+from learn2perturb.engine.weights import settle
 from learn2perturb.errors import (
     CheckpointError,
     ConfigError,
@@ -215,6 +216,7 @@ class Training:
         if self.average is not None:
             self.average.install(self.model)
         self.model.eval()
+        settle(self.model)
 
     def restore(self) -> bool:
         """Go to the newest checkpoint of the run folder, if there is one."""
