@@ -11,10 +11,11 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(
             $(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
 PIP     = $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PYTEST_ARGS ?=
+LABS_ARGS ?=
 # Small tensors, and threads that spin: with other work on two cores, one thread took tests/compat from minutes to 20 s.
-test test-slow: export OMP_NUM_THREADS ?= 1
+test test-slow labs labs-sample: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-slow bench lint types imports format clean
+.PHONY: help setup demo test test-slow labs labs-sample bench lint types imports format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +41,13 @@ test: lint types imports  ## lint, types, import contract, then every test that 
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow --durations=10 $(PYTEST_ARGS)
+
+# Both go on where they were stopped, as long as the code is the same; results are in runs/laboratories.
+labs: $(STAMP)  ## the laboratories in full: crashes, kills, damaged and hostile files (about an hour)
+	@$(BIN)/python -m tests.laboratories --size full $(LABS_ARGS)
+
+labs-sample: $(STAMP)  ## a seeded sample of the laboratories (about five minutes)
+	@$(BIN)/python -m tests.laboratories --size sample $(LABS_ARGS)
 
 bench: $(STAMP)  ## time the pieces of a training step; the whole: learn2perturb bench step
 	@$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(PYTEST_ARGS)

@@ -1,0 +1,187 @@
+"""The laboratories find what they are for: faults that are planted here are seen, and what is sound passes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+
+import pytest
+
+from learn2perturb.errors import DataError
+from learn2perturb.records import atomic_write
+from tests.laboratories import cases, crash, damage, hostile, mutations
+from tests.laboratories.cases import Case, Outcome
+from tests.laboratories.disk import Disk, Operation, after
+from tests.laboratories.recorder import Recorder
+
+
+@pytest.fixture
+def root(tmp_path) -> pathlib.Path:
+    folder = tmp_path / "root"
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    return folder
+
+
+def outcomes(tried: list[Case], **settings) -> list[str]:
+    return sorted(outcome.kind for _, outcome in cases.run(tried, **settings))
+
+
+# --- the disk
+
+
+def test_a_kill_keeps_everything_and_a_power_cut_what_was_synced(root):
+    recorder = Recorder(root)
+    with recorder.recording():
+        (root / "new.txt").write_text("unsynced")
+        with (root / "safe.txt").open("wb") as file:
+            file.write(b"synced")
+            file.flush()
+            os.fsync(file.fileno())
+        folder = os.open(root, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+        os.replace(root / "safe.txt", root / "moved.txt")
+    end = len(recorder.journal)
+    assert set(after(recorder.journal, end).contents) == {"old.txt", "new.txt", "moved.txt"}
+    lost = after(recorder.journal, end, cut="lost").contents
+    assert lost == {"old.txt": b"old", "new.txt": b"", "safe.txt": b"synced"}
+    empty = after(recorder.journal, end, cut="empty").contents
+    assert empty == {"old.txt": b"old", "new.txt": b"", "moved.txt": b"synced"}
+    assert after(recorder.journal, end, cut="zeros").contents["new.txt"] == bytes(8)
+
+
+def test_half_of_a_write_is_half_of_its_bytes(root):
+    recorder = Recorder(root)
+    with recorder.recording():
+        (root / "new.txt").write_bytes(b"12345678")
+    at = next(at for at, done in enumerate(recorder.journal) if done.data == b"12345678")
+    assert after(recorder.journal, at, half=True).contents["new.txt"] == b"1234"
+
+
+def test_what_the_recorder_cannot_see_is_not_believed(root):
+    recorder, unseen = Recorder(root), os.symlink
+    with pytest.raises(AssertionError, match="operations were missed"), recorder.recording():
+        unseen("old.txt", root / "link.txt")
+
+
+# --- the laboratories
+
+
+def writer(write) -> crash.Scenario:
+    """A command that writes ``record.json`` again, in place of an older one."""
+
+    def again(folder: pathlib.Path) -> tuple[int, str]:
+        write(folder / "run" / "record.json", json.dumps({"a": list(range(40))}))
+        return 0, ""
+
+    return crash.Scenario("writer", again, lambda folder: Disk.read(folder).contents, crash.old_record_kept)
+
+
+@pytest.mark.parametrize("sound", [True, False], ids=["atomic", "in place"])
+def test_the_crash_laboratory_sees_a_file_that_is_written_in_place(root, sound):
+    (root / "run").mkdir()
+    (root / "run" / "record.json").write_text("{}")
+    scenario = writer(atomic_write if sound else pathlib.Path.write_text)
+    recorder = Recorder(root)
+    with recorder.recording():
+        scenario.again(root)
+    recording = crash.Recording(scenario, "writer", recorder.journal, recorder.start, None)
+    lost = [kept for count in range(recorder.start, len(recorder.journal)) for cut in ("kill", "lost", "empty", "torn")
+            if (kept := scenario.kept([], after(recording.journal, count, half=True, cut=cut), cut))]  # fmt: skip
+    assert bool(lost) is not sound
+
+
+def test_the_crash_laboratory_holds_a_training_to_its_synced_checkpoints():
+    made = [
+        Operation("make", -1, name="run", is_folder=True), Operation("make", -2, -1, "checkpoints", is_folder=True),
+        Operation("make", -3, -2, ".0000000004.tmp", is_folder=True),
+        Operation("enter", -3, -2, "0000000004", from_folder=-2, from_name=".0000000004.tmp"),
+    ]  # fmt: skip
+    assert crash.promised_step(made, "kill") == 4
+    assert crash.promised_step(made, "lost") == -1
+    assert crash.promised_step([*made, Operation("sync", -2)], "lost") == 4
+
+
+def damaged(read) -> damage.Kind:
+    content = b'{"a": 1, "b": [2, 3]}'
+    return damage.Kind("planted", Disk({"x.json": content}), ("x.json",), read, right=content)
+
+
+def raw(folder):
+    return (folder / "x.json").read_bytes()
+
+
+def refusing(folder):
+    if raw(folder) != b'{"a": 1, "b": [2, 3]}':
+        raise DataError("x.json is damaged; restore it")
+    return raw(folder)
+
+
+@pytest.mark.parametrize(
+    ("read", "expected"),
+    [(raw, "silent other result"), (refusing, "clean line"), (lambda folder: json.loads("{"), "traceback")],
+)  # fmt: skip
+def test_the_damage_laboratory_tells_a_refusal_from_silence_and_from_a_traceback(read, expected):
+    assert outcomes([damaged(read).case(number, 0) for number in range(4)]) == [expected] * 4
+
+
+@pytest.mark.parametrize("change", mutations.BYTES, ids=lambda change: change.__name__)
+def test_every_damage_is_the_same_for_a_seed(change):
+    results = []
+    for _ in range(2):
+        content = bytearray(range(200))
+        change(content, random.Random(3))
+        results.append(content)
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learn2perturb: error: x is y; give z", "clean line"),
+        ("learn2perturb: error: unexpected KeyError: 'x'", "traceback"),
+        ("learn2perturb: error: \x1b[31mred", "escape sequence"),
+        ("a line without our name", "traceback"),
+    ],
+)
+def test_the_hostile_laboratory_reads_the_answer(tmp_path, text, expected):
+    assert hostile._seen(tmp_path, 2, text, {}).kind == expected
+
+
+def test_the_hostile_laboratory_sees_what_ran_and_what_was_changed(tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("other")
+    assert hostile._seen(tmp_path, 0, "", {mine: b"mine"}).kind == "lost"
+    (tmp_path / hostile.CANARY).touch()
+    assert hostile._seen(tmp_path, 0, "", {}).kind == "executed"
+
+
+# --- the counting
+
+
+def test_a_case_that_hangs_or_dies_is_counted_and_the_others_go_on(tmp_path):
+    def hang(folder):
+        while True:
+            pass
+
+    tried = [
+        Case("hangs", "g", hang), Case("dies", "g", lambda folder: os._exit(3)),
+        Case("fails", "g", lambda folder: 1 / 0), Case("works", "g", lambda folder: Outcome("same result")),
+    ]  # fmt: skip
+    assert outcomes(tried, limit=0.5) == ["hang", "same result", "traceback", "traceback"]
+
+
+def test_a_ledger_goes_on_where_it_was_and_forgets_what_other_code_gave(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "ledger.jsonl"
+    tried = [Case(f"case {number}", "g", lambda folder: Outcome("same result")) for number in range(3)]
+    cases.Ledger(path).work("three", tried[:2])
+    assert "three: 2/2, 0 bad" in capsys.readouterr().out
+    again = cases.Ledger(path)
+    again.work("three", tried)
+    assert "three: 1/1" in capsys.readouterr().out
+    assert "| g | 3 | 3 |" in again.table()
+    monkeypatch.setattr(cases, "source_mark", lambda: "other")
+    assert not cases.Ledger(path).found
