@@ -45,7 +45,7 @@ def test_a_run_is_diagnosed_with_sources_that_are_trained(trained, quick, capsys
     assert main([*words, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["eps"] == 0.1
-    assert [check["number"] for check in said["checks"]] == list(range(1, 10))
+    assert [check["number"] for check in said["checks"]] == list(range(1, 11))
     assert said["checks"][1]["missing"] == []
     assert {path.name for path in (trained / "sources").iterdir()} == {"undefended", "pgd_at", "twin"}
     assert sorted(path.name for path in (quick / "figures").iterdir()) == [

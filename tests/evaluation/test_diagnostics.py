@@ -94,7 +94,7 @@ def honest(networks, digits) -> Diagnosis:
 def test_a_pgd_trained_network_passes(honest):
     assert failed(honest) == set()
     statuses = {check.number: check.status for check in honest.checks}
-    assert statuses == {**dict.fromkeys(range(1, 9), "passed"), 6: "does not apply", 9: "does not apply"}
+    assert statuses == {**dict.fromkeys(CHECKS, "passed"), 6: "does not apply", 9: "does not apply"}
     assert honest.verdict == "stands"
     assert "no proof" in honest.summary
     assert honest.check(2).missing == ("transfer from pgd_at (a PGD-trained network)",)
@@ -118,7 +118,7 @@ def test_a_diagnosis_is_kept_and_read_back(honest, tmp_path):
     assert bits.shape == (1, TINY.images)
     assert bits.mean() == honest.measurement("reported").accuracy
     older = json.loads(path.read_text())
-    assert [check.pop("notes") for check in older["checks"]] == [[]] * 9  # a record from before there were notes
+    assert [check.pop("notes") for check in older["checks"]] == [[]] * 10  # a record from before there were notes
     assert records.from_json(json.dumps(older), Diagnosis) == honest
     path.write_text(path.read_text().replace('"verdict": "stands"', '"verdict": "maybe"'))
     with pytest.raises(CheckpointError, match="verdict"):

@@ -21,7 +21,7 @@ VERBS = {
     "train": "train a network with a defense; the same command again resumes",
     "evaluate": "attack a trained network and score it with fresh draws",
     "compare": "compare two evaluations of the same images, with intervals",
-    "diagnose": "check whether the robustness of a model is real: nine checks, a verdict",
+    "diagnose": "check whether the robustness of a model is real: ten checks, a verdict",
     "certify": "certify radii within which no attack changes the majority vote",
     "export": "write a trained network as safetensors, and a RobustBench model-info file",
     "reproduce": "compute a table of the paper on trained runs, its numbers beside ours",

@@ -1,4 +1,4 @@
-"""Is the robustness real? Nine checks, their evidence, and a verdict (Athalye et al. 2018 and beyond)."""
+"""Is the robustness real? Ten checks, their evidence, and a verdict (Athalye et al. 2018 and beyond)."""
 
 from __future__ import annotations
 

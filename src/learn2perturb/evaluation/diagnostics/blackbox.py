@@ -50,7 +50,7 @@ def blackbox(bench: Bench, reported: Attacked, transfers: Mapping[str, Attacked]
     missing = [f"transfer from {name} ({what})" for name, what in SOURCES.items() if name not in transfers]
     square = Square(bench.attack.eps, norm=bench.attack.norm, queries=budget.square_queries, eot=budget.square_draws)
     rivals["Square"] = bench.attacked("square", square, budget.some)
-    claims = tuple(_beaten(name, rival, reported.first(len(rival.x))) for name, rival in rivals.items())
+    claims = tuple(not_beaten(_of(name), rival, reported.first(len(rival.x))) for name, rival in rivals.items())
     lowest = min(rivals, key=lambda name: rivals[name].accuracy, default="")
     good = not_shown = ""
     if not transfers:
@@ -67,11 +67,11 @@ def blackbox(bench: Bench, reported: Attacked, transfers: Mapping[str, Attacked]
     return Draft(2, good, claims, missing=tuple(missing), not_shown=not_shown, evidence=evidence)
 
 
-def _beaten(name: str, rival: Attacked, own: NDArray[np.float64]) -> Statement:
+def not_beaten(name: str, rival: Attacked, own: NDArray[np.float64]) -> Statement:
     """Claim that the white-box attack, which left ``own``, leaves no more than a rival without gradients."""
     return Statement(
-        f"the white-box attack leaves no more than {_of(name)}",
-        f"{_of(name)} leaves {percent(rival.accuracy)}, the white-box attack {percent(float(own.mean()))}: the model's "
+        f"the white-box attack leaves no more than {name}",
+        f"{name} leaves {percent(rival.accuracy)}, the white-box attack {percent(float(own.mean()))}: the model's "
         "own gradients are worth less than none",
         own,
         rival.per_image,

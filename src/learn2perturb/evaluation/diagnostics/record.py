@@ -1,4 +1,4 @@
-"""What a diagnosis found: nine checks with their evidence, curves, and a verdict in plain words. Knows no torch."""
+"""What a diagnosis found: ten checks with their evidence, curves, and a verdict in plain words. Knows no torch."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ CHECKS = {
     7: "the attack has converged",
     8: "no loss or restart matters much",
     9: "the draws are real",
+    10: "the gradient is the function's",
 }
 NO_PROOF = "Passing is no proof: a stochastic counter-example is known (Popovic et al. 2022)."
 
@@ -54,7 +55,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Check:
-    """One of the nine checks: its verdict, a sentence, the numbers, what was missing, and what else is to be known."""
+    """One of the checks: its verdict, a sentence, the numbers, what was missing, and what else is to be known."""
 
     number: int
     name: str
@@ -102,7 +103,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Diagnosis(records.Saved):
-    """The nine checks of one model, and what they come to.
+    """The checks of one model, and what they come to.
 
     Attributes:
         verdict: ``stands`` (all checks that apply passed), ``does not stand`` (one failed), ``not shown`` (else).
@@ -131,7 +132,7 @@ class Diagnosis(records.Saved):
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def check(self, number: int) -> Check:
-        """Return check ``number``, 1 to 9.
+        """Return check ``number``, 1 to 10 (to 9 in records from before there was the last).
 
         Raises:
             UnknownNameError: there is no such check.

@@ -1,4 +1,4 @@
-"""``diagnose``: is the robustness of a model real? Nine checks (Athalye et al. 2018 and more), and a verdict."""
+"""``diagnose``: is the robustness of a model real? Ten checks (Athalye et al. 2018 and more), and a verdict."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from learn2perturb.engine import gears
 from learn2perturb.engine.modes import in_mode
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError, InputError
-from learn2perturb.evaluation.diagnostics import blackbox, draws, whitebox
+from learn2perturb.evaluation.diagnostics import blackbox, draws, truth, whitebox
 from learn2perturb.evaluation.diagnostics.budget import Budget, budget_of, gradient_passes, resized
 from learn2perturb.evaluation.diagnostics.measure import Bench, Progress, Subject
 from learn2perturb.evaluation.diagnostics.record import Curve, Diagnosis
@@ -57,7 +57,7 @@ def diagnose(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Diagnosis:
-    """Check whether the robustness of ``model`` is real: nine checks, curves, and a verdict in plain words.
+    """Check whether the robustness of ``model`` is real: ten checks, curves, and a verdict in plain words.
 
     A check that was not run counts as not shown. Statistical claims fail beyond two standard errors (paired bootstrap
     over images), corrected by Holm over all of them. Passing is no proof.
@@ -178,7 +178,7 @@ def diagnose(
 def _checks(
     bench: Bench, sources: Mapping[str, Subject], quiet: Subject | None, *, claimed: bool, replay: str
 ) -> tuple[list[Draft], list[Curve]]:
-    """Run the nine checks; return their drafts, in order, and the curves."""
+    """Run the checks; return their drafts, in order, and the curves."""
     clean = bench.scored("clean", bench.x, kind="none")
     reported = bench.attacked("reported", bench.attack, bench.budget.images)
     transfers = blackbox.transferred(bench, sources, quiet if claimed else None)
@@ -196,6 +196,7 @@ def _checks(
         seventh,
         whitebox.losses(bench, reported),
         draws.real(bench, claimed=claimed, replay=replay),
+        truth.true_gradient(bench, reported, transfers),
     ]
     return drafts, [sizes, *curves]
 
