@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -60,3 +61,32 @@ class NonFiniteError(TrainingError):
 
 class MissingDependencyError(Learn2PerturbError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has stopped the work; the text says what is saved. ``except Exception`` does not hold it up.
+
+    Args:
+        text: what the user is told.
+        number: of the signal.
+    """
+
+    def __init__(self, text: str = "", number: int = signal.SIGINT) -> None:
+        self.number = number
+        super().__init__(text or f"stopped by {signal_name(number)}")
+
+    @classmethod
+    def of(cls, stop: KeyboardInterrupt, kept: str) -> Interrupted:
+        """Return ``stop`` with what is kept: by which signal it came is kept too, Ctrl-C if nothing else is known."""
+        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+        return cls(f"stopped by {signal_name(number)}; {kept}", number)
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell gives to a program that the signal ended: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+        return 128 + self.number
+
+
+def signal_name(number: int) -> str:
+    """Return what a user calls a signal."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from learn2perturb.terminal import Steady, say, visible
 
 
 class Reporter:
@@ -16,7 +18,7 @@ class Reporter:
 
     def __init__(self, enabled: bool = True, interval: float = 30.0) -> None:
         self.enabled, self.interval = enabled, interval
-        self._console = Console(stderr=True)
+        self._console = Console(file=cast(TextIO, Steady(sys.stderr)))
         self._bar: Progress | None = None
         self._task: Any = None
         self._label = ""
@@ -25,7 +27,7 @@ class Reporter:
     def __enter__(self) -> Reporter:
         if self.enabled and self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                 TimeRemainingColumn(), console=self._console, transient=True,
             )  # fmt: skip
             self._bar.start()
@@ -39,19 +41,20 @@ class Reporter:
             self._bar = None
             self._task = None
 
-    def line(self, text: str) -> None:
-        """Print one line, above the bar if there is one."""
-        if not self.enabled:
+    def line(self, text: str, *, always: bool = False) -> None:
+        """Print one line, above the bar if there is one; ``always`` is for an answer to what the user has just done."""
+        if not (self.enabled or always):
             return
         if self._bar is not None:
-            self._console.print(text, highlight=False, markup=False)
+            self._console.print(visible(text), highlight=False, markup=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def __call__(self, done: float, total: float, label: str) -> None:
         """Show that ``done`` of ``total`` are done of what ``label`` names."""
         if not self.enabled:
             return
+        label = visible(label)
         if self._bar is not None:
             if self._task is None:
                 self._task = self._bar.add_task(label, total=total)

@@ -314,7 +314,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path):
     assert "Traceback" not in error
     last = error.splitlines()[-1]
     assert "the state is saved in" in last
-    assert "same command again to resume" in last
+    assert "the same command again resumes" in last
     done = python(*words, "--json")
     assert done.returncode == 0, done.stderr
     assert f"resuming {folder} at epoch" in done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING
 from learn2perturb.cli import digits
 from learn2perturb.cli.evaluate import summary
 from learn2perturb.cli.options import add_json, print_json, print_table, typed, words
-from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.errors import ConfigError, Interrupted, UnknownNameError
 from learn2perturb.records import atomic_write, save
 from learn2perturb.registry import DEFENSES
+from learn2perturb.terminal import say
 
 if TYPE_CHECKING:
     from learn2perturb.evaluation import Evaluation
@@ -67,9 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
             if not arguments.json:
                 print(f"{name}: {config.epochs} epochs of training, then attacks", flush=True)
             results[name] = digits.run_one(config, out / name)
-    except KeyboardInterrupt:
-        print(f"learn2perturb: stopped; what is trained is in {out}: type the command again to go on", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        raise Interrupted.of(stop, f"what is trained is in {out}") from None
     record = digits.side_by_side(results, recipe, arguments.epochs, arguments.seed)
     save(out / "table.json", record)
     atomic_write(out / "table.md", record.markdown())
@@ -98,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"NOT AS IT SHOULD BE: {failure}")
         print(f"\nruns and records: {out}")
     for failure in failures:
-        print(f"learn2perturb: error: the demo failed its own check: {failure}; report it", file=sys.stderr)
+        say(f"learn2perturb: error: the demo failed its own check: {failure}; report it")
     return 1 if failures else 0
 
 

@@ -1,6 +1,6 @@
 """The entry point: find the verb, run it, turn what goes wrong into one line and an exit code.
 
-0 is success, 2 bad input, 1 a failure, 130 Ctrl-C.
+0 is success, 2 bad input, 1 a failure (also: results that could not be printed), 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 """
 
 from __future__ import annotations
@@ -8,12 +8,16 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from learn2perturb import __version__
-from learn2perturb.errors import Learn2PerturbError, TrainingError, UnknownNameError
+from learn2perturb.errors import Interrupted, Learn2PerturbError, TrainingError, UnknownNameError
+from learn2perturb.terminal import one_line, say, steady_streams
 
 # verb -> what it does; the module of the same name has DESCRIPTION, EXAMPLE, add_arguments(parser), run(arguments)
 VERBS = {
@@ -28,7 +32,7 @@ VERBS = {
     "list": "show networks, attacks, defenses, data sets and recipes, with their options",
     "bench": "time training steps, attacks, data: gears against textbook code and the floor",
 }
-SUCCESS, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+SUCCESS, FAILURE, BAD_INPUT = 0, 1, 2
 _NOT_THE_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
@@ -48,7 +52,7 @@ def usage() -> str:
 
 def _say(text: str) -> None:
     # One line: a program, or a tired reader, finds the whole message in it.
-    print(f"learn2perturb: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    say(f"learn2perturb: {one_line(text)}")
 
 
 def _run(words: Sequence[str]) -> int:
@@ -80,45 +84,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words or os.environ.get("LEARN2PERTURB_DEBUG", "") not in ("", "0")
 
-    def one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    def one_line_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         _say(f"warning: {message}")
 
+    def guarded() -> int:
+        with warnings.catch_warnings(), _ending_on_signals():
+            warnings.showwarning = one_line_warning
+            return _run(words)
+
+    with steady_streams() as out:
+        code = guarded() if debug else _coded(guarded)
+        lost = out.settle()
+        if lost is not None and not isinstance(lost, BrokenPipeError):  # a reader that has gone, such as head, is fine
+            _say(f"error: standard output cannot be written ({_reason(lost)}); what was saved is saved")
+            return code or FAILURE
+    return code
+
+
+def _coded(work: Callable[[], int]) -> int:
+    """Return the exit code of ``work``, after one line of what went wrong."""
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = one_line
-            code = _run(words)
-            sys.stdout.flush()
-            return code
+        return work()
     except SystemExit as stop:  # argparse, after --help
         return int(stop.code or 0)
     except Learn2PerturbError as error:
-        if debug:
-            raise
         _say(f"error: {error}")
         return FAILURE if isinstance(error, TrainingError) else BAD_INPUT
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        _say("stopped by Ctrl-C; type the same command again")
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return SUCCESS
+    except KeyboardInterrupt as stop:
+        ended = stop if isinstance(stop, Interrupted) else Interrupted()
+        _say(f"{ended}; type the same command again")
+        return ended.exit_code
     except OSError as error:
-        if debug:
-            raise
         where = f" {str(error.filename)!r}" if error.filename else ""
-        _say(f"error: cannot read or write{where}: {error.strerror or error}; check the path, its rights and the disk")
+        _say(f"error: cannot read or write{where}: {_reason(error)}; check the path, its rights and the disk")
         return FAILURE if error.errno in _NOT_THE_PATH else BAD_INPUT
     except Exception as error:
-        if debug:
-            raise
         text = f"{type(error).__name__}: {error}"
+        if "embedded null" in text:
+            _say("error: a path holds a NUL character, which no file name may; write it without")
+            return BAD_INPUT
         if "out of memory" in text.lower() or isinstance(error, MemoryError):
             _say(f"error: out of memory; give a smaller --batch-size, or another --device ({text[:200]})")
         else:
             _say(f"error: unexpected {text[:400]}; run it again with --debug and report the traceback")
         return FAILURE
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a verb as Ctrl-C does, cleaning up; a training, which can save, takes them itself."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # only the main thread may say what a signal does
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]  # not where nohup ignores it
+
+    def end(number: int, _: object) -> None:
+        raise Interrupted(number=number)
+
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

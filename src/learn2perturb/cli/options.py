@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import yaml
 
 from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.terminal import trusted, visible
 from learn2perturb.training.config import fraction
 
 _YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -328,12 +329,12 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, title: st
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=title or None, title_justify="left")
+        table = Table(title=Text(visible(title)) if title else None, title_justify="left")
         for column in head:
-            table.add_column(column)
+            table.add_column(Text(visible(column)))
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        Console().print(table)
+            table.add_row(*(Text(visible(cell)) for cell in row))
+        Console(file=trusted(sys.stdout)).print(table)
         return
     cells = [list(head), *map(list, rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learn2perturb.cli.options import add_json, guess, print_json, typed
 from learn2perturb.cli.subject import add_images, check_subject, is_factory, load_subject
-from learn2perturb.errors import ConfigError
+from learn2perturb.errors import ConfigError, Interrupted
 from learn2perturb.experiments.facts import published
 
 if TYPE_CHECKING:
@@ -65,9 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
                 eot=arguments.eot, seed=arguments.seed, batch_size=arguments.batch_size, engine=arguments.engine,
                 progress=reporter,
             )  # fmt: skip
-    except KeyboardInterrupt:
-        print(f"learn2perturb: stopped; what is done is in {out}: type the command again to go on", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        raise Interrupted.of(stop, f"what is done is in {out}") from None
     if arguments.json:
         print_json({"folder": str(out), **plain(table)})
         return 0

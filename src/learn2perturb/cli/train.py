@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.out) if arguments.out else default_folder(config)
     if not arguments.json:
         print(f"run folder: {folder}", flush=True)
-    try:
-        return _train(config, folder, as_json=arguments.json)
-    except KeyboardInterrupt:
-        if any((folder / "checkpoints").glob("[0-9]*")):
-            text = f"stopped; the state is saved in {folder}: type the same command again to resume"
-        else:
-            text = "stopped before the first step; nothing was saved: type the same command again to start"
-        print(f"learn2perturb: {text}", file=sys.stderr, flush=True)
-        return 130
+    return _train(config, folder, as_json=arguments.json)
 
 
 def _train(config: TrainConfig, folder: Path, *, as_json: bool) -> int:

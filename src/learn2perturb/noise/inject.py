@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from learn2perturb.noise.base import NoiseModule
 from learn2perturb.noise.feature import Perturbation, drop_hook
 from learn2perturb.noise.weight import VariationalWeight, WeightPerturbation
 from learn2perturb.registry import MODELS
+from learn2perturb.terminal import say
 
 KINDS: dict[str, type[NoiseModule]] = {
     kind.kind: kind for kind in (Perturbation, WeightPerturbation, VariationalWeight)
@@ -102,7 +102,7 @@ def perturb(
         chosen = site_rules.select(network, seen, MODELS.entry(registered).facts["sites"])
     else:
         chosen = site_rules.guess(seen)
-        print(f"perturb: no sites given; chose {len(chosen)}: {', '.join(chosen)}", file=sys.stderr)
+        say(f"perturb: no sites given; chose {len(chosen)}: {', '.join(chosen)}")
     shapes = {name: site_rules.check(name, seen, place) for name in chosen}
     insert(
         network,

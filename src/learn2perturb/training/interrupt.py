@@ -1,35 +1,72 @@
-"""Ctrl-C and SIGTERM stop a training between two steps, so that its state can be saved."""
+"""Ctrl-C, SIGTERM and SIGHUP stop a training between two steps, so that its state can be saved."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from learn2perturb.errors import Interrupted, signal_name
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
 
 class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a flag that is read between steps; a second signal stops at once."""
+    """Turns signals into a flag that is read between steps; a second signal stops at once.
 
-    def __init__(self) -> None:
+    Args:
+        say: tells the user what the first signal does.
+        saves: whether there is a folder to save to.
+    """
+
+    def __init__(self, say: Callable[[str], object], *, saves: bool) -> None:
         self.received: int | None = None
+        self.after = "this step"  # what is finished before the training stops
+        self._say, self._saves, self._owner = say, saves, os.getpid()
+
+    def check(self) -> None:
+        """Stop if a signal was received.
+
+        Raises:
+            Interrupted: one was.
+        """
+        if self.received is not None:
+            raise Interrupted(number=self.received)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note signals for the length of the body; off the main thread, which receives none, do nothing."""
+        """Note signals for the length of the body; one that the body has not acted on stops the caller behind it.
+
+        Off the main thread, which alone receives signals, this does nothing.
+
+        Raises:
+            Interrupted: a second signal came, or one came too late for the body.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-
-        def note(number: int, frame: Any) -> None:
-            if self.received is not None:
-                raise KeyboardInterrupt
-            self.received = number
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in before.items():
+            # Ignored by whoever started this, such as nohup: stays so. Not Ctrl-C, which shells ignore for any "&".
+            if handler is not signal.SIG_IGN or number == signal.SIGINT:
+                signal.signal(number, self._note)
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # None: a handler that is not Python's, which Python cannot put back.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self.check()
+
+    def _note(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._owner:
+            return  # a worker that was forked to load data: its parent ends it
+        if self.received is not None:
+            raise Interrupted(number=number)
+        self.received = number
+        then = "saving" if self._saves else "ending; nothing is saved, as no folder was given"
+        again = "again" if number == signal.SIGINT else "or Ctrl-C"
+        self._say(f"{signal_name(number)}: finishing {self.after}, then {then}; {again} to stop at once")

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,7 @@ from torch import Tensor, nn
 from learn2perturb.data import check_labels
 from learn2perturb.engine import compile_time, gears
 from learn2perturb.engine.random import isolated_rng
-from learn2perturb.errors import (
-    ConfigError,
-    TrainingError,
-)
+from learn2perturb.errors import ConfigError, Interrupted, TrainingError
 from learn2perturb.progress import Reporter
 from learn2perturb.records import atomic_write
 from learn2perturb.training.checkpoint import checkpoints
@@ -74,6 +74,7 @@ def train(
         ConfigError: a setting is not allowed, or ``out`` holds another run.
         NonFiniteError: a loss or weight became NaN or infinite.
         DataError: the data are missing or damaged.
+        Interrupted: a KeyboardInterrupt, after Ctrl-C, SIGTERM or SIGHUP; its text says what is saved.
     """
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"config is a {type(config).__name__}; give a TrainConfig")
@@ -85,7 +86,7 @@ def train(
     folder = None if out is None else Path(out)
     if folder is not None:
         check_folder(folder, config)
-    with Reporter(progress) as reporter, isolated_rng():
+    with _told(folder), Reporter(progress) as reporter, isolated_rng():
         training = Training(config, model, data, folder, reporter)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -99,6 +100,19 @@ def train(
         metrics = _run(training)
     training.finish()
     return Run(folder, training.model, config, metrics)
+
+
+@contextmanager
+def _told(folder: Path | None) -> Iterator[None]:
+    """Let a training that is stopped end with what is saved of it, as the disk has it."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        saved = [] if folder is None else checkpoints(folder)
+        kept = "nothing is saved"
+        if saved:
+            kept = f"the state is saved in {folder} (step {int(saved[-1].name)}); the same command again resumes"
+        raise Interrupted.of(stop, kept) from None
 
 
 def _run(training: Training) -> list[dict[str, Any]]:
@@ -115,7 +129,7 @@ def _run(training: Training) -> list[dict[str, Any]]:
     compiled = compile_time.seconds_spent()
     if training.gear.compiled_rows and _unfinished(training):
         training.reporter.line("compiling in the first steps: a minute or two, seconds once torch has it in its cache")
-    interrupt = Interrupt()
+    interrupt = Interrupt(partial(training.reporter.line, always=True), saves=folder is not None)
     classes = None
     try:
         with gears.running(training.gear), interrupt.listening():
@@ -145,14 +159,14 @@ def _run(training: Training) -> list[dict[str, Any]]:
                     if interrupt.received is not None or (due and training.batch < training.batches):
                         training.save(file)
                         saved = time.monotonic()
-                    if interrupt.received is not None:
-                        raise KeyboardInterrupt
+                    interrupt.check()
                 training.look_at("train", training.source, labels, classes or 1)
                 if training.batch != training.batches:
                     raise TrainingError(
                         f"the data gave {training.batch} batches in epoch {training.epoch} and promised "
                         f"{training.batches}; give a loader whose length is right"
                     )
+                interrupt.after = "the scores of this epoch"
                 line = {"kind": "epoch", "epoch": training.epoch, "step": training.step}
                 line |= _clean(training.totals.means()) | training.monitor_scores()
                 line |= noise_report(training.model, expected)
@@ -170,6 +184,8 @@ def _run(training: Training) -> list[dict[str, Any]]:
                 training.totals = Totals(training.device)
                 training.save(file)
                 training.reporter.line(_epoch_line(training, line))
+                interrupt.check()
+                interrupt.after = "this step"
         if folder is not None and not checkpoints(folder):
             training.save(file)  # no epoch was asked for: the network as it starts can still be loaded
     finally:
