@@ -63,8 +63,6 @@ class Budget:
             value = getattr(self, item.name)
             if item.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{item.name} of the budget is {value!r}, must be a whole number >= 1")
-        if self.slope_repeats < 3:
-            raise ConfigError(f"slope_repeats is {self.slope_repeats}; a variance and its error need at least 3")
         if self.some > self.images:
             raise ConfigError(f"some is {self.some} and images {self.images}; allowed: some <= images")
         for name, part in (("draw_curve", 4), ("step_curve", 2)):

@@ -27,6 +27,7 @@ SHARED = (
 )
 # Parts of the passes, each left out once: enough to tell an error, few enough to keep the sums of each.
 _PARTS = 12
+_FEWEST_BLOCKS = 3
 # Relative to a square: what is below is rounding.
 _NOTHING = 1e-12
 
@@ -65,7 +66,7 @@ def real(bench: Bench, *, claimed: bool, replay: str = "") -> Draft:
         seed_everything(bench.seed, "gradient slope")
         gradients = gradient_slope(model, x, y, COUNTS[-1] * budget.slope_repeats)
         seed_everything(bench.seed, "row slope")
-        rows = row_slope(model, x, budget.slope_repeats) if rows_differ else None
+        rows = row_slope(model, x, budget.slope_repeats) if rows_differ and budget.slope_repeats > 1 else None
     return _told(gradients, rows, rows_differ=rows_differ)
 
 
@@ -84,7 +85,9 @@ def _told(gradients: Slope | None, rows: Slope | None, *, rows_differ: bool) -> 
             notes.append(f"the rows of a batch share a part of their draws ({falls}, not -1), {SHARED}")
     not_shown = ""
     if gradients is None:
-        not_shown = "the gradient does not vary with the draws, so its slope tells nothing"
+        not_shown = (
+            "the gradient does not vary with the draws (or slope_repeats is below 3), so its slope tells nothing"
+        )
     else:
         evidence |= {"slope of gradient": gradients.value, "its error, gradient": gradients.standard_error}
         falls = f"the variance of the gradient averaged over K passes falls with slope {gradients}"
@@ -107,9 +110,12 @@ def gradient_slope(model: Model, x: Tensor, y: Tensor, passes: int) -> Slope | N
     """Return how the variance of the input gradient, averaged over K successive passes, falls with K.
 
     Of the margin: the cross-entropy of a confident image is ruled by rare draws, whose variance is ill estimated. The
-    error is over passes (delete-a-part jackknife), not over images, which may share the draws of a pass.
+    error is over passes (delete-a-part jackknife), not over images, which may share the draws of a pass. None where
+    nothing varies, or where the passes are too few for a variance and its error.
     """
     blocks = passes // COUNTS[-1]
+    if blocks < _FEWEST_BLOCKS:
+        return None
     parts = min(_PARTS, blocks)
     sums = torch.zeros(parts, len(x), x[0].numel(), dtype=torch.float64, device=x.device)
     squares = torch.zeros(len(COUNTS), parts, len(x), dtype=torch.float64, device=x.device)
