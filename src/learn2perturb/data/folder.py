@@ -1,4 +1,4 @@
-"""Image folders: ROOT/train/CLASS/* and ROOT/test/CLASS/*, any format that Pillow reads."""
+"""Image folders: ROOT/train/CLASS/* and ROOT/test/CLASS/*, in the common image formats."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from learn2perturb.data.dataset import ImageData, data_root, pixel_statistics
+from learn2perturb.data.images import read_image
 from learn2perturb.errors import ConfigError, DataError
 
 
@@ -19,7 +20,7 @@ def load_folder(
     """Load ROOT/``split``/CLASS/*: one folder a class, in alphabetical order; ``download`` is not used.
 
     Images must all have one size, or are resized to ``size`` (a side, or (height, width)). A set of grey images has one
-    channel; one colour image makes all of them RGB. The classes, and the statistics, are those of ROOT/train.
+    channel; one colour image makes all of them RGB. Classes, channels and statistics are those of ROOT/train.
 
     Raises:
         ConfigError: ``size`` is not allowed.
@@ -28,14 +29,19 @@ def load_folder(
     folder, size = data_root(root), _checked_size(size)
     reference = folder / ("train" if (folder / "train").is_dir() else split)
     classes = _classes(reference)
-    images, labels = _read(folder / split, classes, size)
-    train = images
-    if reference != folder / split:
-        train, _ = _read(reference, classes, size)
-        if train.shape[1:] != images.shape[1:]:
+    for name in _classes(folder / split):
+        if name not in classes:
             raise DataError(
-                f"images of {folder / split} are {tuple(images.shape[1:])} but those of {reference} are "
-                f"{tuple(train.shape[1:])} (C, H, W); make them alike, or give size="
+                f"{folder / split / name}: class {name!r} is not among those of train: {', '.join(classes)}"
+            )
+    train, labels = _read(reference, classes, size)
+    images = train
+    if reference != folder / split:
+        images, labels = _read(folder / split, classes, size, channels=train.shape[1])
+        if train.shape[2:] != images.shape[2:]:
+            raise DataError(
+                f"images of {folder / split} are {images.shape[2]} x {images.shape[3]} but those of {reference} are "
+                f"{train.shape[2]} x {train.shape[3]}; make all images one size, or give size="
             )
     mean, std = pixel_statistics(train)
     return ImageData(
@@ -55,17 +61,19 @@ def _classes(folder: Path) -> tuple[str, ...]:
     return classes
 
 
-def _read(folder: Path, classes: tuple[str, ...], size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-    for name in _classes(folder):
-        if name not in classes:
-            raise DataError(f"{folder / name}: class {name!r} is not among those of train: {', '.join(classes)}")
+def _read(
+    folder: Path, classes: tuple[str, ...], size: tuple[int, int] | None, *, channels: int | None = None
+) -> tuple[Tensor, Tensor]:
     arrays: list[np.ndarray] = []
     labels: list[int] = []
     first: Path | None = None
     for label, name in enumerate(classes):
-        paths = sorted((folder / name).iterdir()) if (folder / name).is_dir() else []
-        for path in (path for path in paths if path.is_file() and not _hidden(path)):
-            array = _read_image(path, size)
+        for path in _files(folder / name):
+            array = read_image(path, size)
+            if channels == 1 and array.shape[2] == 3:
+                raise DataError(
+                    f"{path} is a colour image but those of train are grey; make it grey, or train in colour"
+                )
             if first is None:
                 first = path
             elif array.shape[:2] != arrays[0].shape[:2]:
@@ -77,23 +85,22 @@ def _read(folder: Path, classes: tuple[str, ...], size: tuple[int, int] | None) 
             labels.append(label)
     if not arrays:
         raise DataError(f"image folder {folder.absolute()} has no image in its class folders {', '.join(classes)}")
-    colour = any(array.shape[2] == 3 for array in arrays)
+    colour = channels == 3 or any(array.shape[2] == 3 for array in arrays)
     stacked = np.stack([np.repeat(array, 3, axis=2) if colour and array.shape[2] == 1 else array for array in arrays])
     return torch.from_numpy(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))), torch.tensor(labels)
 
 
-def _read_image(path: Path, size: tuple[int, int] | None) -> np.ndarray:
-    from PIL import Image
+def _files(folder: Path) -> list[Path]:
+    """Return the files of a class, in order.
 
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("L" if opened.mode in ("1", "L") else "RGB")
-            if size is not None:
-                image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-            array = np.array(image, dtype=np.uint8)
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, its own bomb error
-        raise DataError(f"cannot read the image {path}: {error}; replace or remove it") from error
-    return array[:, :, None] if array.ndim == 2 else array
+    Raises:
+        DataError: something else lies there, whose images would be left out.
+    """
+    paths = sorted(path for path in folder.iterdir() if not _hidden(path)) if folder.is_dir() else []
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path} is no file; images must lie in the folder of their class, none deeper")
+    return paths
 
 
 def _checked_size(size: Any) -> tuple[int, int] | None:
