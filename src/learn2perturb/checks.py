@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,3 +27,32 @@ def check_choice(name: str, value: Any, allowed: Sequence[str], *, optional: boo
     """Raise ConfigError unless ``value`` is among ``allowed``, or None where it is ``optional``."""
     if value not in allowed and not (value is None and optional):
         raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def check_size(name: str, value: Any, *, norm: str = "linf", zero: bool = False) -> None:
+    """Raise ConfigError unless ``value`` can be a radius or a step: finite, above 0 (or ``zero``), in l_inf <= 1."""
+    if isinstance(value, str):
+        raise ConfigError(f"{name} must be a number in [0, 1] pixel scale, got {value!r}; write 8/255, without quotes")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} must be a number in [0, 1] pixel scale, got {value!r}; write 8/255")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        bound = "at least 0" if zero else "more than 0"
+        raise ConfigError(f"{name} must be finite and {bound}, in [0, 1] pixel scale, got {value!r}; write 8/255")
+    if norm == "linf" and value > 1:
+        raise ConfigError(
+            f"{name}={value!r} is more than a pixel's whole range: {name} is in [0, 1] pixel scale, write 8/255, not 8"
+        )
+
+
+def check_step(name: str, value: Any, eps: float, *, norm: str = "linf") -> None:
+    """Raise ConfigError unless ``value`` can be a step in a ball of radius ``eps``: at most its diameter."""
+    check_size(name, value, norm=norm)
+    if 0 < 2 * eps < value:
+        raise ConfigError(
+            f"{name}={value!r} is more than twice eps={eps!r}, so every step crosses the whole ball; eps / 4 is usual"
+        )
+
+
+def fitting_step(step: float, eps: float, radius: float) -> float:
+    """Return the step for a ball of ``radius``, of one made for ``eps``: the same, in proportion where it is larger."""
+    return step if step <= radius or radius == 0 else step * (radius / eps)

@@ -436,10 +436,10 @@ BAD_INPUTS = {
     "model no callable": (7, X, Y, "model must be callable, .* got int"),
     "model tuple": (lambda x: (x.flatten(1), x), X, Y, r"got a tuple; wrap it .* lambda x: model\(x\)\[0\]"),
     "model dict": (lambda x: {"logits": x}, X, Y, "got a dict; wrap it"),
-    "model 1-d": (lambda x: x.flatten(1).sum(1), X, Y, r"at least 2 classes\), got \(2,\)"),
+    "model 1-d": (lambda x: x.flatten(1).sum(1), X, Y, r"classes >= 2\), got \(2,\)"),
     "model one class": (lambda x: x.flatten(1).sum(1, keepdim=True), X, Y, r"got \(2, 1\); a model with one output"),
     "model other rows": (lambda x: x.flatten(1)[:1], X, Y, r"got \(1, 48\)"),
-    "model classes": (lambda x: x.flatten(1).argmax(1, keepdim=True), X, Y, "return float logits, got torch.int64"),
+    "model classes": (lambda x: x.flatten(1).argmax(1, keepdim=True), X, Y, "return float logits, .* got torch.int64"),
     "model nan": (lambda x: x.flatten(1) / 0, X, Y, "NaN or infinite logits"),
     "model no gradient": (lambda x: x.detach().flatten(1), X, Y, "no gradient with respect to x"),
 }

@@ -9,7 +9,7 @@ from torch import nn
 
 from learn2perturb.defenses import Clock, Settings, build_defense, trades_loss
 from learn2perturb.defenses.awp import against_weights
-from learn2perturb.defenses.objectives import TradesAdversary
+from learn2perturb.defenses.objectives import TradesAdversary, kl_divergence
 from learn2perturb.errors import ConfigError
 from learn2perturb.noise import fixed_noise, noise_parameters, perturb
 from learn2perturb.training import TrainConfig, train
@@ -344,3 +344,45 @@ def test_a_loss_of_ones_own_takes_neither_trades_nor_weight_perturbation():
     for change in ({"objective": "trades"}, {"awp": 0.01}):
         with pytest.raises(ConfigError, match="Own"):
             Own().check(Settings(**{"objective": "mixed", **change}))
+
+
+# --- probabilities that underflow
+
+
+def exact_divergence(z: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    log_p, log_q = r.double().log_softmax(1), z.double().log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def test_the_divergence_and_its_gradients_are_finite_where_probabilities_underflow():
+    z = torch.tensor([[0.0, 300.0, -300.0], [1e4, 0.0, -1e4], [1.0, 2.0, 3.0]], requires_grad=True)
+    r = torch.tensor([[500.0, 0.0, -500.0], [1e4, 0.0, -1e4], [3.0, 2.0, 1.0]], requires_grad=True)
+    value = kl_divergence(z, r)
+    torch.testing.assert_close(value.detach().double(), exact_divergence(z, r).detach(), rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(value.sum(), (z, r))
+    wanted = torch.autograd.grad(exact_divergence(z, r).sum(), (z, r))
+    for mine, right in zip(found, wanted, strict=True):
+        assert torch.isfinite(mine).all()
+        torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spoil", ["scale", "mask"])
+def test_trades_trains_on_where_probabilities_underflow(spoil):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(16, 4)
+
+    class Sure(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            z = self.linear(x.flatten(1))
+            return 1e3 * z if spoil == "scale" else z.masked_fill(torch.tensor([False, False, False, True]), -torch.inf)
+
+    x, y = torch.rand(8, 1, 4, 4), torch.arange(8) % 3
+    losses = trades_loss(Sure(), x, y, Clock(0, 0, 1), settings(defense="trades"))
+    losses.total.backward()
+    assert torch.isfinite(losses.total)
+    assert torch.isfinite(linear.weight.grad).all()
+    assert linear.weight.grad.abs().max() > 0

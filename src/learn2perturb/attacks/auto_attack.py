@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from learn2perturb.attacks.apgd import APGD
-from learn2perturb.attacks.base import Attack, Model, Query, check_images, passes_agree
+from learn2perturb.attacks.base import Attack, Model, Query, check_images
 from learn2perturb.attacks.fab import FAB
 from learn2perturb.attacks.losses import margin
+from learn2perturb.attacks.probing import apart, passes_differ
 from learn2perturb.attacks.runs import best_of, per_image
 from learn2perturb.attacks.square import Square
 from learn2perturb.checks import check_count
-from learn2perturb.engine.modes import in_mode
+from learn2perturb.engine.answers import logits_of
+from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError
 
@@ -129,6 +131,7 @@ class AutoAttackReport:
         return "\n".join(lines + [f"  {name.ljust(width)}  {value:.1%}" for name, value in rows])
 
 
+@own_modes()
 def auto_attack_report(
     model: Model, x: Tensor, y: Tensor, attack: AutoAttack, *, draws: int = 20, batch_size: int = 256
 ) -> AutoAttackReport:
@@ -146,15 +149,16 @@ def auto_attack_report(
     def margins(images: Tensor, labels: Tensor, count: int, *purpose: int | str) -> Tensor:
         """Return (count, n) margins, positive where the prediction is wrong."""
         with _stream(attack.seed, "judge", *purpose), in_mode(model, False), torch.no_grad():
-            return torch.stack([margin(model(images.clone()).float(), labels) for _ in range(count)])
+            return torch.stack([margin(logits_of(model, images), labels) for _ in range(count)])
 
     def seeded(part: Attack, *purpose: int | str) -> Attack:
         return part if attack.seed is None else dataclasses.replace(part, seed=derive_seed(attack.seed, *purpose))
 
     check_images(model, x, y)
-    with _stream(attack.seed, "probe"), in_mode(model, False), torch.no_grad():
-        stochastic = not passes_agree(model, x)
-        names = attack.parts(model(x[:1].clone()).shape[1])
+    with in_mode(model, False):
+        stochastic = passes_differ(lambda images: logits_of(model, images), x)
+        with apart("probe"):
+            names = attack.parts(logits_of(model, x[:1]).shape[1])
     draws, choosing = (draws, attack.draws) if stochastic else (1, 1)
     totals: dict[str, list[Tensor]] = {name: [] for name in ("clean", *names, "worst", "headline", "x_adv")}
     for batch, (images, labels) in enumerate(zip(x.split(batch_size), y.split(batch_size), strict=True)):

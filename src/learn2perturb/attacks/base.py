@@ -7,8 +7,8 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, final
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from learn2perturb.attacks.balls import BALLS, NORMS, Ball
 from learn2perturb.attacks.gradients import AVERAGES, Average, Values, input_gradient, value_and_gradient, values_of
 from learn2perturb.attacks.losses import LOSSES, Loss, margin
-from learn2perturb.checks import check_count
+from learn2perturb.attacks.probing import apart, passes_differ
+from learn2perturb.attacks.watch import Watch
+from learn2perturb.checks import check_count, check_size
 from learn2perturb.engine import gears
-from learn2perturb.engine.modes import in_mode, one_image_explained
+from learn2perturb.engine.answers import ask, check_answer, check_finite, check_weights, fitting, plain_logits
+from learn2perturb.engine.modes import in_mode, one_image_explained, own_modes
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, InputError, Learn2PerturbError
 
@@ -26,11 +29,6 @@ Model = Callable[[Tensor], Tensor]
 Mode = Literal["eval", "train", "keep"]
 
 TOLERANCE = 1e-6  # of pixel values and distances: float32 rounding, far below 1/255
-
-# Passes over a few images that are compared to tell whether a model draws noise: several, because rare or shared draws
-# may repeat. Together they cost less than one pass over a batch of 256.
-_PROBES = 8
-_PROBED_IMAGES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +44,8 @@ class AttackResult:
         l0: (N,) the number of places (row, column) that changed.
         forward_passes, backward_passes: passes of each image through the model, the verification not counted.
         seconds: wall time of the attack, without the verification.
+        zero_gradients: images whose gradient at the first step was exactly zero, so that it showed no way: a saturated
+            softmax or masked gradients. None where the attack took no gradient.
     """
 
     attack: Attack
@@ -57,6 +57,7 @@ class AttackResult:
     forward_passes: float
     backward_passes: float
     seconds: float
+    zero_gradients: int | None = None
 
     @property
     def success_rate(self) -> float:
@@ -123,11 +124,7 @@ class Attack(ABC):
         _check_choice("eot_average", self.eot_average, AVERAGES)
         unbounded = self.minimum_norm and self.eps == math.inf
         if not unbounded:
-            _check_size("eps", self.eps, lowest=0.0)
-        if self.norm == "linf" and self.eps > 1 and not unbounded:
-            raise ConfigError(
-                f"eps={self.eps!r} is more than a pixel's whole range: eps is in [0, 1] pixel scale, write 8/255, not 8"
-            )
+            check_size("eps", self.eps, norm=self.norm, zero=True)
         check_count("eot", self.eot)
         if not isinstance(self.targeted, bool):
             raise ConfigError(f"targeted must be True or False, got {self.targeted!r}; give the target classes as y")
@@ -145,6 +142,10 @@ class Attack(ABC):
     def sized(self) -> bool:
         """Whether a common eps may replace this one: not a number of pixels, nor where the norm is looked for."""
         return self.norm in BALLS and self.eps < math.inf
+
+    def resized(self, eps: float) -> Self:
+        """Return the same attack with another radius; a step that would exceed it shrinks in proportion."""
+        return replace(self, eps=eps)
 
     @abstractmethod
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ class Attack(ABC):
         without weight gradients, and then every flag of every submodule is what it was, also after a failure.
 
         Raises:
-            InputError: images, labels or logits are not as said above.
+            InputError: images, labels or logits are not as said above, or a gradient is NaN or infinite.
         """
         check_images(model, x, y)
         with _prepared(model, "eval", x), self._random_stream("attack"):
@@ -174,6 +175,7 @@ class Attack(ABC):
             query = Query(model, self, y, strict=True)
             start = time.perf_counter()
             x_adv = self.search(query, x, y)
+            query.watch.check()
             norms = self._measured(x_adv, x)
             seconds = time.perf_counter() - start
             passes = query.forwards / len(x), query.backwards / len(x)
@@ -181,7 +183,8 @@ class Attack(ABC):
                 # A copy, here and in Query.score: the model may work on its input in place.
                 predicted = query.logits(x_adv.clone()).argmax(dim=1)
             success = predicted == y if self.targeted else predicted != y
-        return AttackResult(self, x_adv, success, norms["linf"], norms["l2"], norms["l0"], *passes, seconds)
+        found = norms["linf"], norms["l2"], norms["l0"]
+        return AttackResult(self, x_adv, success, *found, *passes, seconds, query.watch.zero_gradients)
 
     @final
     def craft(self, model: Model, x: Tensor, y: Tensor, *, mode: Mode = "eval") -> Tensor:
@@ -189,10 +192,13 @@ class Attack(ABC):
 
         Nothing here waits for the device, so no image leaves before the attack is over. ``mode`` is that of the modules
         meanwhile; in ``"train"`` mode batch statistics are used and the running ones move, as in any pass of training.
+        If a gradient or logit was not finite all images are NaN, and so is the loss that is taken at them: training
+        stops, where images that the attack has left alone would go unnoticed.
         """
         with _prepared(model, mode, x), self._random_stream("attack"):
             x, y = _plain(x), _plain(y)
-            return self.search(Query(model, self, y, strict=False), x, y)
+            query = Query(model, self, y, strict=False)
+            return query.watch.spoiled(self.search(query, x, y))
 
     @final
     def search(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
@@ -207,7 +213,7 @@ class Attack(ABC):
         distances = {name: norm.distance(x_adv, x) for name, norm in NORMS.items()}
         farthest = distances[self.norm].max().item()
         if math.isnan(farthest):
-            raise InputError("the attack met a NaN gradient: the logits or their derivatives are not finite near x")
+            raise InputError(f"{type(self).__name__} returned images that are NaN; its perturb() divides by 0 near x")
         if farthest > self.eps + TOLERANCE * max(1.0, self.eps):
             raise Learn2PerturbError(
                 f"{type(self).__name__} left its {self.norm} ball: distance {farthest:.8g}, eps {self.eps:.8g}; "
@@ -236,6 +242,7 @@ class Query:
     def __init__(self, model: Model, attack: Attack, y: Tensor, *, strict: bool) -> None:
         self.forwards = 0
         self.backwards = 0
+        self.watch = Watch()
         self._model = model
         self._attack = attack
         self._loss = LOSSES[attack.loss]
@@ -247,21 +254,28 @@ class Query:
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits (N, K) of one forward pass, at least float32."""
-        with gears.autocast(x.device.type):
-            logits = self._model(x)
+        logits = ask(self._model, x)
         if not self._checked:
-            _check_logits(logits, x, self._labels, values=self._strict)
+            check_answer(logits, len(x))
+            if self._strict:
+                check_finite(logits)
+                _check_classes(self._labels, logits.shape[1])
             self._checked = True
             self._num_classes = logits.shape[1]
         self.forwards += len(x)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        self.watch.logits(logits)
+        return plain_logits(logits)
 
-    def gradient(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the direction (N, C, H, W) of the attack's aim: the EOT gradient of the loss, negative if targeted."""
+    def gradient(self, x: Tensor, y: Tensor, *, loss: Loss | None = None) -> Tensor:
+        """Return the direction (N, C, H, W) of the attack's aim: the EOT gradient of the loss, negative if targeted.
+
+        ``loss`` replaces the attack's own, as in :meth:`value_and_gradient`.
+        """
         attack = self._attack
-        gradient = input_gradient(self.logits, self._loss, x, y, eot=attack.eot, average=attack.eot_average)
+        gradient = input_gradient(self.logits, loss or self._loss, x, y, eot=attack.eot, average=attack.eot_average)
+        self.watch.gradient(gradient)
         self.backwards += attack.eot * len(x)
-        return -gradient if attack.targeted else gradient
+        return -gradient if attack.targeted and loss is None else gradient
 
     def value_and_gradient(self, x: Tensor, y: Tensor, *, loss: Loss | None = None) -> tuple[Values, Tensor]:
         """Return what the same ``eot`` draws say: mean loss, margin and logits of each image, and the gradient.
@@ -273,6 +287,7 @@ class Query:
         values, gradient = value_and_gradient(
             self.logits, loss or self._loss, x, y, eot=attack.eot, average=attack.eot_average
         )
+        self.watch.gradient(gradient)
         self.backwards += attack.eot * len(x)
         return self._aimed(values, own=loss is None), -gradient if attack.targeted and loss is None else gradient
 
@@ -302,8 +317,7 @@ class Query:
         Asked once; in :meth:`Attack.craft`, where nothing may wait for the device, the answer is no.
         """
         if self._deterministic is None:
-            with _probing():
-                self._deterministic = passes_agree(self.logits, x)
+            self._deterministic = not passes_differ(self.logits, x)
         return self._deterministic
 
     def broken(self, x: Tensor, y: Tensor, margins: Tensor) -> Tensor:
@@ -321,7 +335,7 @@ class Query:
     def num_classes(self, x: Tensor) -> int:
         """Return the number of classes: by a forward pass, if there was none yet."""
         if self._num_classes is None:
-            with _probing():
+            with apart("probe"):
                 return self.logits(x.clone()).shape[1]
         return self._num_classes
 
@@ -329,7 +343,7 @@ class Query:
     def part(self, attack: Attack) -> Iterator[Query]:
         """Give the query of ``attack``, a part of this one, to call its :meth:`Attack.perturb` with; add its passes."""
         part = Query(self._model, attack, self._labels, strict=self._strict)
-        part._checked, part._deterministic = self._checked, self._deterministic
+        part._checked, part._deterministic, part.watch = self._checked, self._deterministic, self.watch
         try:
             yield part
         finally:
@@ -343,22 +357,6 @@ class Query:
 
 
 @contextlib.contextmanager
-def _probing() -> Iterator[None]:
-    """Draw from a stream of its own: an attack draws the same numbers whether or not it has asked."""
-    with torch.no_grad(), isolated_rng():
-        seed_everything("probe")
-        yield
-
-
-def passes_agree(logits_of: Model, x: Tensor) -> bool:
-    """Tell whether several passes over a few of the images give the same logits: exactly so on the CPU."""
-    # Kernels of accelerators may add in another order each time; that is no noise.
-    tolerance = 0.0 if x.device.type == "cpu" else 1e-3
-    passes = torch.stack([logits_of(x[:_PROBED_IMAGES].clone()) for _ in range(_PROBES)])
-    return torch.allclose(passes, passes[:1].expand_as(passes), rtol=tolerance, atol=tolerance)
-
-
-@contextlib.contextmanager
 def _prepared(model: Model, mode: Mode, x: Tensor) -> Iterator[None]:
     """Set modes, switch weight gradients off and input gradients on; put every flag back, whatever happens.
 
@@ -367,11 +365,12 @@ def _prepared(model: Model, mode: Mode, x: Tensor) -> Iterator[None]:
     if mode not in ("eval", "train", "keep"):
         raise ConfigError(f"mode must be 'eval', 'train' or 'keep', got {mode!r}")
     weights = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
-    with in_mode(model, None if mode == "keep" else mode == "train"), one_image_explained(len(x)):
+    check_weights(model)
+    with own_modes(), in_mode(model, None if mode == "keep" else mode == "train"), one_image_explained(len(x)):
         try:
             for weight in weights:
                 weight.requires_grad_(False)
-            with torch.inference_mode(False), torch.enable_grad(), gears.attacking(model, _plain(x), mode == "eval"):
+            with gears.attacking(model, fitting(model, _plain(x)), mode == "eval"):
                 yield
         finally:
             for weight in weights:
@@ -381,21 +380,6 @@ def _prepared(model: Model, mode: Mode, x: Tensor) -> Iterator[None]:
 def _plain(tensor: Tensor) -> Tensor:
     """Return the tensor without graph, and as one that autograd may save if it was made in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-def check_step(name: str, value: Any) -> None:
-    """Raise ConfigError unless ``value`` is a positive finite number in pixel scale."""
-    _check_size(name, value, lowest=math.ulp(0.0))
-
-
-def _check_size(name: str, value: Any, *, lowest: float) -> None:
-    if isinstance(value, str):
-        raise ConfigError(f"{name} must be a number in [0, 1] pixel scale, got {value!r}; write 8/255, without quotes")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name} must be a number in [0, 1] pixel scale, got {value!r}; write 8/255")
-    if not math.isfinite(value) or value < lowest:
-        bound = "more than 0" if lowest > 0 else "at least 0"
-        raise ConfigError(f"{name} must be finite and {bound}, in [0, 1] pixel scale, got {value!r}; write 8/255")
 
 
 def _check_choice(name: str, value: Any, allowed: Any) -> None:
@@ -434,24 +418,9 @@ def check_images(model: Any, x: Any, y: Any) -> None:
         raise InputError(f"x is on {x.device} but y on {y.device}; use y.to(x.device)")
 
 
-def _check_logits(logits: Any, x: Tensor, y: Tensor, *, values: bool) -> None:
-    if not isinstance(logits, Tensor):
-        mend = " (for example lambda x: model(x)[0])" if isinstance(logits, tuple | list) else ""
-        raise InputError(f"the model must return logits, got a {type(logits).__name__}; wrap it so that it does{mend}")
-    if not logits.is_floating_point():
-        raise InputError(f"the model must return float logits, got {logits.dtype}; return them before argmax")
-    if logits.ndim != 2 or logits.shape[0] != len(x) or logits.shape[1] < 2:
-        raise InputError(
-            f"the model must return logits (N, K), here ({len(x)}, at least 2 classes), got {tuple(logits.shape)}; "
-            "a model with one output is wrapped as torch.cat([-z, z], dim=1)"
-        )
-    if not values:
-        return
-    if not torch.isfinite(logits).all():
-        raise InputError("the model returned NaN or infinite logits; check its weights and its input normalisation")
+def _check_classes(y: Tensor, classes: int) -> None:
     lowest, highest = (bound.item() for bound in torch.aminmax(y))
-    if lowest < 0 or highest >= logits.shape[1]:
+    if lowest < 0 or highest >= classes:
         raise InputError(
-            f"y must be in 0..{logits.shape[1] - 1} (the model has {logits.shape[1]} classes), "
-            f"got values from {lowest} to {highest}"
+            f"y must be in 0..{classes - 1} (the model has {classes} classes), got values from {lowest} to {highest}"
         )

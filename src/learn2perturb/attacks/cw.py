@@ -10,10 +10,10 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import Attack, Query, check_step
+from learn2perturb.attacks.base import Attack, Query
 from learn2perturb.attacks.losses import margin
 from learn2perturb.attacks.runs import per_image
-from learn2perturb.checks import check_count, check_flag
+from learn2perturb.checks import check_count, check_flag, check_size
 from learn2perturb.engine import gears
 from learn2perturb.errors import ConfigError
 
@@ -77,7 +77,7 @@ class CW(Attack):
         for name in ("steps", "search_steps", "draws"):
             check_count(name, getattr(self, name))
         for name in ("lr", "initial_c", "largest_c"):
-            check_step(name, getattr(self, name))
+            check_size(name, getattr(self, name), norm=self.norm)
         if (
             isinstance(self.confidence, bool)
             or not isinstance(self.confidence, int | float)

@@ -65,6 +65,9 @@ class Victim(nn.Module):
         with isolated_rng(torch_only=True):
             seed_torch(self._seed, "pass", self._passes)
             self._passes += 1
+            if x.requires_grad:
+                x = x.view_as(x)  # so that what comes back here is the gradient of this pass alone
+                x.register_hook(self._query.watch.gradient)
             if self._eot == 1:
                 logits = self._query.logits(x)
             else:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import Attack, Query, check_step
-from learn2perturb.checks import check_count, check_flag
+from learn2perturb.attacks.base import Attack, Query
+from learn2perturb.checks import check_count, check_flag, check_size, check_step, fitting_step
+
+# Of the paper of Learn2Perturb.
+_STEP, _STEP_MADE_FOR = 0.01, 8 / 255
 
 
 @final
@@ -22,22 +26,30 @@ class PGD(Attack):
     Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2018, https://arxiv.org/abs/1706.06083.
 
     Attributes:
-        step_size: length of a step, [0, 1] pixel scale.
+        step_size: length of a step, [0, 1] pixel scale, at most ``2 eps``. NaN, the default, is 0.01, and where that is
+            more than ``eps`` as large a share of it as 0.01 is of 8/255.
         steps, restarts: at least 1.
         random_start: start at a random point of the ball, else at ``x``.
     """
 
-    step_size: float = 0.01
+    step_size: float = math.nan
     steps: int = 7
     random_start: bool = field(default=True, kw_only=True)
     restarts: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_step("step_size", self.step_size)
+        if isinstance(self.step_size, float) and math.isnan(self.step_size):
+            object.__setattr__(self, "step_size", fitting_step(_STEP, _STEP_MADE_FOR, self.eps))
+        check_step("step_size", self.step_size, self.eps, norm=self.norm)
         check_count("steps", self.steps)
         check_count("restarts", self.restarts)
         check_flag("random_start", self.random_start)
+
+    def resized(self, eps: float) -> PGD:
+        """Return the same attack with another radius; a step that would exceed it shrinks in proportion."""
+        check_size("eps", eps, norm=self.norm, zero=True)
+        return replace(self, eps=eps, step_size=fitting_step(self.step_size, self.eps, eps))
 
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return the best restart; costs ``restarts * steps * eot`` gradients and ``eot`` draws to judge a restart."""

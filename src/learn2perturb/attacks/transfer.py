@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, final
 
 from torch import Tensor
@@ -65,7 +65,8 @@ class Transfer(Attack):
         """Return what the attack finds on the source; costs no pass of the attacked model."""
         assert self.attack is not None
         # The caller has seeded the generators already; a seed of the inner attack itself stands.
-        result = replace(self.attack, eps=self.eps).run(self.source.model, x, y)
+        result = self.attack.resized(self.eps).run(self.source.model, x, y)
         query.forwards += round(result.forward_passes * len(x))
+        query.watch.first(result.zero_gradients)
         query.backwards += round(result.backward_passes * len(x))
         return result.x_adv

@@ -22,7 +22,16 @@ from learn2perturb.cli.options import (
     typed,
     words,
 )
-from learn2perturb.cli.subject import SPLITS, add_images, fitting_images, new_record, own_eps, read_run, records_of
+from learn2perturb.cli.subject import (
+    OWN_EPS,
+    SPLITS,
+    add_images,
+    fitting_images,
+    new_record,
+    own_eps,
+    read_run,
+    records_of,
+)
 from learn2perturb.errors import ConfigError
 from learn2perturb.registry import ATTACKS, DATASETS
 from learn2perturb.training.config import fraction
@@ -83,13 +92,13 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     header, config = read_run(arguments.run)
     out = record_path(arguments)
-    attacks = build_attacks(specs)
+    attacks = build_attacks(specs, max(sizes) if sizes else own_eps(config))
     model = load(arguments.run).to(device)
     data = fitting_images(arguments, header, config)
     if sizes is None:
         own = own_eps(config)
         attacks = {
-            name: attack if "eps" in specs[name][1] or not attack.sized else replace(attack, eps=own)
+            name: attack if "eps" in specs[name][1] or not attack.sized else attack.resized(own)
             for name, attack in attacks.items()
         }
     attacks, notes = without_doubles(model, attacks)
@@ -145,18 +154,27 @@ def attack_specs(arguments: argparse.Namespace) -> dict[str, tuple[str, dict[str
     return specs
 
 
-def build_attacks(specs: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, Attack]:
-    """Return row name -> attack.
+def build_attacks(specs: Mapping[str, tuple[str, dict[str, Any]]], eps: float = OWN_EPS) -> dict[str, Attack]:
+    """Return row name -> attack; ``eps`` is the l_inf radius of those that bring none.
 
     Raises:
         ConfigError: a setting is unknown or not allowed.
     """
     from learn2perturb.attacks import build_attack
 
-    return {
-        row: build_attack(name, **converted(settings, kinds_of(ATTACKS.entry(name).load()), f"attack {row!r}: "))
-        for row, (name, settings) in specs.items()
-    }
+    attacks = {}
+    for row, (name, settings) in specs.items():
+        if "step_size" in settings and "eps" not in settings:
+            # A step is judged by the radius that it is for; those of presets are for 8/255, and shrink with it.
+            settings = settings | {"eps": max(eps, OWN_EPS)}
+        attack = build_attack(name, **converted(settings, kinds_of(ATTACKS.entry(name).load()), f"attack {row!r}: "))
+        if attack.sized and attack.norm != "linf" and "eps" not in specs[row][1]:
+            raise ConfigError(
+                f"attack {row!r} has norm {attack.norm} and no eps, and {eps:.4g} is an l_inf radius; give it one of "
+                f"its own: {row}{',' if ':' in row else ':'}eps=0.5"
+            )
+        attacks[row] = attack
+    return attacks
 
 
 def record_path(arguments: argparse.Namespace) -> Path:

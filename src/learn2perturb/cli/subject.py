@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from learn2perturb.data import ImageData
 
 SPLITS = ("test", "train", "validation")
-_EPS = 8 / 255
+OWN_EPS = 8 / 255
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -99,7 +99,7 @@ def load_subject(arguments: argparse.Namespace) -> Subject:
         model = made_by(arguments.run)
         if hasattr(model, "to"):
             model = model.to(device)
-        return Subject(arguments.run, model, images(arguments, {}), _EPS, {}, Path("evaluation"))
+        return Subject(arguments.run, model, images(arguments, {}), OWN_EPS, {}, Path("evaluation"))
     header, config = read_run(arguments.run)
     model = load(arguments.run).to(device)
     data = fitting_images(arguments, header, config)
@@ -123,7 +123,7 @@ def read_run(run: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def own_eps(config: Mapping[str, Any]) -> float:
     """Return the size that a network was trained for, 8/255 where its settings do not say."""
-    return float(config.get("eps") or _EPS)
+    return float(config.get("eps") or OWN_EPS)
 
 
 def records_of(run: str) -> Path:

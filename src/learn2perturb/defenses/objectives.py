@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from learn2perturb.attacks import PGD
 from learn2perturb.attacks.base import Attack, Query
-from learn2perturb.attacks.gradients import input_gradient, mean_logits
+from learn2perturb.attacks.gradients import mean_logits
+from learn2perturb.checks import check_count, check_step
 from learn2perturb.defenses.awp import against_weights
 from learn2perturb.defenses.settings import Settings
-from learn2perturb.engine import gears
+from learn2perturb.engine.answers import ask, plain_logits
 
 Model = Callable[[Tensor], Tensor]
 
@@ -74,10 +75,8 @@ class Losses:
 
 
 def forward(model: Model, x: Tensor) -> Tensor:
-    """Return float32 logits of ``x`` in the current gear."""
-    with gears.autocast(x.device.type):
-        logits = model(x)
-    return logits.float()
+    """Return logits of ``x`` in the current gear, float32 at least, finite where the model's are."""
+    return plain_logits(ask(model, x))
 
 
 def training_adversary(settings: Settings) -> PGD:
@@ -137,9 +136,13 @@ def mixed_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: S
     )
 
 
-def kl_divergence(logits: Tensor, probabilities: Tensor) -> Tensor:
-    """Return ``KL(p || softmax(z))`` of each row, shape (N,), from logits z and probabilities p, both (N, K)."""
-    return F.kl_div(torch.log_softmax(logits, dim=1), probabilities, reduction="none").sum(dim=1)
+def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
+    """Return ``KL(softmax(r) || softmax(z))`` of each row, shape (N,), from logits z and r, both (N, K).
+
+    From logits, since a probability underflows: its log is then -inf, and the gradient of 0 log 0 is NaN.
+    """
+    log_p, log_q = torch.log_softmax(reference, dim=1), torch.log_softmax(logits, dim=1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
 
 
 @final
@@ -159,14 +162,18 @@ class TradesAdversary(Attack):
     step_size: float = 0.007
     steps: int = 10
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_step("step_size", self.step_size, self.eps, norm=self.norm)
+        check_count("steps", self.steps)
+
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return the last iterate."""
         with torch.no_grad():
-            p = torch.softmax(mean_logits(query.logits, x.clone(), self.eot, "probability"), dim=1)
+            reference = mean_logits(query.logits, x.clone(), self.eot, "probability")
         x_adv = x + 0.001 * torch.empty(x.shape, dtype=x.dtype, device=x.device).normal_()
         for _ in range(self.steps):
-            gradient = input_gradient(query.logits, kl_divergence, x_adv, p, eot=self.eot)
-            query.backwards += self.eot * len(x)
+            gradient = query.gradient(x_adv, reference, loss=kl_divergence)
             moved = self.ball.step(gradient, self.step_size).add_(x_adv)
             x_adv = self.ball.project(moved, x, self.eps).clamp_(0.0, 1.0)
         return x_adv
@@ -191,7 +198,7 @@ def trades_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: 
 
     def parts(network: Model) -> tuple[Tensor, Tensor, Tensor]:
         logits, adv_logits = forward(network, x), forward(network, x_adv)
-        divergence = kl_divergence(adv_logits, torch.softmax(logits, dim=1)).mean()
+        divergence = kl_divergence(adv_logits, logits).mean()
         return F.cross_entropy(logits, y) + (settings.trades_beta or 0.0) * divergence, logits, adv_logits
 
     network: Model = against_weights(model, settings.awp, lambda f: parts(f)[0]) if settings.awp else model

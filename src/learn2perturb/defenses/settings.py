@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from learn2perturb.checks import check_choice, check_count, check_flag
+from learn2perturb.checks import check_choice, check_count, check_flag, check_step
 from learn2perturb.errors import ConfigError
 
 SCHEDULES = ("step", "one_cycle", "cosine", "constant")
@@ -108,6 +108,8 @@ class Settings:
             raise ConfigError("weight_average is 1, so the average never moves; it must be below 1, such as 0.999")
         if self.attack_step_size == 0 and self.eps != 0:
             raise ConfigError("attack_step_size is 0, so the adversary stands still; the paper has 0.01 (or set eps 0)")
+        if self.attack_step_size and self.eps:
+            check_step("attack_step_size", self.attack_step_size, self.eps)
         if self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov needs momentum above 0; set momentum 0.9 or nesterov false")
 

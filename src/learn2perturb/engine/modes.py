@@ -1,15 +1,32 @@
-"""Train and eval mode of a network, set for a while and given back to every submodule as it was."""
+"""Modes of a network and of torch, set for a while and given back as they were."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from learn2perturb.engine.random import isolated_rng
 from learn2perturb.errors import InputError
+
+
+@contextlib.contextmanager
+def own_modes() -> Iterator[None]:
+    """Run the body, or as a decorator a function, as if the caller were in no mode of torch.
+
+    A caller's ``no_grad`` and ``inference_mode`` would take away the gradients of attacks, and his ``autocast`` would
+    compute in another type than the record says.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device_type in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 @contextlib.contextmanager
@@ -59,17 +76,36 @@ def blind_to_one_image(model: nn.Module, image: torch.Tensor) -> bool:
 def in_mode(model: object, training: bool | None) -> Iterator[None]:
     """Put every submodule of ``model`` in train or eval mode for the body, then each back in its own, also on failure.
 
-    None leaves the modes as they are, and so does a model that is no module.
+    None leaves the modes as they are, and so does a model that is no module. Modules whose mode was decided when they
+    were made (of ``torch.export``, ``torch.jit.freeze``) keep it.
     """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modules = switchable(model)
     flags = [module.training for module in modules]
     try:
         if modules and training is not None and any(flag != training for flag in flags):
-            modules[0].train(training)
+            _switch(modules[0], training)
         yield
     finally:
         # From the root down and by train(), not by the flag alone: some modules work there (they merge weights).
         for module, flag in zip(modules, flags, strict=True):
             if module.training != flag:
-                module.train(flag)
+                _switch(module, flag)
                 module.training = flag
+
+
+def switchable(model: object) -> list[nn.Module]:
+    """Return the submodules of ``model``, itself first, that have a mode and can be put in another."""
+    # A frozen module has no mode. An exported one has a train() of its own, which raises; what is inside has no say.
+    exported = isinstance(model, fx.GraphModule) and "train" in vars(model)
+    if not isinstance(model, nn.Module) or exported or not hasattr(model, "training"):
+        return []
+    return list(dict.fromkeys([model, *itertools.chain.from_iterable(map(switchable, model.children()))]))
+
+
+def _switch(module: nn.Module, training: bool) -> None:
+    try:
+        module.train(training)
+    except NotImplementedError:  # something exported lies within: what is around it is switched without it
+        for child in module.children():
+            if switchable(child):
+                _switch(child, training)

@@ -19,7 +19,7 @@ from learn2perturb.attacks import Attack
 from learn2perturb.checks import check_count
 from learn2perturb.data import check_labels, make_source, warn_of_subset
 from learn2perturb.engine import gears
-from learn2perturb.engine.modes import in_mode
+from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation.intervals import majority
@@ -41,6 +41,7 @@ Progress = Callable[[int, int, str], object]
 
 _CONFIDENCE = 0.95
 _RESAMPLES = 2000
+_ZERO_GRADIENTS = 0.05  # of the images, from which on it is said aloud that their gradients are zero
 
 
 def evaluate(
@@ -77,7 +78,7 @@ def evaluate(
             An attack on an ensemble averages at least ``members`` draws of its probability or logits.
         members: passes that make one scoring of a predictor other than ``single``.
         eps: replaces the eps of every attack, [0, 1] pixel scale; a list gives one row for each. Numbers of pixels and
-            infinite eps (minimum-norm attacks) stay.
+            infinite eps (minimum-norm attacks) stay. Steps that would exceed it shrink in proportion.
         noise_off: also give the rows of the same network with its noise switched off.
         seed: of attacks and scoring; the same seed gives the same evaluation (and, for a model without noise and an
             attack without a random start, for every batch size).
@@ -116,7 +117,7 @@ def evaluate(
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     # One pass over the data, all rows on each batch: every row sees the same images even where the user's loader
     # shuffles or augments in its own way.
-    with isolated_rng(), in_mode(model, False):
+    with own_modes(), isolated_rng(), in_mode(model, False):
         for index, (x, y) in enumerate(source.epoch(0)):
             if limit is not None:
                 x, y = x[: limit - done], y[: limit - done]
@@ -140,6 +141,7 @@ def evaluate(
     truth = np.concatenate(labels)
     warn_of_subset(source, torch.from_numpy(truth), num_classes)
     rows = [row for run in runs for row in run.rows(truth, num_classes)]
+    _warn_of_zero_gradients(rows)
     metadata = {
         "model": name or getattr(model, "registered_name", None) or getattr(model, "__name__", type(model).__name__),
         "data": getattr(data, "name", type(data).__name__),
@@ -182,6 +184,7 @@ class _RowRun:
         self.pooled: list[NDArray[np.int64]] = []
         self.totals = dict.fromkeys(("linf", "l2", "forward_passes", "backward_passes"), 0.0)
         self.seconds = 0.0
+        self.zero_gradients: int | None = None
 
     def compile_if_long(self, pixels: int, rows: int) -> None:
         """Attack in compiled passes of ``rows`` images if that is worth it for ``pixels``: all images, once."""
@@ -213,6 +216,8 @@ class _RowRun:
         self.totals["forward_passes"] += result.forward_passes * len(x)
         self.totals["backward_passes"] += result.backward_passes * len(x)
         self.seconds += result.seconds
+        if result.zero_gradients is not None:
+            self.zero_gradients = result.zero_gradients + (self.zero_gradients or 0)
         return result.x_adv.to(x.dtype).contiguous()
 
     def _score(self, model: Model, x: Tensor, batch: int) -> None:
@@ -263,7 +268,19 @@ class _RowRun:
                 l2=self.totals["l2"] / size,
                 forward_passes=self.totals["forward_passes"] / size,
                 backward_passes=self.totals["backward_passes"] / size,
+                zero_gradients=self.zero_gradients,
                 **found,
+            )
+
+
+def _warn_of_zero_gradients(rows: Iterable[Row]) -> None:
+    for row in rows:
+        if row.zero_gradients is not None and row.zero_gradients >= _ZERO_GRADIENTS * row.n:
+            warnings.warn(
+                f"{row.label}: the gradient of {row.zero_gradients} of {row.n} images is exactly zero at the first "
+                "step, so the attack does not know where to go and the model may look more robust than it is (a "
+                "saturated softmax, or masked gradients); try loss='margin', and square, which needs no gradient",
+                stacklevel=3,
             )
 
 
@@ -353,9 +370,15 @@ def _expand(attacks: Mapping[str, Attack] | None, eps: float | Sequence[float] |
     sizes = [eps] if isinstance(eps, (int, float, str)) else list(eps)
     if not sizes:
         raise ConfigError("eps is an empty list, must hold numbers; leave it out to keep the eps of each attack")
+    norms = sorted({attack.norm for attack in attacks.values() if attack.sized})
+    if len(norms) > 1:
+        raise ConfigError(
+            f"eps would be the radius of attacks of norms {' and '.join(norms)}, where one size means different "
+            "things; leave eps out and give each attack its own"
+        )
     # The attack itself says what is wrong with a size.
     return [
-        (name, dataclasses.replace(attack, eps=size))
+        (name, attack.resized(size) if attack.sized else attack)
         for name, attack in attacks.items()
         for size in (dict.fromkeys(sizes) if attack.sized else [attack.eps])
     ]

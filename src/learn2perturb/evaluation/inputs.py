@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from learn2perturb.engine.modes import switchable
 from learn2perturb.engine.random import seed_everything
 from learn2perturb.errors import InputError
 from learn2perturb.evaluation.passes import PROBABILITIES, Model, are_probabilities, checked_logits, passes_differ
@@ -24,10 +25,11 @@ def in_train_mode(model: Model) -> list[str]:
     """Return the names of the submodules of ``model`` that are in train mode; noise is the same in both modes."""
     if not isinstance(model, nn.Module):
         return []
+    known = set(switchable(model))
     return [
         name or type(model).__name__
         for name, module in model.named_modules()
-        if module.training and not isinstance(module, NoiseModule)
+        if module in known and module.training and not isinstance(module, NoiseModule)
     ]
 
 

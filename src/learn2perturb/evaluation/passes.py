@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from learn2perturb.attacks import probing
+from learn2perturb.engine.answers import logits_of
 from learn2perturb.engine.devices import checked_device
 from learn2perturb.engine.gears import Gear
-from learn2perturb.engine.random import seed_everything
-from learn2perturb.errors import ConfigError, InputError
+from learn2perturb.errors import ConfigError
 
 Model = Callable[[Tensor], Tensor]
 
@@ -20,30 +21,8 @@ PROBABILITIES = (
     "the model's output looks like probabilities (rows >= 0 that sum to 1), but logits are expected: a softmax "
     "inside the model weakens gradients, so that attacks look too weak; return the logits before it"
 )
-# Passes compared to tell whether an unknown model draws noise: several, because a rare draw may repeat once.
-_PROBES = 4
-
-
-def checked_logits(model: Model, x: Tensor) -> Tensor:
-    """Return the logits (N, classes) of one pass, float32 at least.
-
-    Raises:
-        InputError: the model's output is no finite float tensor of that shape.
-    """
-    # A copy: a model may work on its input in place, and the next draw must see the same images.
-    logits = model(x.clone())
-    if not isinstance(logits, Tensor):
-        mend = "; return its first element: lambda x: model(x)[0]" if isinstance(logits, (tuple, list)) else ""
-        raise InputError(f"the model returned a {type(logits).__name__}, must be logits of shape (N, classes){mend}")
-    if logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-        raise InputError(
-            f"the model returned shape {tuple(logits.shape)} for {len(x)} images, must be ({len(x)}, classes >= 2)"
-        )
-    if not logits.is_floating_point():
-        raise InputError(f"the model returned {logits.dtype}, must be float logits; return them before the argmax")
-    if bool((logits.isnan() | logits.isposinf()).any()):
-        raise InputError("the model returned NaN or infinite logits; check its weights and its input scale, [0, 1]")
-    return logits if logits.dtype == torch.float64 else logits.float()
+# The gear is that which runs now: outside of an attack float32, since evaluations keep out the caller's autocast.
+checked_logits = logits_of
 
 
 def are_probabilities(logits: Tensor) -> bool:
@@ -52,19 +31,8 @@ def are_probabilities(logits: Tensor) -> bool:
 
 
 def passes_differ(model: Model, x: Tensor, seed: int) -> bool:
-    """Tell whether passes over the same images differ: exactly on the CPU, beyond rounding elsewhere."""
-    # Kernels of accelerators may add in another order each time; that is no noise.
-    tolerance = 0.0 if x.device.type == "cpu" else 1e-4
-    first: Tensor | None = None
-    with torch.no_grad():
-        for probe in range(_PROBES):
-            seed_everything(seed, "probe", probe)
-            logits = checked_logits(model, x)
-            if first is None:
-                first = logits
-            elif not torch.allclose(logits, first, rtol=tolerance, atol=tolerance):
-                return True
-    return False
+    """Tell whether passes over the same images differ, so that the model is random."""
+    return probing.passes_differ(lambda images: checked_logits(model, images), x, seed)
 
 
 def device_of(model: Model, device: str | torch.device | None) -> torch.device:

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from learn2perturb.checks import check_count
+from learn2perturb.checks import check_count, check_size
 from learn2perturb.data import BatchSource, check_labels, make_source, warn_of_subset
 from learn2perturb.engine import gears
-from learn2perturb.engine.modes import in_mode
+from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError, NoiseError
 from learn2perturb.evaluation.certificates import gaussian_dp_radius, laplace_radius, vote_bounds
@@ -79,6 +79,7 @@ def certify(
         check_count(setting, value)
     if limit is not None:
         check_count("limit", limit)
+    check_size("eps", eps, zero=True)
     method = _method(method, sigma)
     if isinstance(alpha, bool) or not isinstance(alpha, float) or not 0 < alpha < 1:
         raise ConfigError(f"alpha is {alpha!r}, must be a number in (0, 1); 0.001 is usual")
@@ -86,7 +87,7 @@ def certify(
         raise ConfigError(f"model is a {type(model).__name__}, must be callable: a network or a function")
     place = device_of(model, device)
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
-    with isolated_rng(), in_mode(model, False):
+    with own_modes(), isolated_rng(), in_mode(model, False):
         source = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=limit)
         x, y = _all_images(source, place)
         # Before anything else looks at the model: what is refused here is refused in seconds, not after the votes.

@@ -49,6 +49,7 @@ class Row:
     ``interval`` is over images.  ``worst_of[n]`` is the accuracy against an adversary who needs one wrong answer in n
     scorings.  ``linf`` and ``l2`` are mean sizes of the perturbation; passes are image passes of the attack per image.
     ``correct`` (draws, n) and ``predictions`` (draws, n) are what all accuracies follow from.
+    ``zero_gradients`` counts the images whose gradient was exactly zero at the attack's first step (None: it has none).
     """
 
     attack: str
@@ -73,6 +74,7 @@ class Row:
     correct: PackedBits
     predictions: PackedIntegers
     pooled: tuple[PooledScore, ...] = ()
+    zero_gradients: int | None = None
 
     @property
     def label(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from learn2perturb.checks import check_choice, check_count
+from learn2perturb.checks import check_choice, check_count, fitting_step
 from learn2perturb.defenses.settings import Settings
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.registry import DATASETS, DEFENSES, MODELS
@@ -118,6 +118,10 @@ class TrainConfig(Settings):
         special = recipe.get("defenses", {}).get(name, {})
         defaults = {**recipe["settings"], **special.get("settings", {})}
         defaults |= {key: fraction(defaults[key]) for key in ("eps", "attack_step_size")}
+        if self.eps is not None:
+            # The recipe's step was made for the recipe's radius.
+            step = fitting_step(defaults["attack_step_size"], defaults["eps"], self.eps)
+            defaults["attack_step_size"] = step
         filled = {key: value for key, value in defaults.items() if getattr(self, key) is None}
         options = {**special.get("options", {}), **self.options}
         model_options = {**special.get("model_options", {}), **self.model_options}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from learn2perturb.data import check_labels
 from learn2perturb.engine import compile_time, gears
+from learn2perturb.engine.modes import own_modes
 from learn2perturb.engine.random import isolated_rng
 from learn2perturb.errors import ConfigError, Interrupted, TrainingError
 from learn2perturb.progress import Reporter
@@ -86,7 +87,7 @@ def train(
     folder = None if out is None else Path(out)
     if folder is not None:
         check_folder(folder, config)
-    with _told(folder), Reporter(progress) as reporter, isolated_rng():
+    with _told(folder), Reporter(progress) as reporter, own_modes(), isolated_rng():
         training = Training(config, model, data, folder, reporter)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from torch import nn
 from learn2perturb.data import BatchSource, check_labels, warn_of_subset
 from learn2perturb.defenses import Clock, Defense, Losses, Stage, build_defense, forward, training_adversary
 from learn2perturb.engine import gears
+from learn2perturb.engine.answers import ask
 from learn2perturb.engine.devices import checked_device
 from learn2perturb.engine.modes import blind_to_one_image, in_mode, one_image_explained
 from learn2perturb.engine.random import isolated_rng, seed_torch
@@ -340,15 +341,21 @@ class Training:
         seed_torch(self.config.seed, "monitor", self.epoch)
         attack = training_adversary(self.config)
         hits = torch.zeros(2, dtype=torch.int64, device=self.device)
+        bad = torch.zeros((), dtype=torch.bool, device=self.device)
         labels, classes = [], 1
         for x, y in monitor.epoch(0):
             x = self.gear.place_images(x)
             adversarial = attack.craft(self.model, x, y)
+            bad |= ~torch.isfinite(adversarial).all()
             answers = [forward(self.model, z) for z in (x, adversarial)]
             hits += torch.stack([(logits.argmax(1) == y).sum() for logits in answers])
             classes = answers[0].shape[1]
             check_labels(y, classes)
             labels.append(y)
+        if bool(bad):
+            raise NonFiniteError(
+                f"a gradient or logit of the monitored images was not finite after step {self.step}; {self._mend()}"
+            )
         self.look_at("monitor", monitor, labels, classes)
         count = sum(map(len, labels))
         clean, pgd = (hits / max(count, 1)).tolist()
@@ -360,10 +367,17 @@ def check_network(training: Training, x: torch.Tensor, y: torch.Tensor) -> int:
 
     Raises:
         InputError: it does not take these images, gives no logits, or has fewer classes than there are labels.
+        ConfigError: it has one mode for good.
     """
+    try:
+        training.model.train()
+    except NotImplementedError:
+        raise ConfigError(
+            "the network holds a program of torch.export, which has no train mode; give the network it was made from"
+        ) from None
     with isolated_rng(), in_mode(training.model, False), torch.no_grad():
         try:
-            logits = training.model(x[:2])
+            logits = ask(training.model, x[:2])
         except Learn2PerturbError:
             raise
         except Exception as error:  # a stranger's network may raise anything

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from learn2perturb.attacks.gradients import input_gradient
 from learn2perturb.attacks.losses import margin
+from learn2perturb.engine.answers import ask, plain_logits
 from learn2perturb.engine.random import seed_everything
 from learn2perturb.evaluation.diagnostics.measure import Bench
 from learn2perturb.evaluation.diagnostics.verdict import Draft
@@ -113,6 +114,10 @@ def gradient_slope(model: Model, x: Tensor, y: Tensor, passes: int) -> Slope | N
     error is over passes (delete-a-part jackknife), not over images, which may share the draws of a pass. None where
     nothing varies, or where the passes are too few for a variance and its error.
     """
+
+    def answers(images: Tensor) -> Tensor:
+        return plain_logits(ask(model, images))
+
     blocks = passes // COUNTS[-1]
     if blocks < _FEWEST_BLOCKS:
         return None
@@ -125,7 +130,7 @@ def gradient_slope(model: Model, x: Tensor, y: Tensor, passes: int) -> Slope | N
         held[part] += 1
         running = torch.zeros(len(COUNTS), len(x), x[0].numel(), dtype=torch.float64, device=x.device)
         for number in range(1, COUNTS[-1] + 1):
-            running += input_gradient(model, margin, x, y).double().flatten(1)
+            running += input_gradient(answers, margin, x, y).double().flatten(1)
             for index, count in enumerate(COUNTS):
                 if number % count == 0:
                     squares[index, part] += (running[index] / count).square().sum(dim=1)

@@ -17,7 +17,7 @@ from learn2perturb.attacks import PGD
 from learn2perturb.checks import check_count
 from learn2perturb.data import BatchSource, balanced_rows, check_labels, make_source, warn_of_subset
 from learn2perturb.engine import gears
-from learn2perturb.engine.modes import in_mode
+from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError, InputError
 from learn2perturb.evaluation.diagnostics import blackbox, draws, truth, whitebox
@@ -110,7 +110,7 @@ def diagnose(
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
     findings = _train_mode_finding(model)
     everyone = [model, *(sources or {}).values(), *([] if noise_off is None else [noise_off])]
-    with isolated_rng(), _all_in_eval_mode(everyone):
+    with own_modes(), isolated_rng(), _all_in_eval_mode(everyone):
         images = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=plan.images)
         x, y = _images(images, place, seed)
         plan = resized(plan, len(x))

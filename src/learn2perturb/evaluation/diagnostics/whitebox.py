@@ -24,7 +24,7 @@ BEST_AHEAD = 0.02
 
 def with_eps(attack: PGD, eps: float) -> PGD:
     """Return the attack at another size, its steps scaled alike."""
-    return dataclasses.replace(attack, eps=eps, step_size=attack.step_size * eps / attack.eps)
+    return dataclasses.replace(attack, eps=eps, step_size=min(attack.step_size * eps / attack.eps, eps))
 
 
 def title(attack: PGD, *, stochastic: bool) -> str:
@@ -63,7 +63,7 @@ def unbounded(bench: Bench) -> Draft:
     # by a radius of its diagonal.
     eps = 1.0 if attack.norm == "linf" else float(bench.x[0].numel() ** 0.5)
     whole = dataclasses.replace(
-        attack, eps=eps, step_size=2.5 * eps / steps, steps=steps, random_start=False, restarts=1,
+        attack, eps=eps, step_size=min(2.5 / steps, 1.0) * eps, steps=steps, random_start=False, restarts=1,
         eot=budget.unbounded_eot,
     )  # fmt: skip
     found = bench.attacked("unbounded", whole, budget.some, rival=False)
