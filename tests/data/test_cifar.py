@@ -235,3 +235,109 @@ def test_the_real_set(name: str) -> None:
     assert torch.bincount(train.labels).tolist() == [50_000 // train.num_classes] * train.num_classes
     mean, std = pixel_statistics(train.images)
     assert mean == pytest.approx(train.mean, abs=1e-4) and std == pytest.approx(train.std, abs=1e-4)
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tiny sets of these tests be the published ones."""
+    digests = {}
+    for split, keys in {"train": "12345", "test": ["test"]}.items():
+        images = np.concatenate([PIXELS[key] for key in keys]).reshape(-1, 3, 32, 32)
+        labels = np.array([y for key in keys for y in labels_of(key, 10)])
+        digests["cifar10", split] = (len(labels), cifar.content_digest(images, labels))
+    monkeypatch.setattr(cifar, "PUBLISHED", digests)
+
+
+def test_a_set_packed_anew_in_another_order_is_the_published_one(tmp_path: Path, published: None) -> None:
+    folder = write("cifar-10-batches-py", tmp_path)
+    first, second = folder / "data_batch_1", folder / "data_batch_4"
+    moved = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(moved)
+    data = load_data("cifar10", "train", root=tmp_path)
+    assert data.published is True and data.take(7).published is True
+    assert load_data("digits").published is None
+
+
+@pytest.mark.parametrize("layout", ["cifar-10-batches-py", "cifar-10-batches-bin"])
+@pytest.mark.parametrize("what", ["pixel", "label"])
+def test_a_flipped_bit_is_not_passed_over(layout: str, what: str, tmp_path: Path, published: None) -> None:
+    folder = write(layout, tmp_path)
+    path = next(path for path in folder.iterdir() if path.name.startswith("test_batch"))
+    content = bytearray(path.read_bytes())
+    if layout.endswith("py"):
+        labels = pickle.loads(content)
+        labels[b"data" if what == "pixel" else b"labels"][2 if what == "label" else (1, 77)] ^= 1
+        content = bytearray(pickle.dumps(labels, 2))
+    else:
+        content[3073 if what == "label" else 3073 + 77] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"test images .* not those .* \(a byte differs\)"):
+        assert load_data("cifar10", "test", root=tmp_path).published is False
+
+
+def test_a_file_cut_at_an_image_is_not_passed_over(tmp_path: Path, published: None) -> None:
+    path = write("cifar-10-batches-bin", tmp_path) / "data_batch_3.bin"
+    path.write_bytes(path.read_bytes()[: 3 * 3073])
+    with pytest.warns(UserWarning, match="19 images and not 20"):
+        load_data("cifar10", "train", root=tmp_path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_labels_and_names_that_do_not_fit_name_the_file(layout: str, tmp_path: Path) -> None:
+    folder = write(layout, tmp_path)
+    names = next(path for path in folder.iterdir() if "meta" in path.name or "names" in path.name)
+    whole = names.read_bytes()
+    names.write_bytes(whole.replace(b"class5\n", b"") if b"\n\n" in whole else pickle.dumps({
+        b"label_names": ["a"], b"fine_label_names": ["a"]
+    }, 2))  # fmt: skip
+    with pytest.raises(DataError, match=f"{names.name} names .* classes"):
+        load_data(name_of(layout), "test", root=tmp_path)
+    names.write_bytes(whole)
+    if layout.endswith("bin"):
+        path = folder / "test_batch.bin"
+        path.write_bytes(b"\x0a" + path.read_bytes()[1:])
+        with pytest.raises(DataError, match=r"test_batch\.bin has a label 10"):
+            load_data("cifar10", "test", root=tmp_path)
+
+
+def test_garbled_archives_and_files_are_one_line(tmp_path: Path) -> None:
+    chance = np.random.default_rng(0)
+    inner = write("cifar-10-batches-bin", tmp_path / "in")
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        tar.add(inner, inner.name)
+    whole = archive.read_bytes()
+    for number in range(40):
+        root = tmp_path / f"out{number}"
+        root.mkdir()
+        garbled = bytearray(whole)
+        garbled[chance.integers(len(garbled))] ^= 1 << int(chance.integers(8))
+        (root / archive.name).write_bytes(garbled[: len(garbled) if number % 4 else chance.integers(len(garbled))])
+        try:
+            load_data("cifar10", "test", root=root)
+        except DataError as error:
+            message = str(error)
+            assert "\n" not in message and len(message) < 600, message
+
+
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        for number in range(1001):
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{number}")
+            tar.addfile(member)
+    with pytest.raises(DataError, match="more than 1000 files"):
+        load_data("cifar10", "test", root=tmp_path)
+    header = tarfile.TarInfo("cifar-10-batches-bin/large")
+    header.size = 2**33  # the archive ends before: the header alone says enough
+    archive.write_bytes(header.tobuf())
+    with pytest.raises(DataError, match="bytes"):
+        load_data("cifar10", "test", root=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [archive.name]
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_real_cifar10_is_the_published_one(split: str, real_cifar10: Path) -> None:
+    assert load_data("cifar10", split, root=real_cifar10).published is True

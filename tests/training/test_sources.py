@@ -108,3 +108,21 @@ def test_the_checkpoint_knows_the_names_of_the_classes(tmp_path) -> None:  # typ
 
     l2p.train(config(epochs=0), model=one_pixel_network(), data=named("bee", "cat"), out=tmp_path / "r", progress=False)
     assert read_run(str(tmp_path / "r"))[0]["classes"] == ["bee", "cat"]
+
+
+def test_a_run_is_not_scored_on_other_classes(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    import argparse
+
+    from PIL import Image
+
+    from learn2perturb.cli.subject import fitting_images
+
+    for name in ("bee", "dog"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "test" / name / "0.png")
+    asked = argparse.Namespace(run="runs/x", dataset="folder", data_dir=str(tmp_path), split="test")
+    header = {"input_shape": [1, 8, 8], "classes": ["bee", "cat"]}
+    with pytest.raises(DataError, match="class 1 is 'cat' and 'dog'"):
+        fitting_images(asked, header, {})
+    assert fitting_images(asked, header | {"classes": ["bee", "dog"]}, {}).num_classes == 2
+    assert fitting_images(asked, {"input_shape": [1, 8, 8]}, {}).num_classes == 2  # of a run before names were kept

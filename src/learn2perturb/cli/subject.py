@@ -138,12 +138,18 @@ def fitting_images(arguments: argparse.Namespace, header: Mapping[str, Any], con
         ConfigError: no data set is known, or no validation images were held out.
         DataError: they have another shape than the network was trained on.
     """
+    from learn2perturb.data import class_difference
+
     data, shape = images(arguments, config), header.get("input_shape")
     if shape and tuple(shape) != tuple(data.input_shape):
         raise DataError(
             f"{arguments.run} was trained on images {tuple(shape)} and {data.name} has {tuple(data.input_shape)}; give "
             f"--dataset {config.get('dataset', 'NAME')}"
         )
+    trained = header.get("classes")
+    differ = class_difference(trained, data.classes) if isinstance(trained, list) else None
+    if differ is not None:
+        raise DataError(f"{arguments.run} was trained on other classes than {data.name}: {differ}; give its own images")
     return data
 
 

@@ -11,7 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from learn2perturb.data.files import reason_of
 from learn2perturb.errors import DataError
+
+# CIFAR unpacks to 8 files and some 180 MB.
+_MOST_MEMBERS, _MOST_BYTES = 1000, 2**30
 
 
 def fetch(url: str, sha256: str, folder: Path, *, progress: bool | None = None) -> Path:
@@ -57,7 +61,7 @@ def unpack(archive: Path, folder: str, parent: Path) -> Path:
         ) from error
     try:
         with tarfile.open(archive, "r:*") as tar:
-            tar.extractall(temporary, filter="data")
+            tar.extractall(temporary, filter=_Bounded())
         if not (temporary / folder).is_dir():
             raise DataError(f"cannot unpack {archive}: it has no folder {folder!r}; fetch the official archive again")
         try:
@@ -67,13 +71,27 @@ def unpack(archive: Path, folder: str, parent: Path) -> Path:
             if not target.is_dir() or not any(target.iterdir()):
                 raise
         return target
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"cannot unpack {archive}: {error}; fetch it again (download=True)") from error
+    except DataError:
+        raise
+    except Exception as error:  # tarfile, gzip, bz2, lzma and the file system raise families of their own
+        raise DataError(f"cannot unpack {archive}: {reason_of(error)}; fetch it again (download=True)") from error
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(temporary)
+
+
+class _Bounded:
+    """tar's data filter, which also refuses a bomb: more files or bytes than any of these archives has."""
+
+    def __init__(self) -> None:
+        self.members = self.bytes = 0
+
+    def __call__(self, member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+        """Return what may be extracted."""
+        self.members, self.bytes = self.members + 1, self.bytes + member.size
+        if self.members > _MOST_MEMBERS or self.bytes > _MOST_BYTES:
+            raise ValueError(f"it unpacks to more than {_MOST_MEMBERS} files or {_MOST_BYTES} bytes")
+        return tarfile.data_filter(member, path)
 
 
 def _downloader(url: str, progress: bool) -> Any:

@@ -26,6 +26,7 @@ class ImageData:
 
     ``images``: uint8 (N, C, H, W); ``labels``: int64 (N,), from 0 to ``num_classes`` - 1. ``flip`` and ``crop_padding``
     are the augmentation that suits the set; ``mean`` and ``std`` are those of the training pixels, in [0, 1] scale.
+    ``published`` tells whether images and labels are those that a set of this name was published with, where known.
 
     Raises:
         DataError: a wrong type or shape, no image, or a label outside the classes.
@@ -39,6 +40,7 @@ class ImageData:
     crop_padding: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    published: bool | None = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -292,6 +292,16 @@ def classes_of(data: Any) -> tuple[str, ...] | None:
         data = data.dataset
     names = getattr(data, "classes", None)
     return tuple(str(name) for name in names) if isinstance(names, (list, tuple)) else None
+
+
+def class_difference(first: Sequence[str], second: Sequence[str]) -> str | None:
+    """Return how two lists of classes differ, so that equal numbers mean different things, or None if they do not."""
+    if list(first) == list(second):
+        return None
+    number = next((i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), None)
+    if number is None:
+        return f"{len(first)} and {len(second)} classes"
+    return f"class {number} is {first[number]!r} and {second[number]!r}"
 
 
 def _length(sized: Any) -> int | None:

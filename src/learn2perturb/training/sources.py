@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from learn2perturb.data import BatchSource, ImageData, JoinedLast, classes_of, load_data, make_source
+from learn2perturb.data import BatchSource, ImageData, JoinedLast, class_difference, classes_of, load_data, make_source
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.training.config import TrainConfig
 
@@ -64,15 +64,11 @@ def _check_classes(train_set: Any, watched: Any) -> None:
         DataError: they have.
     """
     first, second = _classes(train_set), _classes(watched)
-    if first is None or second is None or first == second:
-        return
-    number = next((i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), None)
-    differ = (
-        f"{len(first)} and {len(second)} classes"
-        if number is None
-        else f"class {number} is {first[number]!r} in training and {second[number]!r} in the monitored set"
-    )
-    raise DataError(f"training and monitored set number their classes differently: {differ}; give both the same list")
+    differ = None if first is None or second is None else class_difference(first, second)
+    if differ is not None:
+        raise DataError(
+            f"training and monitored set number their classes differently: {differ}; give both the same list of classes"
+        )
 
 
 def joined(source: BatchSource) -> BatchSource:
