@@ -7,8 +7,16 @@ import signal
 from collections.abc import Iterable
 
 
+def _shortened(text: str) -> str:
+    """Return ``text``, without its middle if a value in it is as long as a file."""
+    return text if len(text) <= 2000 else f"{text[:1000]} ... {text[-500:]}"
+
+
 class Learn2PerturbError(Exception):
     """Base of every error this package raises on purpose; the command line prints it as one line and exits 2."""
+
+    def __str__(self) -> str:
+        return _shortened(super().__str__())
 
 
 class ConfigError(Learn2PerturbError, ValueError):
@@ -19,7 +27,7 @@ class UnknownNameError(ConfigError, KeyError):
     """A name is in no registry; the message lists the nearest names."""
 
     def __str__(self) -> str:
-        return str(self.args[0])  # KeyError would print the repr, quotes and all
+        return _shortened(str(self.args[0]))  # KeyError would print the repr, quotes and all
 
     @classmethod
     def of(cls, kind: str, name: object, known: Iterable[str]) -> UnknownNameError:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from learn2perturb.errors import CheckpointError
+from learn2perturb.reading import MOST_RECORD, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from typing import Self
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+MOST_ENTRIES = 200_000_000  # of a packed array: a megabyte of zlib can unfold into a gigabyte
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -66,6 +68,8 @@ class Saved:
             record._check()
         except CheckpointError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
+        except Exception as error:
+            raise CheckpointError(f"{path} is damaged: {_short(error)}; restore it from a copy") from error
         return typing.cast("Self", record)
 
     def _check(self) -> None:
@@ -143,7 +147,7 @@ class PackedBits:
         """
         import numpy as np
 
-        count = math.prod(self.shape)
+        count = _entries(self.shape)
         raw = _from_base64(self.data)
         if len(raw) != (count + 7) // 8:
             raise CheckpointError(_damaged_array(f"{(count + 7) // 8} bytes", f"{len(raw)}", self.shape))
@@ -180,7 +184,7 @@ class PackedIntegers:
         if self.dtype not in ("uint8", "uint16", "int64"):
             raise CheckpointError(_damaged_array("dtype uint8, uint16 or int64", repr(self.dtype), self.shape))
         dtype = np.dtype(self.dtype).newbyteorder("<")
-        size = math.prod(self.shape) * dtype.itemsize
+        size = _entries(self.shape) * dtype.itemsize
         try:
             # max_length: a damaged or hostile file must not unfold into more memory than its shape announces.
             raw = zlib.decompressobj().decompress(_from_base64(self.data), size + 1)
@@ -189,6 +193,22 @@ class PackedIntegers:
         if len(raw) != size:
             raise CheckpointError(_damaged_array(f"{size} bytes", f"{len(raw)}", self.shape))
         return np.frombuffer(raw, dtype=dtype).astype(np.int64).reshape(self.shape)
+
+
+def _entries(shape: tuple[int, ...]) -> int:
+    """Return how many entries an array of ``shape`` has, if such an array may be made."""
+    if len(shape) > 8 or any(not 0 <= size <= MOST_ENTRIES for size in shape) or math.prod(shape) > MOST_ENTRIES:
+        raise CheckpointError(
+            f"packed array of shape {_short(shape)} is damaged: sizes are at least 0, and {MOST_ENTRIES:,} entries the "
+            "most; restore the file"
+        )
+    return math.prod(shape)
+
+
+def _short(value: object) -> str:
+    """Return ``value`` as it may stand in a message, however long it is."""
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _from_base64(text: str) -> bytes:
@@ -222,12 +242,12 @@ def from_json(text: str | bytes, cls: type[R], *, source: str = "record") -> R:
     """
     mend = "restore it from a copy or write it anew"
     try:
-        payload = json.loads(text)
+        payload = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} is damaged: not valid JSON ({error}); {mend}") from error
     if not isinstance(payload, dict) or payload.get("format") != cls.FORMAT:
-        found = payload.get("format") if isinstance(payload, dict) else type(payload).__name__
-        raise CheckpointError(f"{source} has format {found!r}, not {cls.FORMAT!r}; give a file of that format")
+        found = _short(payload.get("format")) if isinstance(payload, dict) else repr(type(payload).__name__)
+        raise CheckpointError(f"{source} has format {found}, not {cls.FORMAT!r}; give a file of that format")
     version = payload.get("version")
     if isinstance(version, int) and version > cls.VERSION:
         raise CheckpointError(
@@ -235,12 +255,12 @@ def from_json(text: str | bytes, cls: type[R], *, source: str = "record") -> R:
             "upgrade it: pip install --upgrade learn2perturb"
         )
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{source} is damaged: version {version!r} is no positive integer; {mend}")
+        raise CheckpointError(f"{source} is damaged: version {_short(version)} is no positive integer; {mend}")
     fields = {key: value for key, value in payload.items() if key not in ("format", "version")}
     try:
         return typing.cast(R, _decode(fields, cls, "record"))
-    except (TypeError, ValueError, CheckpointError) as error:
-        raise CheckpointError(f"{source} is damaged: {error}; {mend}") from error
+    except Exception as error:  # also what the classes of the fields raise for values that they never write
+        raise CheckpointError(f"{source} is damaged: {_short(error)}; {mend}") from error
 
 
 def save(path: str | os.PathLike[str], record: Record) -> Path:
@@ -263,9 +283,10 @@ def load(path: str | os.PathLike[str], cls: type[R]) -> R:
     """
     _check_path(path)
     try:
-        text = Path(path).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}; check the path") from error
+        text = read_bytes(path, MOST_RECORD)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot read {path}: {reason}; check the path") from error
     return from_json(text, cls, source=str(path))
 
 

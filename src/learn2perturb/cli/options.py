@@ -13,9 +13,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-import yaml
-
 from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.reading import parse_yaml
 from learn2perturb.terminal import trusted, visible
 from learn2perturb.training.config import fraction
 
@@ -93,8 +92,8 @@ def guess(text: str) -> Any:
     except ConfigError:
         pass
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except Exception:  # YAML has many ways to be wrong
         return text
     return text if isinstance(value, str) or (value is None and text.lower() not in _NOTHING) else value
 
@@ -182,8 +181,8 @@ class _Mapping(argparse.Action):
         key, equals, value = values.partition("=")
         if values.lstrip().startswith("{"):
             try:
-                more = yaml.safe_load(values)
-            except yaml.YAMLError:
+                more = parse_yaml(values)
+            except Exception:  # YAML has many ways to be wrong
                 more = None
             if not isinstance(more, dict):
                 parser.error(f"argument {option_string}: {values!r} is no mapping; write {option_string}.KEY VALUE")

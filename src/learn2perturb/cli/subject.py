@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from learn2perturb.cli.options import typed
 from learn2perturb.errors import CheckpointError, ConfigError, DataError
+from learn2perturb.reading import starts_with
 from learn2perturb.registry import DATASETS
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 SPLITS = ("test", "train", "validation")
 OWN_EPS = 8 / 255
+# settings of a run that other verbs use -> their types
+_USED: dict[str, Any] = {
+    "eps": (int, float), "dataset": str, "data_dir": str, "validation": (int, float), "seed": int
+}  # fmt: skip
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -118,6 +123,9 @@ def read_run(run: str) -> tuple[dict[str, Any], dict[str, Any]]:
     header = read_model(locate(run))[1]
     config: dict[str, Any] = {**(header.get("config") or {})}
     config["dataset"] = header.get("dataset", config.get("dataset"))
+    for key, kind in _USED.items():
+        if not (config.get(key) is None or isinstance(config[key], kind)):
+            raise CheckpointError(f"{run} is damaged: its setting {key} is {config[key]!r}; use another checkpoint")
     return header, config
 
 
@@ -212,7 +220,7 @@ def new_record(arguments: argparse.Namespace, folder: Path, kind: str) -> Path:
         path = Path(arguments.out)
         if path.is_dir():
             raise ConfigError(f"--out {path} is a folder; give a file such as {path / (kind + '.json')}")
-        if path.exists() and f'"learn2perturb.{kind}"' not in path.read_bytes()[:200].decode(errors="replace"):
+        if path.exists() and f'"learn2perturb.{kind}"' not in starts_with(path, 200).decode(errors="replace"):
             raise CheckpointError(f"{path} exists and is no {kind} record; give another --out so that it is not lost")
         return path
     parts = [] if folder.name == kind else [kind]

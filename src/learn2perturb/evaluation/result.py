@@ -213,6 +213,8 @@ def format_eps(eps: float | None) -> str:
     """``8/255`` for 8/255, ``0.031`` for .031, nothing for None."""
     if eps is None:
         return ""
+    if math.isnan(eps):
+        return "nan"
     if math.isinf(eps):
         return "least"  # a minimum-norm attack without a bound
     steps = eps * 255

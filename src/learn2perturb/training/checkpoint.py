@@ -14,14 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from learn2perturb.errors import CheckpointError
 from learn2perturb.noise import noise_spec
+from learn2perturb.reading import check_regular, parse_json, reading
 
 FOLDER, MODEL, RESUME = "checkpoints", "model.safetensors", "resume.pt"
+MOST_TENSORS = 100_000
+# What a header may hold: the type of each entry that is there.
+_HEADER: dict[str, type] = {
+    "version": int, "registered_name": str, "build_arguments": dict, "noise": list, "config": dict,
+    "input_shape": list, "defense": str, "predictor": str, "members": int, "dataset": str, "epoch": int,
+}  # fmt: skip
 FORMAT, RESUME_FORMAT, VERSION = "learn2perturb.model", "learn2perturb.resume", 1
 
 
@@ -45,23 +52,39 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: the file is missing, damaged, or not one of ours.
     """
-    try:
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path} does not exist; give a run folder or a .safetensors file")
+    with reading(f"{path} is no readable safetensors file", "use another checkpoint", CheckpointError):
+        check_regular(path)
         with safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get("learn2perturb")
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; give a run folder or a .safetensors file") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no readable safetensors file ({error}); use another checkpoint") from None
+            names = file.keys()
+            if len(names) > MOST_TENSORS:
+                raise ValueError(f"it has {len(names):,} tensors, and {MOST_TENSORS:,} are the most")
+            state = {key: file.get_tensor(key) for key in names}
     if text is None:
         return state, {}
-    try:
-        header = json.loads(text)
-    except json.JSONDecodeError:
-        raise CheckpointError(f"the header of {path} is damaged; use another checkpoint") from None
+    with reading(f"the header of {path} is damaged", "use another checkpoint", CheckpointError):
+        header = parse_json(text)
+        _check_header(header)
     if header.get("version", 0) > VERSION:
         raise CheckpointError(f"{path} is of version {header['version']}, newer than {VERSION}; update learn2perturb")
     return state, header
+
+
+def _check_header(header: Any) -> None:
+    """Refuse a header whose entries are of other types than :func:`model_bytes` writes."""
+    if not isinstance(header, dict):
+        raise ValueError(f"it is a {type(header).__name__}, not an object")
+    for key, kind in _HEADER.items():
+        value = header.get(key)
+        if not (value is None or isinstance(value, kind)) or isinstance(value, bool):
+            raise ValueError(f"{key} is a {type(value).__name__}, not a {kind.__name__}")
+    shape = header.get("input_shape") or []
+    if any(isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 1_000_000 for size in shape):
+        raise ValueError("input_shape holds other things than sizes")
+    if any(not isinstance(entry, dict) for entry in header.get("noise") or []):
+        raise ValueError("noise holds other things than objects")
 
 
 def _sync(path: Path) -> None:

@@ -14,6 +14,7 @@ import yaml
 from learn2perturb.checks import check_choice, check_count, fitting_step
 from learn2perturb.defenses.settings import Settings
 from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.reading import MOST_SETTINGS, parse_yaml, read_bytes, reading
 from learn2perturb.registry import DATASETS, DEFENSES, MODELS
 
 RECIPES = ("paper", "released", "common", "fast")
@@ -182,12 +183,10 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, or is not a mapping.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {str(path)!r} cannot be read: {error}; give a YAML file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {str(path)!r} is not YAML: {str(error).splitlines()[0]}; mend the file") from None
+    with reading(f"config {str(path)!r} cannot be read", "give a YAML file", ConfigError):
+        text = read_bytes(path, MOST_SETTINGS).decode()
+    with reading(f"config {str(path)!r} is no YAML of plain values", "mend the file", ConfigError):
+        values = parse_yaml(text)
     if not isinstance(values, dict):
         raise ConfigError(f"config {str(path)!r} holds a {type(values).__name__}; it must hold settings, one a line")
     return values

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from learn2perturb.errors import CheckpointError, ConfigError
+from learn2perturb.reading import MOST_SETTINGS, parse_yaml, read_bytes, reading
 from learn2perturb.training.config import TrainConfig
 
 # Where a resumed training may differ from what the run folder says: none of these change what is computed.
@@ -46,10 +47,8 @@ def check_folder(out: Path, config: TrainConfig) -> None:
     """
     path = out / "config.yaml"
     if path.exists():
-        try:
-            before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); give another --out") from None
+        with reading(f"{path} cannot be read", "give another --out", CheckpointError):
+            before = parse_yaml(read_bytes(path, MOST_SETTINGS).decode())
         if not isinstance(before, dict):
             raise CheckpointError(f"{path} holds no settings; give another --out")
         now = _read_back(config)

@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from learn2perturb import zoo
-from learn2perturb.errors import CheckpointError, MissingDependencyError, SiteError
+from learn2perturb.errors import CheckpointError, MissingDependencyError
 from learn2perturb.models import build_model
 from learn2perturb.noise import insert, noise_modules, remove_noise
+from learn2perturb.reading import reading
 from learn2perturb.training.checkpoint import MODEL, checkpoints, read_model
 
 HUB = "hf-hub:"
@@ -80,18 +82,36 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
             raise CheckpointError(
                 f"{path} is of a network of your own; give an instance: load({str(source)!r}, model=network)"
             )
-        model = build_model(header["registered_name"], **_arguments(header))
+        with reading(f"the network of {path} cannot be built", "use another checkpoint", CheckpointError):
+            model = _built(header, sum(value.numel() for value in state.values()))
     inserted = bool(header.get("noise")) and not noise_modules(model)
     try:
         if inserted:
             insert(model, header["noise"])
         model.load_state_dict(state)
-    except (RuntimeError, SiteError) as error:
+    except Exception as error:  # a damaged header may describe any noise
         if inserted:
             remove_noise(model)
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} does not fit: {reason}; give the network it was trained with") from None
     return model.eval()
+
+
+def _built(header: dict[str, Any], weights: int) -> nn.Module:
+    """Return the network that a header names, unless it is larger than what the file holds: first built without memory.
+
+    Raises:
+        CheckpointError: it is; a header of a few bytes could ask for any amount of memory.
+    """
+    name, arguments = header["registered_name"], _arguments(header)
+    with torch.device("meta"):
+        sketch = build_model(name, **arguments)
+    wanted = sum(value.numel() for value in sketch.state_dict().values())
+    if wanted > weights:
+        raise CheckpointError(
+            f"the header asks for a {name} of {wanted:,} weights and the file holds {weights:,}; use another checkpoint"
+        )
+    return build_model(name, **arguments)
 
 
 def _arguments(header: dict[str, Any]) -> dict[str, Any]:
