@@ -12,10 +12,11 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(
 PIP     = $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PYTEST_ARGS ?=
 LABS_ARGS ?=
+MUTATE_ARGS ?=
 # Small tensors, and threads that spin: with other work on two cores, one thread took tests/compat from minutes to 20 s.
 test test-slow labs labs-sample: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-slow labs labs-sample bench lint types imports format clean
+.PHONY: help setup demo test test-slow labs labs-sample mutate bench lint types imports format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +49,9 @@ labs: $(STAMP)  ## the laboratories in full: crashes, kills, damaged and hostile
 
 labs-sample: $(STAMP)  ## a seeded sample of the laboratories (about five minutes)
 	@$(BIN)/python -m tests.laboratories --size sample $(LABS_ARGS)
+
+mutate: $(STAMP)  ## change one place of the source at a time: do the tests notice? (hours)
+	@$(BIN)/python -m tests.laboratories.mutate $(MUTATE_ARGS)
 
 bench: $(STAMP)  ## time the pieces of a training step; the whole: learn2perturb bench step
 	@$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(PYTEST_ARGS)

@@ -11,9 +11,12 @@ import pytest
 
 from learn2perturb.errors import DataError
 from learn2perturb.records import atomic_write
-from tests.laboratories import cases, crash, damage, hostile, mutations
+from tests.laboratories import cases, crash, damage, hostile, mutants, mutate, mutations
 from tests.laboratories.cases import Case, Outcome
 from tests.laboratories.disk import Disk, Operation, after
+from tests.laboratories.listed_mutants import LISTED
+from tests.laboratories.mutants import Mutant
+from tests.laboratories.mutate import ROOT, SOURCE
 from tests.laboratories.recorder import Recorder
 
 
@@ -185,3 +188,36 @@ def test_a_ledger_goes_on_where_it_was_and_forgets_what_other_code_gave(tmp_path
     assert "| g | 3 | 3 |" in again.table()
     monkeypatch.setattr(cases, "source_mark", lambda: "other")
     assert not cases.Ledger(path).found
+
+
+# --- mutants
+
+
+@pytest.mark.parametrize("one", LISTED, ids=lambda one: one.name)
+def test_a_listed_mutant_still_fits_the_source(one):
+    mutant = one.mutant(SOURCE)
+    compile(mutant.text, mutant.path, "exec")
+    assert all((ROOT / tests).exists() for tests in one.tests)
+
+
+def test_mutants_change_one_place_and_leave_messages_and_types_alone(tmp_path):
+    (tmp_path / "a.py").write_text(
+        'def f(x: Literal[1] = 2) -> None:\n    """Of 3."""\n    if not x:\n        raise ValueError(f\'{x + 4}\')\n'
+        "    return x * 5 < 6\n"
+    )
+    found = {(one.before, one.after) for one in mutants.mutants(tmp_path, "a.py")}
+    assert {("x * 5", "(x) / (5)"), ("x * 5 < 6", "(x * 5) <= (6)"), ("not x", "x"), ("2", "3"), ("6", "7")} <= found
+    assert not {before for before, _ in found} & {"1", "3", "4", "x + 4"}
+    for one in mutants.mutants(tmp_path, "a.py"):
+        compile(one.text, one.path, "exec")
+
+
+def test_a_mutant_that_no_test_sees_survives(tmp_path):
+    """Tests of a folder are run on the mutant, in a process of its own."""
+    good = (SOURCE / "progress.py").read_text()
+    seen = "import learn2perturb.progress as p\ndef test_it():\n    assert p.ANSWER == 42\n"
+    (tmp_path / "test_it.py").write_text(seen)
+    for answer, expected in (("42", "same result"), ("43", "clean line")):
+        mutant = Mutant("progress.py", 1, "", "", f"{good}\nANSWER = {answer}\n")
+        tried = mutate.case(mutant, (str(tmp_path / "test_it.py"),), "one")
+        assert outcomes([tried], limit=60) == [expected]

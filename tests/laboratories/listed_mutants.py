@@ -1,0 +1,90 @@
+"""Mutants that once survived, each by name: a test of behaviour must kill it. And those that change no behaviour."""
+
+from __future__ import annotations
+
+import pathlib
+from dataclasses import dataclass
+
+from tests.laboratories.mutants import Mutant
+
+
+@dataclass(frozen=True)
+class Listed:
+    """``old`` stands once in the file; ``new`` takes its place; ``tests`` are what must fail then."""
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def mutant(self, source: pathlib.Path) -> Mutant:
+        """Return it for the source as it is now.
+
+        Raises:
+            ValueError: the text is not there, or there twice: write the change anew.
+        """
+        text = (source / self.path).read_text(encoding="utf-8")
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.name}: {self.old!r} stands {text.count(self.old)} times in {self.path}, not once")
+        line = text[: text.index(self.old)].count("\n") + 1
+        return Mutant(self.path, line, self.old, self.new, text.replace(self.old, self.new))
+
+
+_CHECKS, _ATTACKS, _TRAINING = "evaluation/diagnostics", "attacks", "training"
+_VERDICTS = ("tests/evaluation/test_verdicts.py", "tests/evaluation/test_diagnostics.py")
+
+LISTED = (
+    Listed("CONVERGED tenfold", f"{_CHECKS}/whitebox.py", "CONVERGED = 0.005", "CONVERGED = 0.05", _VERDICTS),
+    Listed("BEST_AHEAD tenfold", f"{_CHECKS}/whitebox.py", "BEST_AHEAD = 0.02", "BEST_AHEAD = 0.2", _VERDICTS),
+    Listed("UNBOUNDED_LEFT tenfold", f"{_CHECKS}/whitebox.py", "UNBOUNDED_LEFT = 0.01", "UNBOUNDED_LEFT = 0.1",
+           _VERDICTS),
+    Listed("NEW_BREAKS tenfold", f"{_CHECKS}/blackbox.py", "NEW_BREAKS = 0.01", "NEW_BREAKS = 0.1", _VERDICTS),
+    Listed("NOISE_OFF_BELOW tenfold", f"{_CHECKS}/blackbox.py", "NOISE_OFF_BELOW = 0.05", "NOISE_OFF_BELOW = 0.5",
+           _VERDICTS),
+    Listed("departure as a deviation", f"{_TRAINING}/metrics.py", "(scale - schedule).square().mean().sqrt().item()",
+           "(scale - schedule).std().item()", ("tests/training",)),
+    Listed("the least departure", f"{_TRAINING}/metrics.py", 'max(site["departure"]', 'min(site["departure"]',
+           ("tests/training",)),
+    Listed("means weighted by 1", f"{_TRAINING}/metrics.py", "((parts, examples), (slopes, 1))",
+           "((parts, 1), (slopes, 1))", ("tests/training",)),
+    Listed("the monitored set of the training split", f"{_TRAINING}/sources.py",
+           'watched: Any = load_data(config.dataset, "test"', 'watched: Any = load_data(config.dataset, "train"',
+           ("tests/training",)),
+    Listed("the class chosen on the certifying votes", "evaluation/radii.py", "    counts = votes[",
+           "    chosen = votes.argmax(axis=1)\n    counts = votes[", ("tests/evaluation/test_radii.py",)),
+    Listed("alpha doubled", "evaluation/radii.py", "lower_bound(counts, n, alpha)", "lower_bound(counts, n, 2 * alpha)",
+           ("tests/evaluation/test_radii.py",)),
+    Listed("a row's key without the predictor", "evaluation/comparison.py", "row.noise, row.predictor", "row.noise, 0",
+           ("tests/evaluation/test_comparison.py",)),
+    Listed("the first scoring on the attack's stream", "evaluation/accuracy.py",
+           'seed_everything(self.seed, "score", self.name, eps, batch, draw)',
+           'seed_everything(self.seed, *(("score", self.name, eps, batch, draw) if draw else '
+           '("attack", self.name, eps, batch)))', ("tests/evaluation/test_accuracy.py",)),
+    Listed("the twin of the same seed", "cli/diagnose.py", "seed=config.seed + 1", "seed=config.seed",
+           ("tests/cli/test_diagnose.py",)),
+    Listed("APGD's smallest window of 1", f"{_ATTACKS}/apgd.py", "int(0.06 * self.steps), 1)", "1, 1)",
+           ("tests/attacks/test_apgd.py",)),
+    Listed("APGD's first step of eps", f"{_ATTACKS}/apgd.py", "2 * self.eps)", "self.eps)",
+           ("tests/attacks/test_apgd.py",)),
+    Listed("APGD halves twice", f"{_ATTACKS}/apgd.py", "(~self.was_halved & (self.best_loss <= self.checked_loss))",
+           "(self.best_loss <= self.checked_loss)", ("tests/attacks/test_apgd.py",)),
+    Listed("FAB's overshoot of 1.5", f"{_ATTACKS}/fab.py", "_OVERSHOOT = 1.05", "_OVERSHOOT = 1.5",
+           ("tests/attacks/test_fab.py",)),
+    Listed("FAB's alpha of 0.9", f"{_ATTACKS}/fab.py", "_ALPHA = 0.1", "_ALPHA = 0.9", ("tests/attacks/test_fab.py",)),
+    Listed("FAB's backward step of 0.5", f"{_ATTACKS}/fab.py", "_BACK = 0.9", "_BACK = 0.5",
+           ("tests/attacks/test_fab.py",)),
+    Listed("C&W's c times 2", f"{_ATTACKS}/cw.py", "middle, c * 10)", "middle, c * 2)", ("tests/attacks/test_cw.py",)),
+    Listed("C&W without the standard error", f"{_ATTACKS}/cw.py",
+           "margins.mean(dim=0) - margins.std(dim=0, correction=0) / math.sqrt(draws)", "margins.mean(dim=0)",
+           ("tests/attacks/test_cw.py",)),
+    Listed("Square accepts ties", f"{_ATTACKS}/square.py", "values.loss > best_loss", "values.loss >= best_loss",
+           ("tests/attacks/test_square.py",)),
+    Listed("the batch-size check tolerates more", "evaluation/inputs.py", "_TOLERANCE = 1e-3", "_TOLERANCE = 5e-1",
+           ("tests/evaluation",)),
+    Listed("replay only while training", "noise/feature.py", "        if self.replay is not None:\n",
+           "        if self.replay is not None and self.training:\n", ("tests/noise",)),
+)  # fmt: skip
+
+# (path, line of the source as text, after) -> why nobody can see the difference
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
