@@ -20,6 +20,9 @@ TIMED = frozenset({
     "forward_seconds", "sha256", "checksum",
 })  # fmt: skip
 
+# What of a resume state decides how the training goes on.
+RESUMED = ("epoch", "batch", "stage", "gear", "optimizers", "totals", "weights", "average")
+
 TRAIN = (
     "train", "--dataset=digits", "--model=digits_cnn", "--recipe=fast", "--engine=plain", "--device=cpu", "--epochs=2",
     "--limit=32", "--batch-size=8", "--monitor=8", "--attack-steps=1", "--eps=0.1", "--log-every=3",
@@ -59,8 +62,8 @@ def trained_state(run: pathlib.Path) -> Any:
     newest = checkpoints(run)[-1]
     weights, header = read_model(newest / MODEL)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    header.get("config", {}).pop("data_dir", None)
-    return digest([newest.name, weights, header, read_resume(newest), lines])
+    resume = {key: value for key, value in read_resume(newest).items() if key in RESUMED}
+    return digest([newest.name, weights, header, resume, lines])
 
 
 def record_state(path: pathlib.Path) -> Any:
