@@ -108,6 +108,8 @@ def _adam(settings: Settings) -> Callable[[nn.Module], Optimizers]:
         noise = noise_parameters(model)
         known = {id(parameter) for parameter in noise}
         means = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+        if not means:
+            raise ConfigError("the network has no parameter that requires a gradient; there is nothing to train")
         groups = {"weights": means, "noise": noise}
         lr, decay = settings.lr or 0.0, settings.weight_decay or 0.0
         return {
@@ -126,6 +128,8 @@ def _reset_means(network: nn.Module) -> None:
             continue
         layer = network.get_submodule(site)
         means = {tensor: chain.original for tensor, chain in layer.parametrizations.items()}  # type: ignore[union-attr, operator]
+        if not means[noise.tensor].requires_grad:
+            continue  # frozen by its owner
         if not isinstance(layer, NORMS):
             bound = 1 / math.sqrt(means["weight"][0].numel())
             means[noise.tensor].uniform_(-bound, bound)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from learn2perturb.engine.answers import fitting
 from learn2perturb.engine.weights import slots
 from learn2perturb.noise import noise_parameters
 
@@ -56,4 +57,4 @@ def _replaced(model: nn.Module, values: Mapping[int, Tensor]) -> Model:
     # Each place is named once. By the names of its own, functional_call would swap a module that is registered twice
     # two times, and give it the replacement back.
     places = {name: values[id(tensor)] for name, tensor in slots(model) if id(tensor) in values}
-    return lambda x: functional_call(model, places, (x,), tie_weights=False)
+    return lambda x: functional_call(model, places, (fitting(model, x),), tie_weights=False)

@@ -17,6 +17,7 @@ from learn2perturb.checks import check_count, check_step
 from learn2perturb.defenses.awp import against_weights
 from learn2perturb.defenses.settings import Settings
 from learn2perturb.engine.answers import ask, plain_logits
+from learn2perturb.errors import InputError
 
 Model = Callable[[Tensor], Tensor]
 
@@ -75,8 +76,30 @@ class Losses:
 
 
 def forward(model: Model, x: Tensor) -> Tensor:
-    """Return logits of ``x`` in the current gear, float32 at least, finite where the model's are."""
-    return plain_logits(ask(model, x))
+    """Return logits of ``x`` in the current gear, float32 at least, finite where the model's are.
+
+    Raises:
+        InputError: the model gives no logits (N, classes), or works in place on the images.
+    """
+    before = 0 if x.is_inference() else x._version
+    logits = ask(model, x)
+    _check_answer(logits, x, before)
+    return plain_logits(logits)
+
+
+def _check_answer(logits: object, x: Tensor, before: int) -> None:
+    """Check an answer to images ``x`` whose version was ``before``; nothing here waits for the device."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
+        what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise InputError(
+            f"the network gives {what} for {len(x)} images; it must give logits (N, classes), in train and in eval "
+            "mode; wrap it"
+        )
+    if not x.is_inference() and x._version != before:
+        raise InputError(
+            "the network works in place on its images, which other passes of a step need as they are; begin its "
+            "forward() with x = x.clone()"
+        )
 
 
 def training_adversary(settings: Settings) -> PGD:
@@ -101,8 +124,9 @@ def _clean_loss(model: nn.Module, x: Tensor, y: Tensor) -> Losses:
     return Losses(loss, clean=loss.detach(), clean_correct=logits.detach().argmax(1) == y)
 
 
-def _attack_mode(settings: Settings) -> Literal["eval", "train"]:
-    return "train" if settings.attack_mode == "train" else "eval"
+def _attack_mode(settings: Settings) -> Literal["eval", "keep"]:
+    # The model is in train mode, but for what its owner has frozen, so train mode is the mode that it is in.
+    return "keep" if settings.attack_mode == "train" else "eval"
 
 
 def mixed_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: Settings) -> Losses:

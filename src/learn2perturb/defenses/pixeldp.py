@@ -137,6 +137,11 @@ class PixelDP(Defense):
                 f"the first convolution, {names[0]!r}, gets its weight from {made}, and PixelDP must set it; make it a "
                 f"parameter first: {mend(first, 'weight')}"
             )
+        if not first.weight.requires_grad:
+            raise SiteError(
+                f"the first convolution, {names[0]!r}, is frozen, and PixelDP must hold its sensitivity near 1; let it "
+                "train: layer.requires_grad_(True), or take another defense"
+            )
         with torch.no_grad():
             first.weight.div_(self._divisor(first))
         perturb(

@@ -22,6 +22,7 @@ from learn2perturb.engine import gears
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError
+from learn2perturb.evaluation.inputs import peculiarities
 from learn2perturb.evaluation.intervals import majority
 from learn2perturb.evaluation.passes import (
     PROBABILITIES,
@@ -112,6 +113,7 @@ def evaluate(
 
     labels: list[NDArray[np.int64]] = []
     runs: list[_RowRun] = []
+    findings: list[str] = []
     num_classes = done = 0
     expected = source.num_examples if limit is None else min(limit, source.num_examples)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -124,6 +126,7 @@ def evaluate(
             x, y = x.to(place), y.to(place)
             if not runs:
                 num_classes = _classes(model, x, seed)
+                findings = peculiarities(model, x, seed)
                 runs = _plan(model, x, table, predictors, draws, members, noise_off, seed, gear)
                 for run in runs:
                     run.compile_if_long(expected * math.prod(x.shape[2:]), rows=len(x))
@@ -148,6 +151,7 @@ def evaluate(
         "date": started,
         "batch_size": batch_size,
         "limit": limit,
+        "findings": findings,
         **circumstances(place, gear),
     }
     return Evaluation(tuple(rows), PackedIntegers.pack(truth), num_classes, seed, _CONFIDENCE, _RESAMPLES, metadata)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.engine.modes import switchable
-from learn2perturb.engine.random import seed_everything
+from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.errors import InputError
 from learn2perturb.evaluation.passes import PROBABILITIES, Model, are_probabilities, checked_logits, passes_differ
 from learn2perturb.evaluation.replays import BY_ROW, SEEDS, replayed
@@ -19,6 +19,7 @@ from learn2perturb.noise.base import NoiseModule
 _IMAGES = 8
 # Of logits, against rounding: a batch of another size is summed in another order. Batch statistics change far more.
 _TOLERANCE = 1e-3
+_LARGEST = 1e6  # of a logit: -inf, or what stands for it, makes no difference large enough to pass
 
 
 def in_train_mode(model: Model) -> list[str]:
@@ -97,14 +98,8 @@ def _quiet(model: Model) -> contextlib.AbstractContextManager[object]:
 
 
 def _check_buffers(model: Model, x: Tensor) -> None:
-    """Refuse a model one pass of which changes its buffers; they are put back."""
-    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
-    before = {name: buffer.clone() for name, buffer in buffers.items()}
-    with torch.no_grad():
-        checked_logits(model, x)
-        moved = [name for name, buffer in buffers.items() if not torch.equal(buffer, before[name])]
-        for name in moved:
-            buffers[name].copy_(before[name])
+    """Refuse a model one pass of which changes its buffers."""
+    moved = _moved_buffers(model, x)
     if moved:
         raise InputError(
             f"a pass in eval mode changes buffers of the model ({_shown(moved)}): test images would move its "
@@ -112,7 +107,64 @@ def _check_buffers(model: Model, x: Tensor) -> None:
         )
 
 
+def _moved_buffers(model: Model, x: Tensor) -> list[str]:
+    """Return the names of the buffers that one pass changes; they are put back."""
+    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
+    if not buffers:
+        return []
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    with torch.no_grad():
+        checked_logits(model, x)
+        moved = [name for name, buffer in buffers.items() if not torch.equal(buffer, before[name])]
+        for name in moved:
+            buffers[name].copy_(before[name])
+    return moved
+
+
+def peculiarities(model: Model, x: Tensor, seed: int) -> list[str]:
+    """Return, after warning, why a score of ``model`` (in eval mode) is not one of single images; for the record."""
+    found = []
+    moved = _moved_buffers(model, x)
+    if moved:
+        found.append(
+            f"a pass in eval mode changes buffers of the model ({_shown(moved)}), so the score depends on the images "
+            "before; freeze them"
+        )
+    elif _depends_on_companions(model, x[:_IMAGES], seed):
+        found.append(
+            "the model's answer for an image depends on the other images of its batch (batch statistics in eval "
+            "mode?), so this score holds for this batch size and order only; give it running statistics"
+        )
+    for text in found:
+        warnings.warn(text, stacklevel=3)
+    return found
+
+
+def _depends_on_companions(model: Model, x: Tensor, seed: int) -> bool:
+    """Tell whether an image is answered otherwise beside other images, or in a smaller batch; noise is switched off.
+
+    Of a model with noise that is none of ours it is not known, and so of one that takes no other batch than its own.
+    """
+    half = x[: _IMAGES // 2] if len(x) > 1 else torch.cat([x, 1 - x])
+    try:
+        with _quiet(model), torch.no_grad():
+            if passes_differ(model, half, derive_seed(seed, "companions")):
+                return False
+            first = checked_logits(model, torch.cat([half, half]))[: len(half)]
+            others = [checked_logits(model, torch.cat([half, 1 - half / 2]))[: len(half)], checked_logits(model, half)]
+    except Exception:  # a stranger's model may raise anything at a batch that is not its own
+        return False
+    allowed = _TOLERANCE * (1 + first.abs().amax(dim=1, keepdim=True).clamp_max(_LARGEST))
+    return any(bool((torch.nan_to_num(first - other).abs() > allowed).any()) for other in others)
+
+
 def _check_batch_size(model: Model, x: Tensor) -> None:
+    if _depends_on_companions(model, x, 0):
+        raise InputError(
+            "the model's answer for an image changes with the other images of its batch; is a BatchNorm inside in "
+            "train mode, or without running statistics, or a generator seeded from the batch? give the network itself, "
+            "in eval mode"
+        )
     with torch.no_grad():
         together = checked_logits(model, x)
         alone = torch.cat([checked_logits(model, image) for image in x.split(1)])

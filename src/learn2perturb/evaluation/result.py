@@ -246,6 +246,7 @@ def format_table(evaluation: Evaluation) -> str:
             f"  {row.label}: {score.predictor.replace('_', ' ')} of {score.members} draws {100 * score.accuracy:.2f} %"
             for row, score in pooled
         )
+    lines.extend(f"NOTE: {finding}." for finding in evaluation.metadata.get("findings", ()))
     return "\n".join(lines)
 
 

@@ -19,8 +19,8 @@ from torch import nn
 from learn2perturb.data import BatchSource, check_labels, warn_of_subset
 from learn2perturb.defenses import Clock, Defense, Losses, Stage, build_defense, forward, training_adversary
 from learn2perturb.engine import gears
-from learn2perturb.engine.answers import ask
 from learn2perturb.engine.devices import checked_device
+from learn2perturb.engine.frozen import left_in_eval, train_but
 from learn2perturb.engine.modes import blind_to_one_image, in_mode, one_image_explained
 from learn2perturb.engine.random import isolated_rng, seed_torch
 from learn2perturb.engine.recording import CudaGraphs
@@ -49,6 +49,7 @@ from learn2perturb.training.checkpoint import (
 )
 from learn2perturb.training.config import TrainConfig
 from learn2perturb.training.metrics import MetricsFile, Totals
+from learn2perturb.training.network import check_trainable, materialise
 from learn2perturb.training.recorded import NaNGuard, RecordedSteps, prepare, set_rate
 from learn2perturb.training.sources import joined, sources
 
@@ -119,6 +120,12 @@ class Training:
                 if name in config.model_options:
                     raise ConfigError(f"model_options has {name!r}, which follows from the data; leave it out")
             model = build_model(config.model, num_classes=classes, input_shape=shape, **config.model_options)
+        else:
+            materialise(model, shape)
+            check_trainable(model)
+        self.frozen = left_in_eval(model)
+        if self.frozen and model.training:
+            self.reporter.line(f"{len(self.frozen)} submodules were given in eval mode and stay in it")
         return self.defense.prepare(model, shape)
 
     # -- position ---------------------------------------------------------------------------------------------------
@@ -276,7 +283,7 @@ class Training:
             for group in optimizer.param_groups:
                 set_rate(group, group["base_lr"] * factor)
         seed_torch(self.config.seed, "step", clock.step)
-        self.model.train()
+        train_but(self.model, self.frozen)
         self.defense.begin_step(self.model, clock)
 
         def step(x: torch.Tensor, y: torch.Tensor, dials: Mapping[str, torch.Tensor]) -> Iteration:
@@ -377,7 +384,7 @@ def check_network(training: Training, x: torch.Tensor, y: torch.Tensor) -> int:
         ) from None
     with isolated_rng(), in_mode(training.model, False), torch.no_grad():
         try:
-            logits = ask(training.model, x[:2])
+            logits = forward(training.model, x[:2].clone())
         except Learn2PerturbError:
             raise
         except Exception as error:  # a stranger's network may raise anything
@@ -386,8 +393,5 @@ def check_network(training: Training, x: torch.Tensor, y: torch.Tensor) -> int:
                 f"the network failed on images of shape {tuple(x.shape[1:])}: {reason}; give images of the size it was "
                 "made for"
             ) from error
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(x[:2]):
-        what = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-        raise InputError(f"the network gives {what} for {len(x[:2])} images; it must give logits (N, classes); wrap it")
     check_labels(getattr(training.source, "labels", y), logits.shape[1])
     return logits.shape[1]
