@@ -63,6 +63,10 @@ class TrainingError(Learn2PerturbError, RuntimeError):
     """A training cannot go on."""
 
 
+class MemoryLimitError(TrainingError):
+    """Memory ran out, and no smaller part of the work is possible here; the message names the mend."""
+
+
 class NonFiniteError(TrainingError):
     """A loss or a weight became NaN or infinite; the message names step, batch and the last good checkpoint."""
 

@@ -33,6 +33,7 @@ VERBS = {
     "bench": "time training steps, attacks, data: gears against textbook code and the floor",
 }
 SUCCESS, FAILURE, BAD_INPUT = 0, 1, 2
+_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 _NOT_THE_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
@@ -123,7 +124,7 @@ def _coded(work: Callable[[], int]) -> int:
         if "embedded null" in text:
             _say("error: a path holds a NUL character, which no file name may; write it without")
             return BAD_INPUT
-        if "out of memory" in text.lower() or isinstance(error, MemoryError):
+        if isinstance(error, MemoryError) or any(said in text.lower() for said in _NO_MEMORY):
             _say(f"error: out of memory; give a smaller --batch-size, or another --device ({text[:200]})")
         else:
             _say(f"error: unexpected {text[:400]}; run it again with --debug and report the traceback")

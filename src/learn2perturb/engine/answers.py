@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.engine import gears
+from learn2perturb.engine.halving import Halving
 from learn2perturb.errors import InputError
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -50,7 +51,7 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         InputError: the answer is something else, or not finite.
     """
     # A copy: a model may work on its input in place, and the next draw must see the same images.
-    logits = ask(model, x.clone())
+    logits = Halving().map(lambda part: ask(model, part.clone()), x)
     check_answer(logits, len(x))
     check_finite(logits)
     return plain_logits(logits)

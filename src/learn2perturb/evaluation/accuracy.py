@@ -19,11 +19,13 @@ from learn2perturb.attacks import Attack
 from learn2perturb.checks import check_count
 from learn2perturb.data import check_labels, make_source, warn_of_subset
 from learn2perturb.engine import gears
+from learn2perturb.engine.halving import Halving
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation.inputs import peculiarities
 from learn2perturb.evaluation.intervals import majority
+from learn2perturb.evaluation.parts import attacked
 from learn2perturb.evaluation.passes import (
     PROBABILITIES,
     Model,
@@ -188,6 +190,7 @@ class _RowRun:
         self.pooled: list[NDArray[np.int64]] = []
         self.totals = dict.fromkeys(("linf", "l2", "forward_passes", "backward_passes"), 0.0)
         self.seconds = 0.0
+        self.fits = Halving()
         self.zero_gradients: int | None = None
 
     def compile_if_long(self, pixels: int, rows: int) -> None:
@@ -214,7 +217,7 @@ class _RowRun:
     def _attacked(self, attack: Attack, model: Model, x: Tensor, y: Tensor, batch: int) -> Tensor:
         own = derive_seed(self.seed, "attack", self.name, repr(attack.eps), batch)
         with gears.running(self.gear):
-            result = dataclasses.replace(attack, seed=own).run(model, self.gear.place_images(x), y)
+            result = attacked(dataclasses.replace(attack, seed=own), model, self.gear.place_images(x), y, self.fits)
         self.totals["linf"] += result.linf.sum().item()
         self.totals["l2"] += result.l2.sum().item()
         self.totals["forward_passes"] += result.forward_passes * len(x)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from learn2perturb.defenses import Clock, Defense, Losses, Stage, build_defense,
 from learn2perturb.engine import gears
 from learn2perturb.engine.devices import checked_device
 from learn2perturb.engine.frozen import left_in_eval, train_but
+from learn2perturb.engine.halving import Halving, out_of_memory
 from learn2perturb.engine.modes import blind_to_one_image, in_mode, one_image_explained
 from learn2perturb.engine.random import isolated_rng, seed_torch
 from learn2perturb.engine.recording import CudaGraphs
@@ -31,6 +33,7 @@ from learn2perturb.errors import (
     DataError,
     InputError,
     Learn2PerturbError,
+    MemoryLimitError,
     NonFiniteError,
 )
 from learn2perturb.models import build_model
@@ -65,6 +68,19 @@ def choose_device(name: str) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     return checked_device(name)
+
+
+@contextlib.contextmanager
+def _memory_explained(rows: int) -> Iterator[None]:
+    # Not halved: BatchNorm and the order of random numbers make a step on halves another step.
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryLimitError(
+            f"out of memory in a training step of {rows} images; give a smaller --batch-size (batch_size={rows // 2})"
+        ) from error
 
 
 class Training:
@@ -307,12 +323,14 @@ class Training:
 
         x = self.gear.place_images(x)
         if self.recorded is None:
-            iteration = step(x, y, {})
+            with _memory_explained(len(y)):
+                iteration = step(x, y, {})
         else:
             kind = self.defense.kind_of_step(clock)
             if kind is not None:
                 kind = (kind, clock.stage, clock.epoch >= (self.config.adversarial_delay or 0))
-            iteration = self.recorded.run(kind, x, y, self.defense.dials(clock), step)
+            with _memory_explained(len(y)):
+                iteration = self.recorded.run(kind, x, y, self.defense.dials(clock), step)
         if self.average is not None:
             self.average.update(self.model)
         self.totals.add_iteration(iteration, len(y))
@@ -349,12 +367,12 @@ class Training:
         attack = training_adversary(self.config)
         hits = torch.zeros(2, dtype=torch.int64, device=self.device)
         bad = torch.zeros((), dtype=torch.bool, device=self.device)
-        labels, classes = [], 1
+        labels, classes, fits = [], 1, Halving()
         for x, y in monitor.epoch(0):
             x = self.gear.place_images(x)
-            adversarial = attack.craft(self.model, x, y)
+            adversarial = fits.map(partial(attack.craft, self.model), x, y)
             bad |= ~torch.isfinite(adversarial).all()
-            answers = [forward(self.model, z) for z in (x, adversarial)]
+            answers = [fits.map(partial(forward, self.model), z) for z in (x, adversarial)]
             hits += torch.stack([(logits.argmax(1) == y).sum() for logits in answers])
             classes = answers[0].shape[1]
             check_labels(y, classes)

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from learn2perturb.attacks import PGD, Attack
 from learn2perturb.attacks.losses import margin
 from learn2perturb.engine import gears
+from learn2perturb.engine.halving import Halving
 from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.evaluation.diagnostics.budget import Budget
 from learn2perturb.evaluation.diagnostics.record import Measurement
 from learn2perturb.evaluation.intervals import accuracy_interval
+from learn2perturb.evaluation.parts import attacked
 from learn2perturb.evaluation.passes import Model, checked_logits
 from learn2perturb.noise import noise_disabled
 from learn2perturb.records import PackedBits, plain
@@ -91,6 +93,7 @@ class Bench:
     ) -> None:
         self.subject, self.x, self.y, self.attack, self.budget = subject, x, y, attack, budget
         self.seed, self.gear, self.batch_size, self.progress = seed, gear, batch_size, progress
+        self._fits = Halving()
         self.measurements: list[Measurement] = []
         self.rivals: dict[str, float] = {}
         self._passes, self._expected = 0.0, expected_passes
@@ -121,7 +124,7 @@ class Bench:
                 x = self.gear.place_images(self.x[rows])
                 y = self.y[rows] if targets is None else targets[rows]
                 own = dataclasses.replace(attack, seed=derive_seed(self.seed, "diagnose", name, batch))
-                result = own.run(model, x, y)
+                result = attacked(own, model, x, y, self._fits)
                 parts.append(result.x_adv.to(self.x.dtype).contiguous())
                 forwards += result.forward_passes * len(x)
                 backwards += result.backward_passes * len(x)
