@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import random
-import shutil
 import signal
 import time
 import traceback
@@ -319,25 +318,6 @@ def test_a_damaged_config_is_named(tmp_path, content):
     (run / "config.yaml").write_text(content)
     with pytest.raises(Learn2PerturbError, match=r"config\.yaml"):
         train(small(epochs=1), out=run, progress=False)
-
-
-def test_a_damaged_resume_state_names_the_folder_to_delete_and_then_the_one_before_serves(tmp_path):
-    from learn2perturb.errors import CheckpointError
-
-    run = tmp_path / "run"
-    train(small(), out=run, progress=False)
-    reference = state_of(run)
-    older, newest = checkpoints(run)
-    whole = (newest / "resume.pt").read_bytes()
-    for content in (b"", whole[:100], b"no pickle at all", whole[: len(whole) // 2]):
-        (newest / "resume.pt").write_bytes(content)
-        with pytest.raises(CheckpointError, match=f"delete the folder {newest}"):
-            train(small(), out=run, progress=False)
-    shutil.rmtree(newest)
-    assert checkpoints(run) == [older]
-    train(small(), out=run, progress=False)
-    assert state_of(run)[3] == reference[3]
-    assert all(torch.equal(value, state_of(run)[1][key]) for key, value in reference[1].items())
 
 
 def test_a_resume_state_of_a_newer_version_or_another_kind_is_refused(tmp_path):

@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from learn2perturb.engine.identity import fingerprint
 from learn2perturb.errors import CheckpointError
 from learn2perturb.noise import noise_spec
 from learn2perturb.reading import check_regular, parse_json, reading
@@ -30,6 +33,31 @@ _HEADER: dict[str, type] = {
     "input_shape": list, "defense": str, "predictor": str, "members": int, "dataset": str, "epoch": int,
 }  # fmt: skip
 FORMAT, RESUME_FORMAT, VERSION = "learn2perturb.model", "learn2perturb.resume", 1
+_KEY, _SUM = "learn2perturb", "learn2perturb_sum"
+_NAME = re.compile(r"\d{10,}")  # a copy of a checkpoint, or a backup beside it, has another name
+
+
+class DamagedError(CheckpointError):
+    """A file is not as it was written; another checkpoint may serve."""
+
+
+def _parts(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of nested plain data under their paths, and what is no tensor as part of a name."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _parts(item, f"{path}/{key!r}")
+    elif isinstance(value, (list, tuple)):
+        yield f"{path}#{len(value)}", torch.empty(0)
+        for index, item in enumerate(value):
+            yield from _parts(item, f"{path}/{index}")
+    else:
+        yield f"{path}={value!r}", torch.empty(0)
+
+
+def _seal(header: str, state: Mapping[str, Any]) -> str:
+    return fingerprint([*_parts(header), *_parts({key: state[key] for key in sorted(state)})])
 
 
 def model_bytes(model: nn.Module, metadata: dict[str, Any]) -> bytes:
@@ -43,7 +71,8 @@ def model_bytes(model: nn.Module, metadata: dict[str, Any]) -> bytes:
         "noise": noise_spec(model),
         **metadata,
     }
-    return save(state, metadata={"learn2perturb": json.dumps(header)})
+    text = json.dumps(header)
+    return save(state, metadata={_KEY: text, _SUM: _seal(text, state)})
 
 
 def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -54,17 +83,21 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if not os.path.lexists(path):
         raise CheckpointError(f"{path} does not exist; give a run folder or a .safetensors file")
-    with reading(f"{path} is no readable safetensors file", "use another checkpoint", CheckpointError):
+    with reading(f"{path} is no readable safetensors file", "use another checkpoint", DamagedError):
         check_regular(path)
         with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("learn2perturb")
+            metadata = file.metadata() or {}
             names = file.keys()
             if len(names) > MOST_TENSORS:
                 raise ValueError(f"it has {len(names):,} tensors, and {MOST_TENSORS:,} are the most")
             state = {key: file.get_tensor(key) for key in names}
+    text = metadata.get(_KEY)
+    # Files from before there was a sum have none.
+    if _SUM in metadata and metadata[_SUM] != _seal(text or "", state):
+        raise DamagedError(f"{path} is damaged: it is not what was written; use another checkpoint")
     if text is None:
         return state, {}
-    with reading(f"the header of {path} is damaged", "use another checkpoint", CheckpointError):
+    with reading(f"the header of {path} is damaged", "use another checkpoint", DamagedError):
         header = parse_json(text)
         _check_header(header)
     if header.get("version", 0) > VERSION:
@@ -105,7 +138,7 @@ def write_checkpoint(run: Path, step: int, model: bytes, resume: dict[str, Any],
     final = folder / f"{step:010d}"
     aside = folder / f".{final.name}.{os.getpid()}.tmp"
     buffer = io.BytesIO()
-    torch.save(resume, buffer)
+    torch.save({**resume, "sum": _seal("", resume)}, buffer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".*.tmp"):
@@ -131,8 +164,24 @@ def write_checkpoint(run: Path, step: int, model: bytes, resume: dict[str, Any],
 
 def checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run folder, oldest first."""
-    folders = sorted((Path(run) / FOLDER).glob("[0-9]*"))
-    return [path for path in folders if (path / MODEL).exists() and (path / RESUME).exists()]
+    folders = [path for path in (Path(run) / FOLDER).glob("[0-9]*") if _NAME.fullmatch(path.name)]
+    whole = [path for path in folders if (path / MODEL).exists() and (path / RESUME).exists()]
+    return sorted(whole, key=lambda path: int(path.name))
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Rename a damaged checkpoint, so that the step it is of can be saved again; nothing is deleted.
+
+    Raises:
+        CheckpointError: it cannot be renamed.
+    """
+    number = 0
+    while (aside := checkpoint.with_name(f"{checkpoint.name}.damaged{number or ''}")).exists():
+        number += 1
+    try:
+        checkpoint.rename(aside)
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint} is damaged and cannot be renamed: {error}; delete it") from None
 
 
 def read_resume(checkpoint: Path) -> dict[str, Any]:
@@ -144,14 +193,38 @@ def read_resume(checkpoint: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(checkpoint / RESUME, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(
-            f"{checkpoint / RESUME} is damaged ({type(error).__name__}); delete the folder {checkpoint} to resume "
-            "from the checkpoint before it"
-        ) from None
+        raise DamagedError(f"{checkpoint / RESUME} is damaged ({type(error).__name__})") from None
     if not isinstance(state, dict) or state.get("format") != RESUME_FORMAT:
-        raise CheckpointError(f"{checkpoint / RESUME} is no resume state; delete the folder {checkpoint}")
+        raise DamagedError(f"{checkpoint / RESUME} is no resume state")
     if state.get("version", 0) > VERSION:
         raise CheckpointError(
             f"{checkpoint / RESUME} is of version {state['version']}, newer than {VERSION}; update learn2perturb"
         )
+    # Files from before there was a sum have none.
+    if "sum" in state and state.pop("sum") != _seal("", state):
+        raise DamagedError(f"{checkpoint / RESUME} is damaged: it is not what was written")
     return state
+
+
+def newest(run: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any], list[str]] | None:
+    """Return the newest checkpoint that is whole, its weights, its resume state, and what is wrong with newer ones.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is whole, or one is of a newer version.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for checkpoint in reversed(checkpoints(run)):
+        try:
+            resume, (state, _) = read_resume(checkpoint), read_model(checkpoint / MODEL)
+        except DamagedError as error:
+            damaged.append((checkpoint, str(error)))
+            continue
+        for path, _ in damaged:
+            set_aside(path)
+        return checkpoint, state, resume, [reason for _, reason in damaged]
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint of {run} can be read: {damaged[0][1]}; give another --out, or delete {run / FOLDER} to "
+            "start again"
+        )
+    return None

@@ -31,7 +31,7 @@ from learn2perturb.training.config import TrainConfig
 from learn2perturb.training.environment import environment
 from learn2perturb.training.folder import check_folder, settings_text
 from learn2perturb.training.interrupt import Interrupt
-from learn2perturb.training.metrics import NOISE_SCALES, MetricsFile, Totals, noise_report, read_metrics
+from learn2perturb.training.metrics import NOISE_SCALES, MetricsFile, Totals, cut_back, noise_report, read_metrics
 from learn2perturb.training.state import Training, check_network
 
 
@@ -120,7 +120,9 @@ def _run(training: Training) -> list[dict[str, Any]]:
     """Train from where ``training`` stands to the end; return the metrics of all epochs."""
     config, folder = training.config, training.out
     sink = Path(os.devnull) if folder is None else folder / "metrics.jsonl"
-    file = MetricsFile(sink, 0 if folder is None else training.metrics_bytes)
+    if folder is not None and (lost := cut_back(sink, training.epoch, training.step)):
+        training.reporter.line(lost, always=True)
+    file = MetricsFile(sink)
     board = _tensorboard(training) if config.tensorboard and folder is not None and _unfinished(training) else None
     schedule = training.defense.schedule_only(config, training.batches)
     expected = None

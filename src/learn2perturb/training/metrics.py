@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from learn2perturb.errors import CheckpointError
 from learn2perturb.noise import named_noise
+from learn2perturb.records import atomic_write
 from learn2perturb.training.alternating import Iteration
 
 NOISE_SCALES = ("theta", "alpha", "sigma")  # what defenses call the scale of their noise, as the lines of an epoch do
@@ -109,34 +112,101 @@ def noise_report(model: nn.Module, schedule: float | None) -> dict[str, Any]:
 
 
 class MetricsFile:
-    """Lines of JSON, appended; cut back on resume to where the checkpoint was."""
+    """Lines of JSON, appended; after a resume, to the lines that the checkpoint knows."""
 
-    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
-        if self._file.tell() > keep_bytes:  # shorter only if someone cut it; truncate() would pad it with zeros
-            self._file.truncate(keep_bytes)
-            self._file.seek(keep_bytes)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line."""
-        self._file.write((json.dumps(line) + "\n").encode())
-        self._file.flush()
+        """Append one line.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        with self._explained():
+            self._file.write((json.dumps(line) + "\n").encode())
+            self._file.flush()
 
     def sync(self) -> int:
-        """Put all lines on disk and return the length of the file, which belongs into the checkpoint."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        """Put all lines on disk and return the length of the file, which belongs into the checkpoint.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        with self._explained():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            return self._file.tell()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what a full disk does not take has been reported, and is cut off by the next resume."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._path} cannot be written: {error.strerror or error}; free space, then the same command resumes"
+            ) from None
+
+
+def cut_back(path: Path, epoch: int, step: int) -> str:
+    """Leave in ``path`` the whole lines of before a position, and return in words what is missing of them, or "".
+
+    Lines are told by what they hold, not by their place: a file that was torn, cut or filled with zeros at any place
+    keeps all lines that can be read.
+
+    Raises:
+        CheckpointError: it cannot be read or written.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        content = b""
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; give another --out") from None
+    lines, kept, epochs = content.splitlines(keepends=True), [], set()
+    for raw in lines:
+        line = _parsed(raw)
+        if line is None:
+            continue
+        if line["epoch"] < epoch if line["kind"] == "epoch" else line["step"] <= step:
+            kept.append(raw)
+            if line["kind"] == "epoch":
+                epochs.add(line["epoch"])
+    if b"".join(kept) != content:
+        atomic_write(path, b"".join(kept))
+    missing = [str(number + 1) for number in range(epoch) if number not in epochs]
+    return f"{path} has lost the metrics of epoch {', '.join(missing)}; no weight is affected" if missing else ""
+
+
+def _parsed(raw: bytes) -> dict[str, Any] | None:
+    """Return a line, or None if it is torn or damaged."""
+    if not raw.endswith(b"\n"):
+        return None
+    try:
+        line = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(line, dict) and line.get("kind") in ("epoch", "step")
+    return line if whole and all(type(line.get(key)) is int for key in ("epoch", "step")) else None
 
 
 def read_metrics(run: Path, kind: str = "epoch") -> list[dict[str, Any]]:
-    """Return the lines of one kind (``epoch`` or ``step``) of a run's ``metrics.jsonl``."""
+    """Return the whole lines of one kind (``epoch`` or ``step``) of a run's ``metrics.jsonl``; a torn one is left out.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
     path = Path(run) / "metrics.jsonl"
-    if not path.exists():
+    try:
+        lines = map(_parsed, path.read_bytes().splitlines(keepends=True))
+    except FileNotFoundError:
         return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [line for line in lines if line["kind"] == kind]
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; give a run folder") from None
+    return [line for line in lines if line is not None and line["kind"] == kind]

@@ -41,13 +41,10 @@ from learn2perturb.progress import Reporter
 from learn2perturb.training.alternating import Iteration, Optimizers, iterate
 from learn2perturb.training.average import WeightAverage
 from learn2perturb.training.checkpoint import (
-    MODEL,
     RESUME_FORMAT,
     VERSION,
-    checkpoints,
     model_bytes,
-    read_model,
-    read_resume,
+    newest,
     write_checkpoint,
 )
 from learn2perturb.training.config import TrainConfig
@@ -118,7 +115,6 @@ class Training:
         self.epoch, self.batch, self.stage = 0, 0, -1
         self.optimizers: Optimizers = {}
         self.totals = Totals(self.device)
-        self.metrics_bytes = 0
         self.seconds = 0.0
         self.last_good: Path | None = None
 
@@ -244,10 +240,12 @@ class Training:
 
     def restore(self) -> bool:
         """Go to the newest checkpoint of the run folder, if there is one."""
-        found = checkpoints(self.out) if self.out is not None else []
-        if not found:
+        found = None if self.out is None else newest(self.out)
+        if found is None:
             return False
-        resume = read_resume(found[-1])
+        self.last_good, state, resume, damaged = found
+        for reason in damaged:
+            self.reporter.line(f"{reason}; going on from the one before, {self.last_good}", always=True)
         if resume["batches"] != self.batches:
             raise CheckpointError(
                 f"{self.out} was trained with {resume['batches']} batches an epoch, these data give {self.batches}; "
@@ -258,7 +256,6 @@ class Training:
                 f"{self.out} was trained in gear {resume['gear']!r} and this would be {self.gear.name!r}; "
                 f"set engine={resume['gear']!r}, or another --out"
             )
-        state, _ = read_model(found[-1] / MODEL)
         try:
             self.model.load_state_dict(state if self.average is None else resume["weights"])
         except RuntimeError as error:
@@ -274,8 +271,7 @@ class Training:
                 optimizer.load_state_dict(resume["optimizers"][name])
             self._dress_optimizers()
         self.totals = Totals(self.device, resume["totals"])
-        self.metrics_bytes, self.seconds = resume["metrics_bytes"], resume["seconds"]
-        self.last_good = found[-1]
+        self.seconds = resume["seconds"]
         # Interrupted between the last step of an epoch and its scores: what the step had switched must be so again.
         self.defense.begin_step(self.model, self.clock())
         return True
