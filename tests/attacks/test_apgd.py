@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
 from learn2perturb.attacks import APGD, PGD
+from learn2perturb.attacks.apgd import _State
 from learn2perturb.attacks.base import Query
 from learn2perturb.attacks.losses import TARGETED_LOSSES, targeted_dlr, targeted_margin
 from learn2perturb.engine import gears
 from learn2perturb.errors import ConfigError, InputError
-from tests.problems import NoisyLinear, Quadratic
+from tests.problems import Linear, NoisyLinear, Quadratic
 
 SHAPE = (3, 4, 4)
 RADII = {"linf": 0.15, "l2": 0.8}
@@ -160,3 +162,28 @@ def test_targeted_dlr_row_by_row():
 def test_bad_settings(settings, message):
     with pytest.raises(ConfigError, match=message):
         APGD(**settings)
+
+
+def test_checkpoints_are_those_of_the_paper(monkeypatch):
+    windows = []
+    monkeypatch.setattr(_State, "check", lambda _self, window: windows.append(window))
+    x = torch.rand(2, *SHAPE)
+    APGD(0.1, 100, early_stop=False)(Quadratic(torch.rand(1, *SHAPE)), x, zeros(x))
+    # p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06), times the steps.
+    assert list(itertools.accumulate(windows)) == [22, 41, 57, 70, 80, 87, 93, 99]
+
+
+def test_the_first_step_crosses_the_ball():
+    x, model = 0.4 + 0.2 * torch.rand(5, *SHAPE), Linear(SHAPE)
+    found = APGD(0.1, 1, loss="margin", early_stop=False)(model, x, zeros(x))  # from a random point of it
+    torch.testing.assert_close(found, model.optimum(x, 0.1, "linf"))
+
+
+@pytest.mark.parametrize(("was_halved", "risen", "halves"), [(False, 4, True), (True, 4, False), (True, 1, True)])
+def test_a_step_that_was_just_halved_is_halved_again_only_if_the_loss_rises_too_seldom(was_halved, risen, halves):
+    x = torch.rand(1, *SHAPE)
+    state = _State.at(x, x, zeros(x), None, 0.2)
+    state.best_loss, state.checked_loss = torch.ones(1), torch.ones(1)  # no better than at the last checkpoint
+    state.rises, state.was_halved = torch.tensor([float(risen)]), torch.tensor([was_halved])
+    state.check(window=5)
+    assert state.size.item() == pytest.approx(0.1 if halves else 0.2)

@@ -170,3 +170,32 @@ def test_low_precision_is_confirmed_in_full():
 def test_bad_settings(settings, message):
     with pytest.raises(ConfigError, match=message):
         CW(**settings)
+
+
+def test_the_constant_grows_tenfold_until_it_is_enough():
+    x = images()
+    model = linear(x)
+    # Enough is 2 gap / |w|^2, at least 0.01 here: three times tenfold from 1e-4 reach it, three times twofold do not.
+    result = CW(lr=0.01, steps=150, search_steps=4, initial_c=3e-4).run(model, x, zeros(x))
+    assert result.success.all()
+
+
+class Wavering(nn.Module):
+    """``z = slope * sum(x - start) + 0.1``, and 1.1 more or less in turn: right on average, not beyond doubt."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.start, self.calls = start, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        rise = (x - self.start).flatten(1).sum(dim=1)
+        return two_logits(rise + 0.1 + (1.1 if self.calls % 2 else -1.1))
+
+
+def test_a_mean_margin_within_its_standard_error_is_no_success():
+    x = images(2)
+    result = CW(lr=0.02, steps=40, search_steps=2, initial_c=1.0, draws=20).run(Wavering(x), x, zeros(x))
+    # The mean margin at x is 0.1 and its standard error 1.1 / sqrt(20) = 0.25: x itself does not count as wrong.
+    margin = (result.x_adv - x).flatten(1).sum(dim=1) + 0.1
+    assert (margin > 0.24).all()

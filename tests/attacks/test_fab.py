@@ -126,3 +126,48 @@ def test_early_stop_ends_at_the_radius(trained):
     assert fast.backward_passes < full.backward_passes
     with pytest.raises(ConfigError, match="early_stop=True needs a finite eps"):
         FAB(early_stop=True)
+
+
+def asked(attack, model, x):
+    """Return the points (in order) that the attack asks for."""
+    points = []
+    attack(lambda images: (points.append(images.detach().clone()), model(images))[1], x, zeros(x))
+    return points
+
+
+@norms
+def test_a_step_lands_behind_the_boundary_and_the_next_starts_on_the_way_back(norm):
+    x = 0.45 + 0.1 * torch.rand(3, *SHAPE)
+    model = Linear(SHAPE)
+    with torch.no_grad():
+        model.bias -= model(x)[:, 1].max() + 0.1
+    points = asked(FAB(norm=norm, steps=2, targets=0), model, x)
+    at_x = [index for index, point in enumerate(points) if torch.equal(point, x)]
+    landed, back = points[at_x[-1] + 1], points[at_x[-1] + 2]
+    # On the boundary z is 0: 5 % behind it, z is -5 % of what it was at x; then 90 % of the way from x.
+    start = model(x)[:, 1]
+    torch.testing.assert_close(model(landed)[:, 1], -0.05 * start, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(back, x + 0.9 * (landed - x))
+
+
+@norms
+def test_a_step_is_drawn_towards_the_image_by_a_tenth_at_most(norm):
+    torch.manual_seed(0)
+    x = 0.45 + 0.1 * torch.rand(3, *SHAPE)
+    model = Linear(SHAPE)
+    with torch.no_grad():
+        model.bias -= model(x)[:, 1].max() + 0.5
+    points = asked(FAB(norm=norm, steps=1, targets=0, restarts=2, seed=0), model, x)
+    start, landed = (
+        points[-11],
+        points[-10],
+    )  # before the 8 bisections and the verification: where the second run started and went
+    weight = model.weight.detach().flatten().expand(3, -1)
+
+    def onto_boundary(point):
+        return to_plane(point.flatten(1), weight, -model(point)[:, 1].detach(), norm).view_as(x)
+
+    there, direct = onto_boundary(start), onto_boundary(x)
+    assert not torch.allclose(start, x)
+    torch.testing.assert_close(landed, 0.9 * (start + 1.05 * there) + 0.1 * (x + 1.05 * direct), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(start + 1.05 * there, x + 1.05 * direct, atol=1e-3)  # else the share would not show

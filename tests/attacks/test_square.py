@@ -116,3 +116,11 @@ def test_a_lucky_score_is_forgotten():
 def test_bad_settings(settings, message):
     with pytest.raises(ConfigError, match=message):
         Square(**settings)
+
+
+@norms
+def test_a_point_that_is_no_better_is_not_taken(norm):
+    x = torch.rand(3, *SHAPE)
+    flat = lambda x: torch.tensor([1.0, 0.0]).expand(len(x), 2)  # noqa: E731
+    first, last = (Square(0.1, norm=norm, queries=queries, seed=0)(flat, x, zeros(x)) for queries in (1, 30))
+    assert torch.equal(first, last)

@@ -22,6 +22,7 @@ from learn2perturb.noise import (
     noise_sites,
     noise_spec,
     perturb,
+    perturb_weights,
     remove_noise,
 )
 
@@ -386,3 +387,20 @@ def test_switches_take_effect_on_a_compiled_network_and_insertion_and_removal_ar
         perturb(compiled, input_shape=(3,), sites="**.2")
     assert noise_sites(network) == ["0"]
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("where", ["features", "weights"])
+def test_noise_is_replayed_in_either_mode(where, training):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4))
+    if where == "features":
+        perturb(network, input_shape=(1, 8, 8), sites=["1"])
+    else:
+        perturb_weights(network)
+    network.train(training)
+    x = torch.rand(3, 1, 8, 8)
+    with torch.no_grad(), fixed_noise(network, seed=1):
+        first = network(x)
+        assert torch.equal(network(x), first)
+    with torch.no_grad():
+        assert not torch.equal(network(x), first)

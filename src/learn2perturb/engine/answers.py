@@ -44,6 +44,11 @@ def plain_logits(logits: Tensor) -> Tensor:
     return torch.nan_to_num(logits, nan=math.nan, posinf=math.inf, neginf=LOWEST)
 
 
+def scale_of(logits: Tensor) -> float:
+    """Return the largest absolute logit, masked classes left out: what rounding is a share of."""
+    return float(logits.where(logits > LOWEST, 0.0).abs().max())
+
+
 def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return the checked logits (N, K) of one pass, float32 at least; this waits for the device.
 

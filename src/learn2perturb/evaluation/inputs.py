@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from learn2perturb.engine.answers import scale_of
 from learn2perturb.engine.modes import switchable
 from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.errors import InputError
@@ -169,7 +170,7 @@ def _check_batch_size(model: Model, x: Tensor) -> None:
         together = checked_logits(model, x)
         alone = torch.cat([checked_logits(model, image) for image in x.split(1)])
     difference = float((together - alone).abs().max())
-    allowed = _TOLERANCE * (1 + float(together.abs().max()))
+    allowed = _TOLERANCE * (1 + scale_of(together))
     if difference > allowed:
         raise InputError(
             f"the model's answer changes with the batch size: logits of images alone and in a batch of {len(x)} differ "

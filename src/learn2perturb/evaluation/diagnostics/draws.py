@@ -11,7 +11,7 @@ from torch import Tensor
 
 from learn2perturb.attacks.gradients import input_gradient
 from learn2perturb.attacks.losses import margin
-from learn2perturb.engine.answers import ask, plain_logits
+from learn2perturb.engine.answers import ask, plain_logits, scale_of
 from learn2perturb.engine.random import seed_everything
 from learn2perturb.evaluation.diagnostics.measure import Bench
 from learn2perturb.evaluation.diagnostics.verdict import Draft
@@ -104,7 +104,7 @@ def _rows_differ(model: Model, x: Tensor) -> bool:
     with torch.no_grad():
         logits = checked_logits(model, x[:1].repeat(COUNTS[-1], 1, 1, 1))
     spread = (logits - logits[:1]).abs().max()
-    return bool(spread > 1e-5 * (1 + logits.abs().max()))
+    return bool(spread > 1e-5 * (1 + scale_of(logits)))
 
 
 def gradient_slope(model: Model, x: Tensor, y: Tensor, passes: int) -> Slope | None:
