@@ -356,6 +356,9 @@ def test_a_claim_fails_beyond_two_standard_errors_only():
     assert judge([claim(values, allowed=0.4)], 0)[0].status == "passed"
     assert judge([claim(-values)], 0)[0].status == "passed"
     assert judge([claim(-values, absolute=True)], 0)[0].status == "failed"
+    both = np.array([1.0] * 29 + [0.0] * 56 + [-1.0] * 15)  # 2.2 standard errors: enough for one side, not for two
+    assert judge([claim(both)], 0)[0].status == "failed"
+    assert judge([claim(both, absolute=True)], 0)[0].status == "passed"
     near = np.array([1.0] * 30 + [0.0] * 50 + [-1.0] * 20)
     assert judge([claim(near)], 0)[0].status == "passed"
     strict = dataclasses.replace(claim(near).claims[0], strict=True)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from learn2perturb.attacks import Square
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import InputError
+from learn2perturb.evaluation import evaluate
 from learn2perturb.evaluation.inputs import check_fixed
 from learn2perturb.evaluation.replays import BY_ROW, HIDDEN, SEEDS, Contained, replayed, seeds_generators
 
@@ -124,3 +126,21 @@ def test_a_model_that_seeds_is_contained(model):
         contained(X)
         assert torch.equal(torch.rand(4), expected[0])
         assert (np.random.rand(), random.random()) == expected[1:]
+
+
+def test_evaluate_says_that_a_model_seeds_and_its_attacks_go_on():
+    """Square would propose the same square again after every query, and leave nearly all."""
+    weight = torch.randn(64, 4, generator=torch.Generator().manual_seed(2))
+
+    def seeding(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return x.flatten(1) @ weight
+
+    x = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    y = (x.flatten(1) @ weight).argmax(dim=1)
+    attacks = {"square": Square(0.03, queries=100)}
+    with pytest.warns(UserWarning, match="seeds the random generators"):
+        found = evaluate(seeding, (x, y), attacks, engine="plain")
+    honest = evaluate(lambda x: x.flatten(1) @ weight, (x, y), attacks, engine="plain")
+    assert found.rows[1].accuracy == pytest.approx(honest.rows[1].accuracy, abs=0.1)
+    assert found.metadata["model"] == "seeding"

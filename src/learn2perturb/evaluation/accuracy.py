@@ -36,6 +36,7 @@ from learn2perturb.evaluation.passes import (
     passes_differ,
 )
 from learn2perturb.evaluation.predictors import AVERAGE, PREDICTORS, check_predictor, scores, winners
+from learn2perturb.evaluation.replays import SEEDS, contained
 from learn2perturb.evaluation.result import CLEAN, Evaluation, Row, statistics
 from learn2perturb.noise import is_stochastic, noise_disabled, noise_modules
 from learn2perturb.records import PackedIntegers, plain
@@ -45,6 +46,8 @@ Progress = Callable[[int, int, str], object]
 _CONFIDENCE = 0.95
 _RESAMPLES = 2000
 _ZERO_GRADIENTS = 0.05  # of the images, from which on it is said aloud that their gradients are zero
+_PROBED = 8  # images
+_FIRST_PASS = ("probe", 0)  # its stream of draws
 
 
 def evaluate(
@@ -117,6 +120,7 @@ def evaluate(
     runs: list[_RowRun] = []
     findings: list[str] = []
     num_classes = done = 0
+    scored = model
     expected = source.num_examples if limit is None else min(limit, source.num_examples)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     # One pass over the data, all rows on each batch: every row sees the same images even where the user's loader
@@ -128,14 +132,15 @@ def evaluate(
             x, y = x.to(place), y.to(place)
             if not runs:
                 num_classes = _classes(model, x, seed)
+                scored = _contained(model, x, seed)
                 findings = peculiarities(model, x, seed)
-                runs = _plan(model, x, table, predictors, draws, members, noise_off, seed, gear)
+                runs = _plan(scored, x, table, predictors, draws, members, noise_off, seed, gear)
                 for run in runs:
                     run.compile_if_long(expected * math.prod(x.shape[2:]), rows=len(x))
             check_labels(y, num_classes)
             labels.append(y.cpu().numpy())
             for number, run in enumerate(runs):
-                run.add(model, x, y, index)
+                run.add(scored, x, y, index)
                 if progress is not None:
                     progress(done * len(runs) + (number + 1) * len(x), expected * len(runs), run.label)
             done += len(x)
@@ -157,6 +162,20 @@ def evaluate(
         **circumstances(place, gear),
     }
     return Evaluation(tuple(rows), PackedIntegers.pack(truth), num_classes, seed, _CONFIDENCE, _RESAMPLES, metadata)
+
+
+def _contained(model: Model, x: Tensor, seed: int) -> Model:
+    """Return the model, with random generators of its own, after a warning, if its first pass has seeded torch's."""
+    if torch.initial_seed() == derive_seed(seed, *_FIRST_PASS):
+        return model
+    found = contained(model, x[:_PROBED], seed)
+    if found is not model:
+        warnings.warn(
+            f"{SEEDS}: its draws are replayed, so scoring uses the draws that the attacks saw; learn2perturb diagnose "
+            "fails such a model",
+            stacklevel=3,
+        )
+    return found
 
 
 @final
@@ -348,7 +367,7 @@ def _classes(model: Model, x: Tensor, seed: int) -> int:
     """Return the number of classes; warn when the model gives probabilities instead of logits."""
     if not len(x):
         raise DataError("the data hold no images; give at least one")
-    seed_everything(seed, "probe", 0)
+    seed_everything(seed, *_FIRST_PASS)
     with torch.no_grad():
         logits = checked_logits(model, x)
     if are_probabilities(logits):

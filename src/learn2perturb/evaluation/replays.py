@@ -59,6 +59,11 @@ def depends_on_row(model: Model, x: Tensor) -> bool:
     return float((logits - moved).abs().max()) > _TOLERANCE * (1 + float(logits.abs().max()))
 
 
+def contained(model: Model, x: Tensor, seed: int) -> Model:
+    """Return the model, with random generators of its own if it seeds them: attacks draw from the same ones."""
+    return Contained(model).eval() if seeds_generators(model, x, seed) else model
+
+
 @final
 class Contained(nn.Module):
     """``model`` with random generators of its own: it may seed them without touching the draws of an attack."""
@@ -66,6 +71,7 @@ class Contained(nn.Module):
     def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.model = model
+        self.registered_name = getattr(model, "registered_name", None) or getattr(model, "__name__", "")
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W) to logits (N, K); the default generators are left as they were found."""

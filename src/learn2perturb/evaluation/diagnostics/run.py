@@ -33,7 +33,7 @@ from learn2perturb.evaluation.inputs import (
     warn_of_probabilities,
 )
 from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of, passes_differ
-from learn2perturb.evaluation.replays import Contained, seeds_generators
+from learn2perturb.evaluation.replays import contained
 from learn2perturb.evaluation.result import format_eps
 from learn2perturb.noise import noise_modules
 from learn2perturb.records import PackedIntegers, plain
@@ -129,7 +129,7 @@ def diagnose(
         check_labels(y, num_classes)
         findings += warn_of_subset(images, y, num_classes)
         bench = Bench(
-            Subject(_contained(model, x, seed), draws_noise), x, y, attack, plan, seed=seed, gear=gear,
+            Subject(contained(model, x[:8], seed), draws_noise), x, y, attack, plan, seed=seed, gear=gear,
             batch_size=batch_size, expected_passes=work, progress=progress,
         )  # fmt: skip
         given = {key: _source(source, x, seed) for key, source in (sources or {}).items()}
@@ -201,13 +201,8 @@ def _checks(
     return drafts, [sizes, *curves]
 
 
-def _contained(model: Model, x: Tensor, seed: int) -> Model:
-    """Return the model, with random generators of its own if it seeds them: attacks draw from the same ones."""
-    return Contained(model).eval() if seeds_generators(model, x[:8], seed) else model
-
-
 def _source(model: Model, x: Tensor, seed: int) -> Subject:
-    return Subject(_contained(model, x, seed), passes_differ(model, x[:8], seed))
+    return Subject(contained(model, x[:8], seed), passes_differ(model, x[:8], seed))
 
 
 def _own_twin(bench: Bench) -> Subject:
