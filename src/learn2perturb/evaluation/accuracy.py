@@ -47,7 +47,7 @@ _CONFIDENCE = 0.95
 _RESAMPLES = 2000
 _ZERO_GRADIENTS = 0.05  # of the images, from which on it is said aloud that their gradients are zero
 _PROBED = 8  # images
-_FIRST_PASS = ("probe", 0)  # its stream of draws
+_FIRST_PASS: tuple[str, int] = ("probe", 0)  # its stream of draws
 
 
 def evaluate(
