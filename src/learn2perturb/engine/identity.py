@@ -34,3 +34,22 @@ def fingerprint_of_weights(network: nn.Module) -> str:
 def fingerprint_of_images(images: Tensor, labels: Tensor) -> str:
     """Return the fingerprint of images (N, C, H, W) with their labels (N,)."""
     return fingerprint([("images", images), ("labels", labels)])
+
+
+class ImagesFingerprint:
+    """The fingerprint of images that come in batches; how they are cut into batches does not count."""
+
+    def __init__(self) -> None:
+        self._images, self._labels = (hashlib.blake2b(digest_size=_DIGEST_BYTES) for _ in range(2))
+
+    def add(self, images: Tensor, labels: Tensor) -> None:
+        """Take a batch (N, C, H, W) with its labels (N,)."""
+        for image in images.detach().cpu().contiguous():
+            self._images.update(f"{image.dtype}\x1f{tuple(image.shape)}\x1e".encode())
+            self._images.update(image.reshape(-1).view(torch.uint8).numpy().data)
+        self._labels.update(labels.detach().cpu().long().contiguous().numpy().data)
+
+    def hexdigest(self) -> str:
+        """Return 16 hexadecimal digits for all that was taken."""
+        both = self._images.digest() + self._labels.digest()
+        return hashlib.blake2b(both, digest_size=_DIGEST_BYTES).hexdigest()

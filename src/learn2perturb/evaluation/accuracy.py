@@ -20,6 +20,7 @@ from learn2perturb.checks import check_count
 from learn2perturb.data import check_labels, make_source, warn_of_subset
 from learn2perturb.engine import gears
 from learn2perturb.engine.halving import Halving
+from learn2perturb.engine.identity import ImagesFingerprint, fingerprint_of_weights
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError
@@ -117,6 +118,8 @@ def evaluate(
     source = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=limit)
 
     labels: list[NDArray[np.int64]] = []
+    seen = ImagesFingerprint()
+    weights = fingerprint_of_weights(model) if isinstance(model, nn.Module) else None
     runs: list[_RowRun] = []
     findings: list[str] = []
     num_classes = done = 0
@@ -139,6 +142,7 @@ def evaluate(
                     run.compile_if_long(expected * math.prod(x.shape[2:]), rows=len(x))
             check_labels(y, num_classes)
             labels.append(y.cpu().numpy())
+            seen.add(x, y)
             for number, run in enumerate(runs):
                 run.add(scored, x, y, index)
                 if progress is not None:
@@ -155,6 +159,8 @@ def evaluate(
     metadata = {
         "model": name or getattr(model, "registered_name", None) or getattr(model, "__name__", type(model).__name__),
         "data": getattr(data, "name", type(data).__name__),
+        "weights": weights,
+        "images": seen.hexdigest(),
         "date": started,
         "batch_size": batch_size,
         "limit": limit,
@@ -276,8 +282,7 @@ class _RowRun:
             confidence=_CONFIDENCE,
             resamples=_RESAMPLES,
         )
-        parameters = {} if self.attack is None else plain(self.attack)
-        parameters.pop("seed", None)
+        parameters = {} if self.attack is None else _settings(self.attack)
         size = len(labels)
         for predictor in self.predictors:
             yield Row(
@@ -308,6 +313,17 @@ def _warn_of_zero_gradients(rows: Iterable[Row]) -> None:
                 "saturated softmax, or masked gradients); try loss='margin', and square, which needs no gradient",
                 stacklevel=3,
             )
+
+
+def _settings(attack: Attack) -> dict[str, Any]:
+    """Return all settings of ``attack`` but its seed; a network among them is known by the hash of its weights."""
+    found = {name: value for name, value in plain(attack).items() if name != "seed"}
+    for item in dataclasses.fields(attack):
+        value = getattr(attack, item.name)
+        network = value if isinstance(value, nn.Module) else getattr(value, "model", None)
+        if isinstance(network, nn.Module):
+            found[item.name] = f"{type(network).__name__} {fingerprint_of_weights(network)}"
+    return found
 
 
 def _plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,6 +16,8 @@ from learn2perturb.evaluation.result import Evaluation, Row
 from learn2perturb.evaluation.significance import holm, mcnemar
 
 _RESAMPLES = 10_000
+# Settings that change nothing where two passes over an image are the same.
+_EOT = ("eot", "eot_average")
 
 
 @dataclass(frozen=True)
@@ -49,16 +52,17 @@ class Difference:
         points = (
             f"{100 * self.difference:+.2f} points [{100 * self.interval.low:+.2f}, {100 * self.interval.high:+.2f}]"
         )
-        if self.interval.low > 0:
+        tested = self.mcnemar_holm < 1 - self.interval.confidence
+        if tested and self.interval.low > 0:
             return f"the first is better: {points}"
-        if self.interval.high < 0:
+        if tested and self.interval.high < 0:
             return f"the second is better: {points}"
         return f"neither is shown to be better: {points}"
 
 
 @dataclass(frozen=True)
 class Comparison(records.Saved):
-    """Differences of two evaluations, row by row."""
+    """Differences of two evaluations, row by row; ``left_out`` has no partner, ``notes`` say what is not known."""
 
     FORMAT: ClassVar[str] = "learn2perturb.comparison"
     VERSION: ClassVar[int] = 1
@@ -68,6 +72,8 @@ class Comparison(records.Saved):
     differences: tuple[Difference, ...]
     confidence: float
     metadata: dict[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"first:  {self.first}", f"second: {self.second}", ""]
@@ -77,6 +83,10 @@ class Comparison(records.Saved):
                 f"{rows}: {100 * one.first_accuracy:.2f} % and {100 * one.second_accuracy:.2f} % of {one.n} images",
                 f"  {one.sentence}, McNemar p = {one.mcnemar_holm:.2g}",
             ]
+        if self.left_out:
+            lines += ["", "Left out, for want of a row with the same settings of the attack:"]
+            lines += [f"  {row}" for row in self.left_out]
+        lines += [f"note: {note}" for note in self.notes]
         lines += [
             "",
             f"Difference: first less second; {100 * self.confidence:g} % interval: paired bootstrap over images.",
@@ -95,7 +105,8 @@ def compare(
         first: what ``evaluate`` returned, or ``Evaluation.load`` read.
         second: another one, of the same images.
         pairs: attacks to compare that have other names in the two, such as ``("eot-pgd20", "pgd20")``; without, all
-            rows that agree in attack, size, noise and predictor.
+            rows that agree in all settings of the attack, noise and predictor; names do not count. EOT does not count
+            on a network without noise, where it changes nothing.
         confidence: of the intervals.
 
     Raises:
@@ -103,7 +114,8 @@ def compare(
         ConfigError: they have no row in common.
     """
     _check_images(first, second)
-    rows = _rows(first, second, tuple(pairs))
+    pairs = tuple(pairs)
+    rows = _rows(first, second, pairs)
     found = []
     for left, right in rows:
         one, other = left.correct.unpack(), right.correct.unpack()
@@ -126,7 +138,9 @@ def compare(
         for (left, right, estimate, p), adjusted in zip(found, corrected, strict=True)
     )
     names = [str(one.metadata.get("model", "a model")) for one in (first, second)]
-    return Comparison(names[0], names[1], differences, confidence, {"resamples": _RESAMPLES})
+    left_out = () if pairs else _left_out(first, second, rows)
+    notes = (*_unidentified(first, second), *(note for left, right in rows for note in _unlike(left, right)))
+    return Comparison(names[0], names[1], differences, confidence, {"resamples": _RESAMPLES}, left_out, notes)
 
 
 def _check_images(first: Evaluation, second: Evaluation) -> None:
@@ -141,23 +155,88 @@ def _check_images(first: Evaluation, second: Evaluation) -> None:
     if not np.array_equal(one, other):
         differing = int((one != other).sum())
         raise InputError(f"the labels of {differing} of {len(one)} images differ, so these are not the same{mend}")
+    hashes = [evaluation.metadata.get("images") for evaluation in (first, second)]
+    if None not in hashes and hashes[0] != hashes[1]:
+        raise InputError(f"the labels agree, but the images differ (hashes {hashes[0]} and {hashes[1]}){mend}")
 
 
 def _rows(first: Evaluation, second: Evaluation, pairs: tuple[tuple[str, str], ...]) -> list[tuple[Row, Row]]:
     if pairs:
         return [(_only(first, left), _only(second, right)) for left, right in pairs]
-    known = {_key(row): row for row in second.rows}
-    found = [(row, known[_key(row)]) for row in first.rows if _key(row) in known]
+    found = [(row, other) for row in first.rows if (other := _partner(row, second.rows)) is not None]
     if not found:
         shown = [", ".join(row.label for row in evaluation.rows) for evaluation in (first, second)]
         raise ConfigError(f"no row in common: {shown[0]} against {shown[1]}; name what to compare as pairs")
     return found
 
 
+def _partner(row: Row, others: Iterable[Row]) -> Row | None:
+    """Return the row that was attacked with the same settings; of several, that of the same name."""
+    alike = [other for other in others if _alike(row, other)]
+    # EOT as in ``row`` comes first: a network without noise may have a row for each of several.
+    alike.sort(key=lambda other: (other.parameters != row.parameters, other.attack != row.attack))
+    return alike[0] if alike else None
+
+
+def _alike(one: Row, other: Row) -> bool:
+    if (one.attack_type, one.noise, one.predictor) != (other.attack_type, other.noise, other.predictor):
+        return False
+    if one.attack_type is None and one.attack != other.attack:
+        return False
+    if one.stochastic and other.stochastic and one.members != other.members:
+        return False
+    free = () if one.stochastic and other.stochastic else _EOT
+    return _differing(one, other, free) == []
+
+
+def _differing(one: Row, other: Row, free: tuple[str, ...] = ()) -> list[str]:
+    """Name the settings of the attack that differ, ``free`` ones aside."""
+    left, right = one.parameters | {"eps": one.eps}, other.parameters | {"eps": other.eps}
+    return sorted(
+        name
+        for name in {*left, *right} - set(free)
+        if (name in left) != (name in right) or not _equal(left[name], right[name])
+    )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=0.0, abs_tol=1e-9)
+    return bool(one == other)
+
+
+def _left_out(first: Evaluation, second: Evaluation, rows: list[tuple[Row, Row]]) -> tuple[str, ...]:
+    """Describe the rows that no pair holds, and, where one of the other record has its name, what differs."""
+    found = []
+    for which, (own, other) in enumerate(((first, second), (second, first))):
+        paired = [id(pair[which]) for pair in rows]
+        for row in own.rows:
+            if id(row) in paired:
+                continue
+            twin = next((one for one in other.rows if (one.label, one.noise) == (row.label, row.noise)), None)
+            why = f" (differs in {', '.join(_differing(row, twin) or ['passes of the ensemble'])})" if twin else ""
+            found.append(f"{row.label} of the {('first', 'second')[which]}{why}")
+    return tuple(found)
+
+
+def _unlike(one: Row, other: Row) -> Iterable[str]:
+    """Say what differs in a pair that was named by hand."""
+    free = () if one.stochastic and other.stochastic else _EOT
+    names = _differing(one, other, free)
+    if names or one.attack_type != other.attack_type:
+        what = ", ".join(f"{name} {one.parameters.get(name)} and {other.parameters.get(name)}" for name in names)
+        yield f"{one.label} and {other.label} are not the same attack: {what or 'another kind'}"
+
+
+def _unidentified(first: Evaluation, second: Evaluation) -> Iterable[str]:
+    for which, evaluation in (("first", first), ("second", second)):
+        if evaluation.metadata.get("images") is None:
+            yield f"the {which} record holds no hash of its images, so that they are the same is not known"
+    weights = [evaluation.metadata.get("weights") for evaluation in (first, second)]
+    if weights[0] is not None and weights[0] == weights[1]:
+        yield f"both are of the same weights ({weights[0]})"
+
+
 def _only(evaluation: Evaluation, attack: str) -> Row:
     """Return the row with the noise as it is; a pair names no size, so there must be one."""
     return evaluation.row(attack, noise=any(row.noise for row in evaluation.rows if row.attack == attack))
-
-
-def _key(row: Row) -> tuple[Any, ...]:
-    return row.attack, None if row.eps is None else round(row.eps, 9), row.noise, row.predictor

@@ -153,7 +153,7 @@ class Evaluation(records.Saved):
         return dataclasses.replace(self, rows=tuple(rows))
 
     def _check(self) -> None:
-        """Check that bits agree with predictions and labels."""
+        """Check that bits agree with predictions and labels, and every number with the bits."""
         labels = self.labels.unpack()
         for row in self.rows:
             predictions, correct = row.predictions.unpack(), row.correct.unpack()
@@ -162,9 +162,41 @@ class Evaluation(records.Saved):
                     raise CheckpointError(f"row {row.label!r} has a {score.predictor} of another size; evaluate again")
             if predictions.shape != (row.draws, len(labels)) or not np.array_equal(predictions == labels, correct):
                 raise CheckpointError(f"row {row.label!r} does not fit its predictions and labels; evaluate again")
+        for row, true in zip(self.rows, self.recomputed().rows, strict=True):
+            name = next((name for name in _FOLLOWING if not _agree(getattr(row, name), getattr(true, name))), None)
+            if name is not None:
+                raise CheckpointError(
+                    f"row {row.label!r} has {name} {_shown(getattr(row, name))}, but its bits give "
+                    f"{_shown(getattr(true, name))}; restore the file or evaluate again"
+                )
 
     def __str__(self) -> str:
         return format_table(self)
+
+
+# What follows from the bits of a row; ``correct`` and ``predictions`` are checked before.
+_FOLLOWING = ("n", "draws", "accuracy", "std", "interval", "worst_of", "pooled")
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Tell whether two values are the same up to rounding: a sum may be taken in another order elsewhere."""
+    if dataclasses.is_dataclass(one) and type(one) is type(other):
+        return all(_agree(getattr(one, field.name), getattr(other, field.name)) for field in dataclasses.fields(one))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_agree(one[key], other[key]) for key in one)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_agree, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=0.0, abs_tol=1e-9)
+    return bool(one == other)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Interval):
+        return f"[{value.low:.6g}, {value.high:.6g}]"
+    if isinstance(value, tuple):
+        return ", ".join(f"{score.predictor} {score.accuracy:.6g}" for score in value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def statistics(
