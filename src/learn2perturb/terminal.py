@@ -12,7 +12,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO, cast
 
 # Control characters but for tab and line end, marks that turn the direction of text, halves of characters (which stand
@@ -30,16 +30,9 @@ def one_line(text: object) -> str:
     return visible(" ".join(str(text).split()))
 
 
-def markdown_cell(text: object) -> str:
-    """Return ``text`` as it may stand in a cell of a Markdown table: on one line, nothing in it ends cell or table."""
-    return re.sub(r"([\\|`<>*_\[\]])", r"\\\1", one_line(text))
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table of texts, escaped."""
-    lines = [head, ["---"] * len(head), *rows]
-    shown = [line if line[:1] == ["---"] else [markdown_cell(cell) for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in shown)
+def markdown_row(cells: Iterable[object]) -> str:
+    """Return a row of a Markdown table, each cell on one line; nothing in it ends it or starts markup of its own."""
+    return "| " + " | ".join(re.sub(r"([\\|`<])", r"\\\1", one_line(cell)) for cell in cells) + " |"
 
 
 class Steady:

@@ -11,6 +11,7 @@ import pytest
 
 from learn2perturb.cli import list as verb
 from learn2perturb.cli.main import main
+from learn2perturb.terminal import markdown_row
 
 TRAIN = (
     "train", "--dataset=digits", "--model=digits_cnn", "--recipe=fast", "--engine=plain", "--device=cpu", "--epochs=1",
@@ -67,6 +68,11 @@ def test_a_name_of_a_stranger_cannot_steer_the_terminal(capsys):
     said = capsys.readouterr().err
     assert "\\x1b]0;owned\\x07\\x1b[2J" in said
     assert said.isprintable() or said.rstrip("\n").isprintable()
+
+
+def test_a_name_cannot_break_a_markdown_table():
+    assert markdown_row(["a|b", "c\nd", "<script>", "\x1b[2J", 3]) == r"| a\|b | c d | \<script> | \\x1b[2J | 3 |"
+    assert markdown_row(["pgd_at", "[1.0, 2.0]"]) == "| pgd_at | [1.0, 2.0] |"
 
 
 # --- signals

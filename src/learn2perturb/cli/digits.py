@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from learn2perturb import records
 from learn2perturb.errors import CheckpointError
+from learn2perturb.terminal import markdown_row
 from learn2perturb.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class SideBySide:
         """Return the table as Markdown."""
         head, rows = self.table()
         body = [head, ("---",) * len(head), *rows]
-        return f"{self.title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in body) + "\n"
+        return f"{self.title}\n\n" + "\n".join(map(markdown_row, body)) + "\n"
 
 
 def attack_names() -> tuple[str, ...]:

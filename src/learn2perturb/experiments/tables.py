@@ -21,6 +21,7 @@ from learn2perturb.errors import CheckpointError, ConfigError, DataError
 from learn2perturb.evaluation import Evaluation, Interval, evaluate
 from learn2perturb.experiments.facts import Published, published
 from learn2perturb.noise import is_stochastic
+from learn2perturb.terminal import markdown_row
 
 KAPPAS = (0.0, 0.1, 1.0, 2.0, 5.0)
 PIXELS = (1, 2, 3)
@@ -260,11 +261,11 @@ def markdown(table: PaperTable) -> str:
     names = list(table.cells[0].labels)
     least = table.name == "table3"
     head = [*names, "ours %", "interval", *(["mean l2"] if least else []), "paper %", "n"]
-    lines = [f"# {table.name}: {table.title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [f"# {table.name}: {table.title}", "", markdown_row(head), "|" + "---|" * len(head)]
     for cell in table.cells:
         ours = f"{100 * cell.accuracy:.2f}" + ("" if cell.std is None else f" +- {100 * cell.std:.2f}")
         interval = f"[{100 * cell.interval.low:.2f}, {100 * cell.interval.high:.2f}]"
         paper = "" if cell.paper is None else str(cell.paper)
         words = [*cell.labels.values(), ours, interval, *([f"{cell.l2:.3f}"] if least else []), paper, str(cell.n)]
-        lines.append(f"| {' | '.join(words)} |")
+        lines.append(markdown_row(words))
     return "\n".join([*lines, "", *(f"- {note}" for note in table.notes), ""])
