@@ -162,9 +162,9 @@ def _depends_on_companions(model: Model, x: Tensor, seed: int) -> bool:
 def _check_batch_size(model: Model, x: Tensor) -> None:
     if _depends_on_companions(model, x, 0):
         raise InputError(
-            "the model's answer for an image changes with the other images of its batch; is a BatchNorm inside in "
-            "train mode, or without running statistics, or a generator seeded from the batch? give the network itself, "
-            "in eval mode"
+            "the model's answer changes with the batch size, or changes with the other images of its batch; is a "
+            "BatchNorm inside in train mode, or without running statistics, or a generator seeded from the batch? give "
+            "the network itself, in eval mode"
         )
     with torch.no_grad():
         together = checked_logits(model, x)
