@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from learn2perturb.checks import check_count
 from learn2perturb.errors import CheckpointError, ConfigError, DataError, Learn2PerturbError
 from learn2perturb.reading import parse_json, parse_yaml, read_bytes, reading
 from learn2perturb.records import PackedBits, PackedIntegers
@@ -173,3 +174,9 @@ def test_a_header_cannot_ask_for_more_memory_than_its_file_holds(tmp_path):
 def test_settings_are_refused_with_their_names():
     with pytest.raises(ConfigError, match="epochs"):
         TrainConfig(epochs="many")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [2**63, 10**400])
+def test_a_count_of_more_than_64_bits_is_refused(count):
+    with pytest.raises(ConfigError, match="at most"):
+        check_count("draws", count)

@@ -9,12 +9,17 @@ from typing import Any
 from learn2perturb.errors import ConfigError
 
 
+MOST = 2**63 - 1  # of anything that is counted: what 64 bits hold
+
+
 def check_count(name: str, value: Any, lowest: int = 1, *, optional: bool = False) -> None:
     """Raise ConfigError unless ``value`` is a whole number of at least ``lowest``, or None where it is ``optional``."""
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
         raise ConfigError(f"{name} must be a whole number of at least {lowest}, got {value!r}")
+    if value > MOST:
+        raise ConfigError(f"{name} must be a whole number of at most {MOST}, got one of {value.bit_length()} bits")
 
 
 def check_flag(name: str, value: Any, *, optional: bool = False) -> None:

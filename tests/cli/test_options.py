@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 
 from learn2perturb.cli import options
+from learn2perturb.cli.main import main
 from learn2perturb.cli.options import Parser, convert, field_help, guess, kinds_of, parse_attack
 from learn2perturb.cli.train import add_arguments, build_config
 from learn2perturb.errors import ConfigError
@@ -113,3 +114,20 @@ def test_an_attack_in_full():
     name, settings = parse_attack("pgd:steps=20,step_size=2/255, eot=10")
     assert (name, settings) == ("pgd", {"steps": 20, "step_size": 2 / 255, "eot": 10})
     assert parse_attack("fgsm") == ("fgsm", {})
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+@pytest.mark.parametrize("words", [("--options.gamma",), ("--seed",), ("--epochs",), ("--lr",)], ids=" ".join)
+def test_a_number_of_absurd_length_is_refused(words, digits, monkeypatch, capsys, tmp_path):
+    """Python refuses to read more than 4,300 digits, and a loop over more than 64 bits hold never ends."""
+    monkeypatch.chdir(tmp_path)
+    base = ["train", "--dataset=digits", "--model=digits_cnn", "--recipe=fast", "--limit=8", "--device=cpu"]
+    assert main([*base, *words, "9" * digits]) == 2
+    assert "unexpected" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["pgd:eps=" + "9" * 5000, "pgd:steps=" + "9" * 400])
+def test_an_attack_of_absurd_length_is_refused(text):
+    name, settings = parse_attack(text)
+    with pytest.raises(ConfigError):
+        ATTACKS.entry(name).load()(**settings)

@@ -20,7 +20,7 @@ from tests.laboratories.cases import Case, Ledger
 LABORATORIES = ("crash", "kills", "damage", "hostile")
 # full: what docs/reliability.md reports; sample: minutes on two cores, for every push. Damage is by kind of file.
 SIZES = {
-    "full": {"crash": 1000, "kills": 200, "damage": 250, "hostile": 100_000},
+    "full": {"crash": 600, "kills": 200, "damage": 170, "hostile": 100_000},
     "sample": {"crash": 80, "kills": 16, "damage": 12, "hostile": 200},
 }
 

@@ -83,10 +83,14 @@ def _spelled(words: Sequence[str]) -> list[str]:
 # --- values
 
 
+LONGEST_NUMBER = 100  # characters of a whole number
+
+
 def guess(text: str) -> Any:
     """Return what ``text`` most likely means: a number, a fraction, a truth value, nothing, YAML, or text."""
     if re.fullmatch(r"[+-]?\d+", text):
-        return int(text)
+        # Beyond what any setting can be, and what Python converts; whoever wants a number refuses the text.
+        return int(text) if len(text) <= LONGEST_NUMBER else text
     try:
         return fraction(text)
     except ConfigError:
