@@ -8,7 +8,6 @@ from typing import Any
 
 from learn2perturb.errors import ConfigError
 
-
 MOST = 2**63 - 1  # of anything that is counted: what 64 bits hold
 
 
