@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from benchmarks.paper_scale.rounding import rounded_model, rounded_resume
 from benchmarks.paper_scale.state import WEIGHT_BITS, State
@@ -130,7 +129,7 @@ def _run(state: State, run: str, light: bool, rounded: list[str]) -> tuple[int, 
                 else:
                     content = path.read_bytes()
                 contents[name] = content
-        except (FileNotFoundError, SafetensorError):
+        except (FileNotFoundError, CheckpointError):
             continue
         return position, contents
     raise CheckpointError(f"the files of {run} change faster than they can be read; pack between two slices")

@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 
 import yaml
-from safetensors import safe_open
-from safetensors.torch import save
 
 from benchmarks.paper_scale.numbers import CLEAN, accuracy, command, row_of, table
 from benchmarks.paper_scale.plan import Plan
@@ -19,6 +17,7 @@ from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.records import atomic_write
 from learn2perturb.registry import DEFENSES, MODELS
 from learn2perturb.training import read_metrics
+from learn2perturb.training.checkpoint import read_model, sealed
 
 # Where something lay on the machine that trained: no concern of a reader's.
 _LOCAL = {"data_dir": None, "device": "auto"}
@@ -38,11 +37,9 @@ def publish(plan: Plan, state: State, run: str, folder: Path | None = None) -> P
     lacking = [cell.name for cell in cells_of(plan, run) if not state.cell(run, cell.name).exists()]
     if lacking:
         raise CheckpointError(f"{run} lacks {', '.join(lacking)}; a card carries every number, so evaluate it first")
-    with safe_open(str(source), framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        header = json.loads(file.metadata()["learn2perturb"])
+    state_dict, header = read_model(source)
     header["config"] |= _LOCAL
-    content = save(tensors, metadata={"learn2perturb": json.dumps(header)})
+    content = sealed(state_dict, header)
     if len(content) > zoo.MOST_BYTES:
         raise ConfigError(f"{run} has {len(content)} bytes; the zoo takes networks of at most {zoo.MOST_BYTES}")
     place = zoo.FOLDER if folder is None else folder

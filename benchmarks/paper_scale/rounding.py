@@ -6,14 +6,13 @@ compressed. Momenta are rounded to 16 bits, at most 2^-8: they are sums over som
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
+
+from learn2perturb.training.checkpoint import read_model, read_resume, resume_bytes, sealed
 
 
 def rounded(tensor: Tensor, bits: int) -> Tensor:
@@ -28,10 +27,9 @@ def rounded(tensor: Tensor, bits: int) -> Tensor:
 
 
 def rounded_model(path: Path, bits: int) -> bytes:
-    """Return a ``.safetensors`` file with its weights rounded, its header as it is."""
-    with safe_open(str(path), framework="pt") as file:
-        state = {key: rounded(file.get_tensor(key), bits) for key in file.keys()}  # noqa: SIM118 - no mapping
-        return save(state, metadata=file.metadata())
+    """Return a ``.safetensors`` file with its weights rounded, and its header."""
+    state, header = read_model(path)
+    return sealed({key: rounded(value, bits) for key, value in state.items()}, header)
 
 
 def rounded_resume(path: Path, weight_bits: int, momentum_bits: int) -> bytes:
@@ -44,6 +42,4 @@ def rounded_resume(path: Path, weight_bits: int, momentum_bits: int) -> bytes:
             return {key: walk(item, momentum_bits if key == "optimizers" else bits) for key, item in value.items()}
         return [walk(item, bits) for item in value] if isinstance(value, list) else value
 
-    buffer = io.BytesIO()
-    torch.save(walk(torch.load(path, map_location="cpu", weights_only=True), weight_bits), buffer)
-    return buffer.getvalue()
+    return resume_bytes(walk(read_resume(path.parent), weight_bits))

@@ -54,7 +54,7 @@ class Slice:
         started = time.monotonic()
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         deadline, packed = started + 60 * minutes, started
-        interrupt = Interrupt()
+        interrupt = Interrupt(_say, saves=True)
         try:
             with interrupt.listening():
                 while time.monotonic() < deadline and interrupt.received is None:

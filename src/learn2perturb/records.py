@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import re
 import types
 import typing
 import zlib
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOST_ENTRIES = 200_000_000  # of a packed array: a megabyte of zlib can unfold into a gigabyte
+_TEMPORARY = re.compile(r"\..+\.(\d{1,10})\.[0-9a-f]{8}\.tmp")
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -90,7 +92,7 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
     data = content.encode() if isinstance(content, str) else content
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{binascii.hexlify(os.urandom(4)).decode()}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         try:
             # Not tempfile: it gives mode 600, and a result is to be as readable as any other file of the user.
             with open(temporary, "xb") as file:
@@ -112,6 +114,41 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
 def _check_path(path: object) -> None:
     if not isinstance(path, (str, os.PathLike)):
         raise CheckpointError(f"{path!r} is no path; give the path of a file, as text or pathlib.Path")
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder and those above it, so that a power cut does not take them away again; return it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        _sync_folder(place.parent)
+    return folder
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Remove what :func:`atomic_write` left in ``folder`` in processes that have ended; others are left alone."""
+    for path in folder.glob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is not None and not is_alive(int(match[1])):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def is_alive(process: int) -> bool:
+    """Tell whether a process of this number runs on this machine."""
+    if os.name == "nt":
+        return True  # there signal 0 is no question
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

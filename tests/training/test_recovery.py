@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import signal
 
 import pytest
 import torch
 
 from learn2perturb.errors import CheckpointError
-from learn2perturb.training import load, read_metrics, train
+from learn2perturb.training import load, train
 from learn2perturb.training.checkpoint import checkpoints, read_model, read_resume
-from tests.training.test_resume import interrupt_at, small, snapshot, state_of
+from tests.training.test_resume import small, snapshot, state_of
 
 
 @pytest.fixture(scope="module")
@@ -73,47 +72,8 @@ def test_without_a_whole_checkpoint_one_line_says_the_mend_and_nothing_changes(r
 
 def test_a_flipped_weight_is_not_loaded(run):
     damage(checkpoints(run)[-1], "weight")
-    with pytest.raises(CheckpointError, match="it is not what was written"):
+    with pytest.raises(CheckpointError, match="not what was written"):
         load(run)
-
-
-def test_copies_and_backups_of_checkpoints_are_neither_used_nor_deleted(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 4, signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            train(small(), out=run, progress=False)
-    newest = checkpoints(run)[-1]
-    names = [f"{newest.name}-copy", f"{newest.name} (1)", "9", "00000 backup", f"{newest.name}.bak"]
-    for name in names:
-        shutil.copytree(newest, newest.with_name(name))
-    assert checkpoints(run)[-1] == newest
-    train(small(), out=run, progress=False)
-    assert all(newest.with_name(name).is_dir() for name in names)
-
-
-def tears(content):
-    lines = content.splitlines(keepends=True)
-    yield from (content[:-cut] for cut in (1, 2, len(lines[-1]) // 2, len(lines[-1]), len(lines[-1]) + 9))
-    yield content + b'{"kind": "ep'
-    yield content + b"\0" * 40
-    yield lines[0][:9] + b"\n" + b"".join(lines[1:])
-    yield b"\0" * len(lines[0]) + b"".join(lines[1:])
-    yield content + b"\xff\xfe\n[1]\n"
-
-
-def test_metrics_that_are_torn_anywhere_recover_without_hands(run, capsys):
-    path = run / "metrics.jsonl"
-    content = path.read_bytes()
-    for torn in tears(content):
-        path.write_bytes(torn)
-        capsys.readouterr()
-        read_metrics(run)
-        train(small(), out=run, progress=False)
-        kept = path.read_bytes()
-        assert set(kept.splitlines()) <= set(content.splitlines())
-        lost = len(read_metrics(run)) < small().epochs
-        assert lost == ("has lost the metrics of epoch" in "".join(capsys.readouterr()))
 
 
 def test_a_full_disk_under_the_metrics_is_one_line(tmp_path, monkeypatch):

@@ -83,20 +83,19 @@ def _state(source: str, *, without_noise: bool) -> bytes:
     """Return the state dict as safetensors; its header lets ``load`` rebuild the network, others may ignore it."""
     from safetensors.torch import save
 
-    from learn2perturb.training.checkpoint import read_model
+    from learn2perturb.training.checkpoint import read_model, sealed
     from learn2perturb.training.loading import load, locate
 
     state, header = read_model(locate(source))
     if without_noise and header.get("noise"):
         from learn2perturb.noise import remove_noise
 
-        # Copies: safetensors refuses tensors that share memory, as tied weights do.
-        state = {key: value.clone().contiguous() for key, value in remove_noise(load(source)).state_dict().items()}
+        state = dict(remove_noise(load(source)).state_dict())
         header["noise"] = []
     config = header.get("config")
     if config:
         config.pop("data_dir", None)  # where the data lie on one machine is nobody else's affair
-    return save(state, metadata={"format": "pt", **({"learn2perturb": json.dumps(header)} if header else {})})
+    return sealed(state, header, format="pt") if header else save(state, metadata={"format": "pt"})
 
 
 def _evaluations(arguments: argparse.Namespace) -> tuple[list[Evaluation], list[str]]:

@@ -24,14 +24,14 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self._values = {key: _wide(value) for key, value in model.state_dict().items()}
+        self._values = {key: _wide(value) for key, value in _tensors(model)}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the weights after a step; nothing waits for the device."""
         self.updates += 1
         share = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for key, value in model.state_dict().items():
+        for key, value in _tensors(model):
             own = self._values[key]
             if own.is_floating_point():
                 own.lerp_(value.to(own.dtype), share)
@@ -41,19 +41,19 @@ class WeightAverage:
     @torch.no_grad()
     def install(self, model: nn.Module) -> None:
         """Put the average into ``model``, in the types that it has."""
-        for key, value in model.state_dict().items():
+        for key, value in _tensors(model):
             value.copy_(self._values[key])
 
     @contextlib.contextmanager
     def installed(self, model: nn.Module) -> Iterator[None]:
         """Put the average into ``model`` for the body; then every value is again what it was, bit for bit."""
-        kept = {key: value.clone() for key, value in model.state_dict().items()}
+        kept = {key: value.clone() for key, value in _tensors(model)}
         try:
             self.install(model)
             yield
         finally:
             with torch.no_grad():
-                for key, value in model.state_dict().items():
+                for key, value in _tensors(model):
                     value.copy_(kept[key])
 
     def state(self) -> dict[str, Any]:
@@ -65,6 +65,11 @@ class WeightAverage:
         self.updates = state["updates"]
         for key, value in self._values.items():
             value.copy_(state["values"][key])
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what can be averaged or copied: a state dict may hold extra state, too."""
+    return ((key, value) for key, value in model.state_dict().items() if isinstance(value, Tensor))
 
 
 def _wide(value: Tensor) -> Tensor:

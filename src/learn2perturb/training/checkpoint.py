@@ -6,12 +6,12 @@ the position. Loading executes nothing: safetensors, and ``torch.load(weights_on
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +22,41 @@ from torch import Tensor, nn
 
 from learn2perturb.engine.identity import fingerprint
 from learn2perturb.errors import CheckpointError
-from learn2perturb.noise import noise_spec
-from learn2perturb.reading import check_regular, parse_json, reading
+from learn2perturb.noise import named_noise, noise_spec
+from learn2perturb.reading import check_regular, parse_json, read_bytes, reading
+from learn2perturb.records import is_alive, make_folder
+from learn2perturb.training import extra
 
 FOLDER, MODEL, RESUME = "checkpoints", "model.safetensors", "resume.pt"
+FINGERPRINT, EXTRA = "fingerprint", "extra_state"  # entries of the header
 MOST_TENSORS = 100_000
 # What a header may hold: the type of each entry that is there.
 _HEADER: dict[str, type] = {
     "version": int, "registered_name": str, "build_arguments": dict, "noise": list, "config": dict,
     "input_shape": list, "defense": str, "predictor": str, "members": int, "dataset": str, "epoch": int,
+    FINGERPRINT: str, EXTRA: dict,
 }  # fmt: skip
 FORMAT, RESUME_FORMAT, VERSION = "learn2perturb.model", "learn2perturb.resume", 1
-_KEY, _SUM = "learn2perturb", "learn2perturb_sum"
-_NAME = re.compile(r"\d{10,}")  # a copy of a checkpoint, or a backup beside it, has another name
+RESUME_VERSION = 2  # 1 had no checksum, no text of the metrics, no identity of data and network
+# What a resume state is made of; what was added later may be missing.
+_RESUMED: dict[str, Any] = {
+    "epoch": int, "batch": int, "stage": int, "batches": int, "gear": str, "optimizers": dict, "totals": dict,
+    "seconds": (int, float), "metrics_bytes": int,
+}  # fmt: skip
+_STEP = re.compile(r"\d{10,}")
 
 
 class DamagedError(CheckpointError):
     """A file is not as it was written; another checkpoint may serve."""
 
 
-def _parts(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of nested plain data under their paths, and what is no tensor as part of a name."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _parts(item, f"{path}/{key!r}")
-    elif isinstance(value, (list, tuple)):
-        yield f"{path}#{len(value)}", torch.empty(0)
-        for index, item in enumerate(value):
-            yield from _parts(item, f"{path}/{index}")
-    else:
-        yield f"{path}={value!r}", torch.empty(0)
-
-
-def _seal(header: str, state: Mapping[str, Any]) -> str:
-    return fingerprint([*_parts(header), *_parts({key: state[key] for key in sorted(state)})])
-
-
 def model_bytes(model: nn.Module, metadata: dict[str, Any]) -> bytes:
-    """Return ``model`` as safetensors bytes, with ``metadata`` and the description of its noise in the header."""
-    state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    """Return ``model`` as safetensors bytes, with ``metadata`` and the description of its noise in the header.
+
+    Raises:
+        ConfigError: an extra state of it is no plain data.
+    """
+    state, rest = extra.split(model.state_dict())
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -71,12 +65,33 @@ def model_bytes(model: nn.Module, metadata: dict[str, Any]) -> bytes:
         "noise": noise_spec(model),
         **metadata,
     }
-    text = json.dumps(header)
-    return save(state, metadata={_KEY: text, _SUM: _seal(text, state)})
+    return sealed(state, header | {EXTRA: rest} if rest else header)
 
 
-def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the weights and the header of a ``.safetensors`` file.
+def sealed(state: dict[str, Any], header: dict[str, Any], **others: str) -> bytes:
+    """Return weights and header as safetensors bytes, with a fingerprint of both that :func:`read_model` checks.
+
+    ``others`` are further entries of the file's own metadata.
+
+    Raises:
+        ConfigError: ``state`` holds extra state that is no plain data.
+    """
+    tensors, rest = extra.split(state)
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    header = json.loads(json.dumps({**header, **({EXTRA: rest} if rest else {})}))
+    header.pop(FINGERPRINT, None)
+    header[FINGERPRINT] = _fingerprint(tensors, header)
+    return save(tensors, metadata={**others, "learn2perturb": json.dumps(header)})
+
+
+def _fingerprint(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
+    text = json.dumps({key: value for key, value in header.items() if key != FINGERPRINT}, sort_keys=True)
+    words = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    return fingerprint([("", words), *((key, tensors[key]) for key in sorted(tensors))])
+
+
+def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the state dict and the header of a ``.safetensors`` file.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not one of ours.
@@ -86,23 +101,23 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with reading(f"{path} is no readable safetensors file", "use another checkpoint", DamagedError):
         check_regular(path)
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
+            text = (file.metadata() or {}).get("learn2perturb")
             names = file.keys()
             if len(names) > MOST_TENSORS:
                 raise ValueError(f"it has {len(names):,} tensors, and {MOST_TENSORS:,} are the most")
             state = {key: file.get_tensor(key) for key in names}
-    text = metadata.get(_KEY)
-    # Files from before there was a sum have none.
-    if _SUM in metadata and metadata[_SUM] != _seal(text or "", state):
-        raise DamagedError(f"{path} is damaged: it is not what was written; use another checkpoint")
     if text is None:
         return state, {}
     with reading(f"the header of {path} is damaged", "use another checkpoint", DamagedError):
         header = parse_json(text)
         _check_header(header)
-    if header.get("version", 0) > VERSION:
+    if (header.get("version") or 0) > VERSION:
         raise CheckpointError(f"{path} is of version {header['version']}, newer than {VERSION}; update learn2perturb")
-    return state, header
+    # Files of before have none.
+    if FINGERPRINT in header and header[FINGERPRINT] != _fingerprint(state, header):
+        raise DamagedError(f"{path} is damaged: its weights or header are not what was written; use another checkpoint")
+    with reading(f"the header of {path} is damaged", "use another checkpoint", DamagedError):
+        return extra.joined(state, header.pop(EXTRA, None) or {}), header
 
 
 def _check_header(header: Any) -> None:
@@ -118,6 +133,22 @@ def _check_header(header: Any) -> None:
         raise ValueError("input_shape holds other things than sizes")
     if any(not isinstance(entry, dict) for entry in header.get("noise") or []):
         raise ValueError("noise holds other things than objects")
+
+
+def check_noise(path: Path, network: nn.Module, state: dict[str, Any]) -> None:
+    """Refuse weights that lack a part of the noise of ``network``: it would stay at its first value.
+
+    Raises:
+        CheckpointError: they do.
+    """
+    places = [(".".join(filter(None, (site, noise.path))), noise) for site, noise in named_noise(network)]
+    wanted = [f"{place}.{key}" for place, noise in places for key in noise.state_dict()]
+    missing = [key for key in wanted if key not in state]
+    if missing:
+        raise CheckpointError(
+            f"{path} declares noise and lacks {', '.join(map(repr, missing[:3]))} among its weights; use another "
+            "checkpoint"
+        )
 
 
 def _sync(path: Path) -> None:
@@ -137,15 +168,13 @@ def write_checkpoint(run: Path, step: int, model: bytes, resume: dict[str, Any],
     folder = run / FOLDER
     final = folder / f"{step:010d}"
     aside = folder / f".{final.name}.{os.getpid()}.tmp"
-    buffer = io.BytesIO()
-    torch.save({**resume, "sum": _seal("", resume)}, buffer)
+    parts = {MODEL: model, RESUME: resume_bytes(resume)}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".*.tmp"):
-            shutil.rmtree(stale, ignore_errors=True)
+        make_folder(folder)
+        _clear(folder)
         aside.mkdir()
-        for name, content in ((MODEL, model), (RESUME, buffer.getvalue())):
-            (aside / name).write_bytes(content)
+        for name, part in parts.items():
+            (aside / name).write_bytes(part)
             _sync(aside / name)
         _sync(aside)
         if final.exists() and final not in checkpoints(run):  # a part of it was deleted
@@ -162,11 +191,40 @@ def write_checkpoint(run: Path, step: int, model: bytes, resume: dict[str, Any],
     return final
 
 
+def _clear(folder: Path) -> None:
+    """Remove what processes that have ended left half written, and what this one did."""
+    for stale in folder.glob(".*.tmp"):
+        owner = stale.name.split(".")[-2]
+        if owner.isdigit() and (int(owner) == os.getpid() or not is_alive(int(owner))):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoints of a run folder, oldest first."""
-    folders = [path for path in (Path(run) / FOLDER).glob("[0-9]*") if _NAME.fullmatch(path.name)]
-    whole = [path for path in folders if (path / MODEL).exists() and (path / RESUME).exists()]
-    return sorted(whole, key=lambda path: int(path.name))
+    """Return the checkpoints of a run folder, oldest first: folders named by a step, copies and backups left out."""
+    try:
+        folders = [path for path in (Path(run) / FOLDER).iterdir() if _STEP.fullmatch(path.name)]
+    except OSError:
+        return []
+    found = [path for path in folders if (path / MODEL).is_file() and (path / RESUME).is_file()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def resume_bytes(state: dict[str, Any]) -> bytes:
+    """Return a resume state as the content of ``resume.pt``: within it lies its own checksum."""
+    content = _saved(state)
+    outer = {
+        "format": RESUME_FORMAT,
+        "version": RESUME_VERSION,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "state": torch.frombuffer(bytearray(content), dtype=torch.uint8),
+    }
+    return _saved(outer)
+
+
+def _saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
 def set_aside(checkpoint: Path) -> None:
@@ -190,41 +248,34 @@ def read_resume(checkpoint: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged.
     """
+    path = checkpoint / RESUME
+    mend = f"delete the folder {checkpoint} to resume from the checkpoint before it"
     try:
-        state: dict[str, Any] = torch.load(checkpoint / RESUME, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise DamagedError(f"{checkpoint / RESUME} is damaged ({type(error).__name__})") from None
-    if not isinstance(state, dict) or state.get("format") != RESUME_FORMAT:
-        raise DamagedError(f"{checkpoint / RESUME} is no resume state")
-    if state.get("version", 0) > VERSION:
-        raise CheckpointError(
-            f"{checkpoint / RESUME} is of version {state['version']}, newer than {VERSION}; update learn2perturb"
-        )
-    # Files from before there was a sum have none.
-    if "sum" in state and state.pop("sum") != _seal("", state):
-        raise DamagedError(f"{checkpoint / RESUME} is damaged: it is not what was written")
+        state = _loaded(read_bytes(path, os.stat(path).st_size))
+        if state.get("format") != RESUME_FORMAT:
+            raise DamagedError(f"{path} is no resume state; {mend}")
+        if state["version"] > RESUME_VERSION:
+            raise CheckpointError(
+                f"{path} is of version {state['version']}, newer than {RESUME_VERSION}; update learn2perturb"
+            )
+        if state["version"] > 1:
+            content = state["state"].numpy().tobytes()
+            if hashlib.sha256(content).hexdigest() != state["sha256"]:
+                raise ValueError("its checksum differs")
+            state = _loaded(content)
+        for key, kind in _RESUMED.items():
+            if not isinstance(state[key], kind) or isinstance(state[key], bool):
+                raise ValueError(f"its {key} is a {type(state[key]).__name__}")
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file may fail in any way
+        reason = str(error) if type(error) is ValueError else type(error).__name__
+        raise DamagedError(f"{path} is damaged ({reason}); {mend}") from None
     return state
 
 
-def newest(run: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any], list[str]] | None:
-    """Return the newest checkpoint that is whole, its weights, its resume state, and what is wrong with newer ones.
-
-    Raises:
-        CheckpointError: there are checkpoints and none is whole, or one is of a newer version.
-    """
-    damaged: list[tuple[Path, str]] = []
-    for checkpoint in reversed(checkpoints(run)):
-        try:
-            resume, (state, _) = read_resume(checkpoint), read_model(checkpoint / MODEL)
-        except DamagedError as error:
-            damaged.append((checkpoint, str(error)))
-            continue
-        for path, _ in damaged:
-            set_aside(path)
-        return checkpoint, state, resume, [reason for _, reason in damaged]
-    if damaged:
-        raise CheckpointError(
-            f"no checkpoint of {run} can be read: {damaged[0][1]}; give another --out, or delete {run / FOLDER} to "
-            "start again"
-        )
-    return None
+def _loaded(content: bytes) -> dict[str, Any]:
+    state: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}")
+    return state

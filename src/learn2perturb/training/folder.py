@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.reading import MOST_SETTINGS, parse_yaml, read_bytes, reading
+from learn2perturb.records import atomic_write
+from learn2perturb.training import lock
 from learn2perturb.training.config import TrainConfig
+from learn2perturb.training.environment import environment
 
 # Where a resumed training may differ from what the run folder says: none of these change what is computed.
 _FREE = ("device", "data_dir", "download", "checkpoint_minutes", "tensorboard", "log_every")
+
+
+SETTINGS, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
+
+
+def write_settings(out: Path, config: TrainConfig, device: torch.device, *, where: bool = True) -> None:
+    """Write what a run is: its settings, and (``where``) the versions and the machine that make it."""
+    atomic_write(out / SETTINGS, settings_text(config))
+    if where:
+        atomic_write(out / ENVIRONMENT, json.dumps(environment(device), indent=1))
 
 
 def settings_text(config: TrainConfig) -> str:
@@ -35,8 +50,8 @@ def _read_back(config: TrainConfig) -> dict[str, Any]:
 
 
 def _left_behind(path: Path) -> bool:
-    """Tell whether ``path`` is the temporary file of a training that was killed while it wrote ``config.yaml``."""
-    return path.name.startswith(".config.yaml.") and path.suffix == ".tmp"
+    """Tell whether ``path`` is what a training leaves that was killed before ``config.yaml`` was there."""
+    return path.name == lock.NAME or (path.name.startswith(".config.yaml.") and path.suffix == ".tmp")
 
 
 def check_folder(out: Path, config: TrainConfig) -> None:
@@ -45,7 +60,7 @@ def check_folder(out: Path, config: TrainConfig) -> None:
     Raises:
         ConfigError: it holds another run, or other files.
     """
-    path = out / "config.yaml"
+    path = out / SETTINGS
     if path.exists():
         with reading(f"{path} cannot be read", "give another --out", CheckpointError):
             before = parse_yaml(read_bytes(path, MOST_SETTINGS).decode())

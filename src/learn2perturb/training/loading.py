@@ -14,7 +14,7 @@ from learn2perturb.errors import CheckpointError, MissingDependencyError
 from learn2perturb.models import build_model
 from learn2perturb.noise import insert, noise_modules, remove_noise
 from learn2perturb.reading import reading
-from learn2perturb.training.checkpoint import MODEL, checkpoints, read_model
+from learn2perturb.training.checkpoint import MODEL, check_noise, checkpoints, read_model
 
 HUB = "hf-hub:"
 _PLACES = f"a run folder, a .safetensors file, {zoo.PREFIX}NAME, or {HUB}owner/name"
@@ -88,7 +88,13 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     try:
         if inserted:
             insert(model, header["noise"])
+        if header.get("noise"):
+            check_noise(path, model, state)
         model.load_state_dict(state)
+    except CheckpointError:
+        if inserted:
+            remove_noise(model)
+        raise
     except Exception as error:  # a damaged header may describe any noise
         if inserted:
             remove_noise(model)

@@ -6,11 +6,10 @@ batch). So a training resumed at any step goes on exactly as if it had never sto
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -25,13 +24,13 @@ from learn2perturb.engine.modes import own_modes
 from learn2perturb.engine.random import isolated_rng
 from learn2perturb.errors import ConfigError, Interrupted, TrainingError
 from learn2perturb.progress import Reporter
-from learn2perturb.records import atomic_write
+from learn2perturb.records import clear_temporaries, make_folder
+from learn2perturb.training import lock
 from learn2perturb.training.checkpoint import checkpoints
 from learn2perturb.training.config import TrainConfig
-from learn2perturb.training.environment import environment
-from learn2perturb.training.folder import check_folder, settings_text
+from learn2perturb.training.folder import METRICS, SETTINGS, check_folder, write_settings
 from learn2perturb.training.interrupt import Interrupt
-from learn2perturb.training.metrics import NOISE_SCALES, MetricsFile, Totals, cut_back, noise_report, read_metrics
+from learn2perturb.training.metrics import NOISE_SCALES, MetricsFile, Totals, noise_report, read_metrics
 from learn2perturb.training.state import Training, check_network
 
 
@@ -87,20 +86,40 @@ def train(
     folder = None if out is None else Path(out)
     if folder is not None:
         check_folder(folder, config)
-    with _told(folder), Reporter(progress) as reporter, own_modes(), isolated_rng():
+    with _told(folder), _held(folder, config), Reporter(progress) as reporter, own_modes(), isolated_rng():
         training = Training(config, model, data, folder, reporter)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(folder / "config.yaml", settings_text(config))
         resumed = training.restore()
         if resumed and _unfinished(training):
             reporter.line(f"resuming {folder} at epoch {training.epoch}, batch {training.batch}")
-        if folder is not None and (not resumed or _unfinished(training)):
-            # Not for a finished run that is called again: it was made where and by what the file says already.
-            atomic_write(folder / "environment.json", json.dumps(environment(training.device), indent=1))
+        if folder is not None:
+            # A finished run that is called again was made where and by what the file says already.
+            write_settings(folder, config, training.device, where=not resumed or _unfinished(training))
         metrics = _run(training)
     training.finish()
     return Run(folder, training.model, config, metrics)
+
+
+@contextmanager
+def _held(folder: Path | None, config: TrainConfig) -> Iterator[None]:
+    """Hold the run folder, made if it is not there, against other trainings."""
+    if folder is None:
+        yield
+        return
+    try:
+        made = not folder.exists()
+        make_folder(folder)
+    except OSError as error:
+        raise ConfigError(f"out {folder} cannot be made: {error.strerror or error}; give another place") from None
+    try:
+        with lock.held(folder):
+            check_folder(folder, config)  # another training may have made it its own meanwhile
+            clear_temporaries(folder)
+            yield
+    finally:
+        if made and not (folder / SETTINGS).exists():  # nothing has begun: leave nothing behind
+            with suppress(OSError):
+                (folder / lock.NAME).unlink(missing_ok=True)
+                folder.rmdir()
 
 
 @contextmanager
@@ -119,10 +138,7 @@ def _told(folder: Path | None) -> Iterator[None]:
 def _run(training: Training) -> list[dict[str, Any]]:
     """Train from where ``training`` stands to the end; return the metrics of all epochs."""
     config, folder = training.config, training.out
-    sink = Path(os.devnull) if folder is None else folder / "metrics.jsonl"
-    if folder is not None and (lost := cut_back(sink, training.epoch, training.step)):
-        training.reporter.line(lost, always=True)
-    file = MetricsFile(sink)
+    file = MetricsFile(None if folder is None else folder / METRICS, training.metrics)
     board = _tensorboard(training) if config.tensorboard and folder is not None and _unfinished(training) else None
     schedule = training.defense.schedule_only(config, training.batches)
     expected = None

@@ -7,13 +7,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from learn2perturb.errors import CheckpointError
 from learn2perturb.noise import named_noise
+from learn2perturb.reading import read_bytes, reading
 from learn2perturb.records import atomic_write
 from learn2perturb.training.alternating import Iteration
 
@@ -112,37 +113,66 @@ def noise_report(model: nn.Module, schedule: float | None) -> dict[str, Any]:
 
 
 class MetricsFile:
-    """Lines of JSON, appended; after a resume, to the lines that the checkpoint knows."""
+    """Lines of JSON, appended; what a checkpoint says of them comes first, whatever the file has become since.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
+    Args:
+        path: the file, or None to write nothing.
+        text: what it is to hold so far; the rest of it is cut off, and a file that holds anything else is written anew.
+    """
+
+    def __init__(self, path: Path | None, text: bytes = b"") -> None:
+        self._path, self._text = path, bytearray(text)
+        self._file: BinaryIO | None = None
+        if path is None:
+            return
+        try:
+            there = path.read_bytes()
+        except OSError:
+            there = None
+        if there is None or not there.startswith(text):
+            atomic_write(path, text)
+        self._file = open(path, "r+b")  # noqa: SIM115 - closed by close()
+        self._file.truncate(len(text))
+        self._file.seek(len(text))
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line.
+        """Append one line."""
+        content = (json.dumps(line) + "\n").encode()
+        if self._file is not None:
+            self._text += content
+            with self._explained():
+                self._file.write(content)
+                self._file.flush()
 
-        Raises:
-            CheckpointError: it cannot be written.
-        """
-        with self._explained():
-            self._file.write((json.dumps(line) + "\n").encode())
-            self._file.flush()
+    def sync(self) -> bytes:
+        """Put all lines on disk and return them: they belong into the checkpoint."""
+        if self._file is not None:
+            with self._explained():
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        return bytes(self._text)
 
-    def sync(self) -> int:
-        """Put all lines on disk and return the length of the file, which belongs into the checkpoint.
+    def lost(self) -> bool:
+        """Tell whether the file was deleted or moved since it was opened."""
+        if self._path is None or self._file is None:
+            return False
+        try:
+            return not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except OSError:
+            return True
 
-        Raises:
-            CheckpointError: they cannot be written.
-        """
-        with self._explained():
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            return self._file.tell()
+    def rewrite(self) -> None:
+        """Write all lines again where they were."""
+        if self._path is not None and self._file is not None:
+            self._file.close()
+            atomic_write(self._path, bytes(self._text))
+            self._file = open(self._path, "ab")  # noqa: SIM115
 
     def close(self) -> None:
-        """Close the file; what a full disk does not take has been reported, and is cut off by the next resume."""
-        with contextlib.suppress(OSError):
-            self._file.close()
+        """Close the file; what a full disk does not take has been reported, and is written again by the next resume."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -154,59 +184,44 @@ class MetricsFile:
             ) from None
 
 
-def cut_back(path: Path, epoch: int, step: int) -> str:
-    """Leave in ``path`` the whole lines of before a position, and return in words what is missing of them, or "".
+def parse_metrics(content: bytes) -> tuple[list[dict[str, Any]], int | None]:
+    """Return the lines of a ``metrics.jsonl`` up to the first that is damaged, and its number, None where none is.
 
-    Lines are told by what they hold, not by their place: a file that was torn, cut or filled with zeros at any place
-    keeps all lines that can be read.
-
-    Raises:
-        CheckpointError: it cannot be read or written.
+    A last line without its end is one that was being written: it counts if it is whole, else it is left out.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        content = b""
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; give another --out") from None
-    lines, kept, epochs = content.splitlines(keepends=True), [], set()
-    for raw in lines:
-        line = _parsed(raw)
-        if line is None:
+    found: list[dict[str, Any]] = []
+    lines = content.split(b"\n")
+    for number, raw in enumerate(lines, 1):
+        if not raw:
             continue
-        if line["epoch"] < epoch if line["kind"] == "epoch" else line["step"] <= step:
-            kept.append(raw)
-            if line["kind"] == "epoch":
-                epochs.add(line["epoch"])
-    if b"".join(kept) != content:
-        atomic_write(path, b"".join(kept))
-    missing = [str(number + 1) for number in range(epoch) if number not in epochs]
-    return f"{path} has lost the metrics of epoch {', '.join(missing)}; no weight is affected" if missing else ""
-
-
-def _parsed(raw: bytes) -> dict[str, Any] | None:
-    """Return a line, or None if it is torn or damaged."""
-    if not raw.endswith(b"\n"):
-        return None
-    try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    whole = isinstance(line, dict) and line.get("kind") in ("epoch", "step")
-    return line if whole and all(type(line.get(key)) is int for key in ("epoch", "step")) else None
+        try:
+            line = json.loads(raw)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("kind"), str):
+            found.append(line)
+        elif number == len(lines):
+            break
+        else:
+            return found, number
+    return found, None
 
 
 def read_metrics(run: Path, kind: str = "epoch") -> list[dict[str, Any]]:
-    """Return the whole lines of one kind (``epoch`` or ``step``) of a run's ``metrics.jsonl``; a torn one is left out.
+    """Return the lines of one kind (``epoch`` or ``step``) of a run's ``metrics.jsonl``.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: a line is damaged, or the file cannot be read.
     """
     path = Path(run) / "metrics.jsonl"
-    try:
-        lines = map(_parsed, path.read_bytes().splitlines(keepends=True))
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; give a run folder") from None
-    return [line for line in lines if line is not None and line["kind"] == kind]
+    with reading(f"{path} cannot be read", "give a run folder", CheckpointError):
+        content = read_bytes(path, path.stat().st_size)
+    lines, damaged = parse_metrics(content)
+    if damaged is not None:
+        raise CheckpointError(
+            f"{path} is damaged in line {damaged}; run the training's command again: it puts the file right from the "
+            "newest checkpoint"
+        )
+    return [line for line in lines if line["kind"] == kind]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -41,16 +42,19 @@ from learn2perturb.progress import Reporter
 from learn2perturb.training.alternating import Iteration, Optimizers, iterate
 from learn2perturb.training.average import WeightAverage
 from learn2perturb.training.checkpoint import (
-    RESUME_FORMAT,
-    VERSION,
+    check_noise,
+    checkpoints,
     model_bytes,
-    newest,
     write_checkpoint,
 )
 from learn2perturb.training.config import TrainConfig
+from learn2perturb.training.extra import check_extra_state
+from learn2perturb.training.folder import SETTINGS, write_settings
+from learn2perturb.training.identity import identity_of_data, identity_of_network
 from learn2perturb.training.metrics import MetricsFile, Totals
 from learn2perturb.training.network import check_trainable, materialise
 from learn2perturb.training.recorded import NaNGuard, RecordedSteps, prepare, set_rate
+from learn2perturb.training.restoring import check_same, metrics_text, newest_whole
 from learn2perturb.training.sources import joined, sources
 
 
@@ -100,11 +104,17 @@ class Training:
         )
         # None: data of the user's own, which no name brings back
         self.dataset = config.dataset if data is None else None
+        if model is not None:
+            check_extra_state(model)
+        # Registered networks start from the seed of the config.
+        self.identity = {} if model is None else identity_of_network(model)
         self.model = self._build(model).to(self.device)
         # A network that normalises each channel over one number cannot train on one image.
         if blind_to_one_image(self.model, torch.zeros(1, *self.input_shape, device=self.device)):
             self.source = joined(self.source)
         self.batches = self.source.num_batches
+        if out is not None:
+            self.identity["data"] = identity_of_data(self.source)
         self.gear.place(self.model)
         self._looked_at: set[str] = set()
         # Where steps are recorded nothing may wait for the device, so a flag there says whether a loss was NaN.
@@ -115,6 +125,7 @@ class Training:
         self.epoch, self.batch, self.stage = 0, 0, -1
         self.optimizers: Optimizers = {}
         self.totals = Totals(self.device)
+        self.metrics = b""
         self.seconds = 0.0
         self.last_good: Path | None = None
 
@@ -204,28 +215,46 @@ class Training:
             return
         self.check_finite()
         for name, tensor in self.model.state_dict().items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.is_floating_point()
+                and not bool(torch.isfinite(tensor).all())
+            ):
                 raise NonFiniteError(f"weight {name!r} is not finite after step {self.step}; {self._mend()}")
+        text = metrics.sync()
         resume = {
-            "format": RESUME_FORMAT,
-            "version": VERSION,
             "epoch": self.epoch,
             "batch": self.batch,
             "stage": self.stage,
             "batches": self.batches,
             "gear": self.gear.name,
+            "compiled": self.gear.compiled_rows,
+            "identity": self.identity,
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "totals": self.totals.state(),
             "seconds": self.seconds,
-            "metrics_bytes": metrics.sync(),
+            "metrics_bytes": len(text),
+            "metrics": torch.frombuffer(bytearray(zlib.compress(text)), dtype=torch.uint8),
         }
         if self.average is not None:
             # The file of the network holds the average, which is what anyone wants; the training goes on from these.
-            weights = {key: value.detach().cpu().contiguous().clone() for key, value in self.model.state_dict().items()}
+            weights = {
+                key: value.detach().cpu().contiguous().clone() if isinstance(value, torch.Tensor) else value
+                for key, value in self.model.state_dict().items()
+            }
             resume |= {"weights": weights, "average": self.average.state()}
         with self.averaged():
             model = model_bytes(self.model, self.metadata())
+        self._hold_folder(metrics)
         self.last_good = write_checkpoint(self.out, self.step, model, resume)
+
+    def _hold_folder(self, metrics: MetricsFile) -> None:
+        """Write the run folder again if it was deleted or moved away under the training."""
+        if self.out is None or not (metrics.lost() or not (self.out / SETTINGS).exists()):
+            return
+        self.reporter.line(f"{self.out} was deleted or moved; it is written again", always=True)
+        write_settings(self.out, self.config, self.device)
+        metrics.rewrite()
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Return the context in which the network has its averaged weights, if there is an average."""
@@ -239,28 +268,39 @@ class Training:
         settle(self.model)
 
     def restore(self) -> bool:
-        """Go to the newest checkpoint of the run folder, if there is one."""
-        found = None if self.out is None else newest(self.out)
-        if found is None:
+        """Go to the newest checkpoint of the run folder that is whole, if there is one.
+
+        Raises:
+            CheckpointError: none is whole, or it is of other data or another network.
+        """
+        found = checkpoints(self.out) if self.out is not None else []
+        if not found:
             return False
-        self.last_good, state, resume, damaged = found
-        for reason in damaged:
-            self.reporter.line(f"{reason}; going on from the one before, {self.last_good}", always=True)
-        if resume["batches"] != self.batches:
-            raise CheckpointError(
-                f"{self.out} was trained with {resume['batches']} batches an epoch, these data give {self.batches}; "
-                "give the same data, or another --out"
-            )
-        if resume["gear"] != self.gear.name:
-            raise CheckpointError(
-                f"{self.out} was trained in gear {resume['gear']!r} and this would be {self.gear.name!r}; "
-                f"set engine={resume['gear']!r}, or another --out"
-            )
+        assert self.out is not None
+        say = partial(self.reporter.line, always=True)
+        checkpoint, resume, state = newest_whole(self.out, found, say)
+        now = {"batches": self.batches, "gear": self.gear.name, "compiled": self.gear.compiled_rows}
+        check_same(self.out, resume, now, self.identity, finished=resume["epoch"] >= self.epochs, say=say)
+        check_noise(checkpoint, self.model, state)
         try:
             self.model.load_state_dict(state if self.average is None else resume["weights"])
-        except RuntimeError as error:
+        except (RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{self.out} holds a run of another network ({reason}); give another --out") from None
+        try:
+            self._restore_position(resume)
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError, zlib.error) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise CheckpointError(
+                f"{checkpoint} does not fit ({reason}); delete this folder, or give another --out"
+            ) from None
+        self.last_good = checkpoint
+        # Interrupted between the last step of an epoch and its scores: what the step had switched must be so again.
+        self.defense.begin_step(self.model, self.clock())
+        return True
+
+    def _restore_position(self, resume: dict[str, Any]) -> None:
+        assert self.out is not None
         if self.average is not None:
             self.average.restore(resume["average"])
         self.gear.place(self.model)
@@ -272,9 +312,7 @@ class Training:
             self._dress_optimizers()
         self.totals = Totals(self.device, resume["totals"])
         self.seconds = resume["seconds"]
-        # Interrupted between the last step of an epoch and its scores: what the step had switched must be so again.
-        self.defense.begin_step(self.model, self.clock())
-        return True
+        self.metrics = metrics_text(self.out, resume, partial(self.reporter.line, always=True))
 
     def _mend(self) -> str:
         kept = f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint yet"
