@@ -135,7 +135,8 @@ def test_a_single_draw_is_never_paired_with_a_vote():
         evaluate(noisy, DATA, draws=2, predictor=predictor, members=members)
         for predictor, members in (("single", 10), ("vote", 10), ("vote", 20))
     )
-    for other in (single, bigger):
+    probability = evaluate(noisy, DATA, draws=2, predictor="mean_probability", members=10)
+    for other in (single, bigger, probability):
         with pytest.raises(ConfigError, match="no row in common"):
             compare(other, vote)
     both = evaluate(noisy, DATA, draws=2, predictor=["single", "vote"])
