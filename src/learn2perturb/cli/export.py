@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from learn2perturb.cli.options import add_json, print_json, words
+from learn2perturb.cli.subject import is_record
 from learn2perturb.errors import CheckpointError, UnknownNameError
 from learn2perturb.records import atomic_write
 
@@ -16,11 +17,10 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Write a trained network in the forms that others read: its state dict as safetensors, and a RobustBench\n"
-    "model-info file filled from the run and its evaluation records (null where they do not say)."
+    "model-info file filled from the run and its evaluation records (null, with a note, where they do not say)."
 )
 EXAMPLE = "learn2perturb export runs/digits --format robustbench,safetensors --out exported"
 FORMATS = ("robustbench", "safetensors")
-_OTHER_SPLITS = ("train", "validation")  # accuracies on these are not the model's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", help="folder of the files (default RUN/export)")
     add(
         "--evaluation", action="append", default=[], metavar="FILE",
-        help="an evaluation record, may be repeated (default: those of the test images in RUN/evaluation)",
+        help="an evaluation record, may be repeated (default: those in RUN/evaluation)",
     )  # fmt: skip
     add("--without-noise", action="store_true", help="export the plain network, without its noise")
     add_json(parser)
@@ -58,10 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
     if "robustbench" in formats:
         from learn2perturb.evaluation.robustbench import model_info
 
-        info = model_info(header, evaluations, noise=not arguments.without_noise)
-        written["robustbench"] = str(atomic_write(out / f"{name}.json", json.dumps(info, indent=2) + "\n"))
-        unknown = [key for key, value in info.items() if value is None]
-        notes.append(f"null in {written['robustbench']}: {', '.join(unknown)}; fill in what you know")
+        weights = _weights(arguments.run, without_noise=arguments.without_noise)
+        found = model_info(header, evaluations, weights=weights, noise=not arguments.without_noise)
+        written["robustbench"] = str(atomic_write(out / f"{name}.json", json.dumps(found.info, indent=2) + "\n"))
+        notes += found.notes
     if arguments.json:
         print_json({"files": written, "notes": notes})
         return 0
@@ -98,6 +98,21 @@ def _state(source: str, *, without_noise: bool) -> bytes:
     return sealed(state, header, format="pt") if header else save(state, metadata={"format": "pt"})
 
 
+def _weights(source: str, *, without_noise: bool) -> dict[str, bool]:
+    """Return hash of the weights -> whether the noise is on in rows that are of the exported network."""
+    from learn2perturb.engine.identity import fingerprint_of_state, fingerprint_of_weights
+    from learn2perturb.training.checkpoint import read_model
+    from learn2perturb.training.loading import load, locate
+
+    state, header = read_model(locate(source))
+    own = fingerprint_of_state(state)
+    if not (without_noise and header.get("noise")):
+        return {own: True}
+    from learn2perturb.noise import remove_noise
+
+    return {own: False, fingerprint_of_weights(remove_noise(load(source))): True}
+
+
 def _evaluations(arguments: argparse.Namespace) -> tuple[list[Evaluation], list[str]]:
     """Return the records to read, and notes on those in the run folder that are left out."""
     from learn2perturb.evaluation import Evaluation
@@ -106,10 +121,9 @@ def _evaluations(arguments: argparse.Namespace) -> tuple[list[Evaluation], list[
         return [Evaluation.load(path) for path in arguments.evaluation], []
     found, notes = [], []
     for path in sorted((Path(arguments.run) / "evaluation").glob("*.json")):
-        if path.name.startswith(_OTHER_SPLITS):
-            continue
         try:
             found.append(Evaluation.load(path))
         except CheckpointError as error:
-            notes.append(f"left out: {error}")
+            if not any(is_record(path, kind) for kind in ("certification", "diagnosis")):
+                notes.append(f"left out: {error}")
     return found, notes

@@ -209,6 +209,11 @@ def images(arguments: argparse.Namespace, config: Mapping[str, Any]) -> ImageDat
     return load_data(name, "train", root=root).split(share, config.get("seed", 0))[1]
 
 
+def is_record(path: Path, kind: str) -> bool:
+    """Tell whether a file begins as a record of ``kind`` does: ``evaluation``, ``certification``, ``diagnosis``."""
+    return f'"learn2perturb.{kind}"' in starts_with(path, 200).decode(errors="replace")
+
+
 def new_record(arguments: argparse.Namespace, folder: Path, kind: str) -> Path:
     """Return where a record goes: ``--out``, else a name in ``folder`` that does not exist yet.
 
@@ -220,7 +225,7 @@ def new_record(arguments: argparse.Namespace, folder: Path, kind: str) -> Path:
         path = Path(arguments.out)
         if path.is_dir():
             raise ConfigError(f"--out {path} is a folder; give a file such as {path / (kind + '.json')}")
-        if path.exists() and f'"learn2perturb.{kind}"' not in starts_with(path, 200).decode(errors="replace"):
+        if path.exists() and not is_record(path, kind):
             raise CheckpointError(f"{path} exists and is no {kind} record; give another --out so that it is not lost")
         return path
     parts = [] if folder.name == kind else [kind]

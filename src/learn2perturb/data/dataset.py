@@ -27,6 +27,7 @@ class ImageData:
     ``images``: uint8 (N, C, H, W); ``labels``: int64 (N,), from 0 to ``num_classes`` - 1. ``flip`` and ``crop_padding``
     are the augmentation that suits the set; ``mean`` and ``std`` are those of the training pixels, in [0, 1] scale.
     ``published`` tells whether images and labels are those that a set of this name was published with, where known.
+    ``whole`` names the split that these are all images of; None for a part of one, or where it is not known.
 
     Raises:
         DataError: a wrong type or shape, no image, or a label outside the classes.
@@ -41,6 +42,7 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     published: bool | None = None
+    whole: str | None = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -109,7 +111,7 @@ class ImageData:
 
     def _select(self, rows: Tensor) -> ImageData:
         rows = rows.to(self.images.device)
-        return replace(self, images=self.images[rows], labels=self.labels[rows])
+        return replace(self, images=self.images[rows], labels=self.labels[rows], whole=None)
 
 
 def load_data(
@@ -145,6 +147,8 @@ def load_data(
             known = ", ".join(sorted(allowed)) or "none"
             raise ConfigError(f"data set {entry.name!r} has no option {option!r}; its options: {known}")
     data: ImageData = loader(split, root=data_root(root), download=download, **entry.arguments, **options)
+    if data.published is not False:
+        data = replace(data, whole=split)
     return data if limit is None else data.take(limit)
 
 

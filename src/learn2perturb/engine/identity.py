@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,11 @@ def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
 
 def fingerprint_of_weights(network: nn.Module) -> str:
     """Return the fingerprint of the tensors of ``network.state_dict()``: weights, noise scales, running statistics."""
-    state = network.state_dict()
+    return fingerprint_of_state(network.state_dict())
+
+
+def fingerprint_of_state(state: Mapping[str, Any]) -> str:
+    """Return the fingerprint of the tensors of a state dict, that of the network it is loaded into."""
     return fingerprint((name, state[name]) for name in sorted(state) if isinstance(state[name], Tensor))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from learn2perturb.attacks import Attack
 from learn2perturb.checks import check_count
-from learn2perturb.data import check_labels, make_source, warn_of_subset
+from learn2perturb.data import ImageData, check_labels, make_source, warn_of_subset
 from learn2perturb.engine import gears
 from learn2perturb.engine.halving import Halving
 from learn2perturb.engine.identity import ImagesFingerprint, fingerprint_of_weights
@@ -161,6 +161,7 @@ def evaluate(
         "data": getattr(data, "name", type(data).__name__),
         "weights": weights,
         "images": seen.hexdigest(),
+        "split": data.whole if isinstance(data, ImageData) and done == len(data) else None,
         "date": started,
         "batch_size": batch_size,
         "limit": limit,
