@@ -55,8 +55,16 @@ def test_floats_survive_bit_for_bit_in_strict_json(value: float) -> None:
 
 def test_a_field_with_a_default_may_be_missing() -> None:
     payload = json.loads(to_json(WHOLE))
-    del payload["later"]
+    del payload["later"], payload["checksum"]  # as files of before are
     assert from_json(json.dumps(payload), Whole) == WHOLE
+
+
+def test_a_value_that_was_edited_is_noticed_whatever_it_is_and_layout_is_free() -> None:
+    payload = json.loads(to_json(WHOLE))
+    assert from_json(json.dumps(payload, sort_keys=True), Whole) == WHOLE
+    edited = json.dumps(payload | {"later": "another"})
+    with pytest.raises(CheckpointError, match="not those that were written"):
+        from_json(edited, Whole)
 
 
 BAD = [

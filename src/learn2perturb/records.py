@@ -8,6 +8,7 @@ import collections.abc
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOST_ENTRIES = 200_000_000  # of a packed array: a megabyte of zlib can unfold into a gigabyte
+_SUM = "checksum"
 _TEMPORARY = re.compile(r"\..+\.(\d{1,10})\.[0-9a-f]{8}\.tmp")
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -268,7 +270,14 @@ def to_json(record: Record) -> str:
         CheckpointError: a field holds something that JSON cannot.
     """
     payload = {"format": type(record).FORMAT, "version": type(record).VERSION, **_encode(record, "record")}
+    payload[_SUM] = _checksum(payload)
     return json.dumps(payload, indent=1, allow_nan=False) + "\n"
+
+
+def _checksum(payload: Mapping[str, Any]) -> str:
+    """Return a checksum of the values of a record, however they are laid out as text."""
+    text = json.dumps({key: value for key, value in payload.items() if key != _SUM}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def from_json(text: str | bytes, cls: type[R], *, source: str = "record") -> R:
@@ -293,11 +302,15 @@ def from_json(text: str | bytes, cls: type[R], *, source: str = "record") -> R:
         )
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise CheckpointError(f"{source} is damaged: version {_short(version)} is no positive integer; {mend}")
-    fields = {key: value for key, value in payload.items() if key not in ("format", "version")}
+    fields = {key: value for key, value in payload.items() if key not in ("format", "version", _SUM)}
     try:
-        return typing.cast(R, _decode(fields, cls, "record"))
+        record = typing.cast(R, _decode(fields, cls, "record"))
     except Exception as error:  # also what the classes of the fields raise for values that they never write
         raise CheckpointError(f"{source} is damaged: {_short(error)}; {mend}") from error
+    # Records of before have none. It tells what recomputing the numbers cannot: a name, a setting, a sentence.
+    if _SUM in payload and payload[_SUM] != _checksum(payload):
+        raise CheckpointError(f"{source} is damaged: its values are not those that were written; {mend}")
+    return record
 
 
 def save(path: str | os.PathLike[str], record: Record) -> Path:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
+import torch
 from torch import nn
 
 from learn2perturb.engine.modes import in_mode
@@ -37,3 +41,27 @@ def test_modes_are_given_back_on_failure():
 def test_a_function_has_no_mode():
     with in_mode(lambda x: x, False):
         pass
+
+
+@pytest.mark.parametrize("switched", ["the older switches", "the newer switches"])
+def test_float32_on_a_card_is_float32_and_the_callers_switches_come_back(switched):
+    """In a process of its own: torch does not go back from its newer switches to the older ones."""
+    newer = "torch.backends.cudnn.conv.fp32_precision = 'tf32'" if "newer" in switched else ""
+    program = f"""
+import torch
+from learn2perturb.engine.modes import full_float32, own_modes
+torch.cuda.is_available = lambda: True
+{newer}
+def switches():
+    b = torch.backends
+    return [b.cudnn.conv.fp32_precision, b.cuda.matmul.fp32_precision]
+before = switches()
+assert before[0] == "tf32", before
+with own_modes(), full_float32():
+    assert "tf32" not in switches(), switches()
+after = switches()
+assert after[0] == "tf32" and after[1] != "tf32", after
+"""
+    if not hasattr(torch.backends.cudnn, "conv"):
+        pytest.skip("this torch has the older switches only")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=120)

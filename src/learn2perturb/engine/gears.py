@@ -84,16 +84,13 @@ def current() -> Gear:
 def running(gear: Gear) -> Iterator[Gear]:
     """Run all passes of the body in ``gear``."""
     token = _current.set(gear)
-    cudnn = torch.backends.cudnn
-    tuned, tf32 = cudnn.benchmark, cudnn.allow_tf32
+    tuned = torch.backends.cudnn.benchmark
     try:
-        cudnn.benchmark = gear.tuned_convolutions or tuned
-        # By default cuDNN rounds the operands of float32 convolutions to 10 bits: no reference for anything.
-        cudnn.allow_tf32 = tf32 and gear.dtype is not None
+        torch.backends.cudnn.benchmark = gear.tuned_convolutions or tuned
         with memory.kept() if gear.kept_memory else contextlib.nullcontext():
             yield gear
     finally:
-        cudnn.benchmark, cudnn.allow_tf32 = tuned, tf32
+        torch.backends.cudnn.benchmark = tuned
         _current.reset(token)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -18,15 +19,40 @@ def own_modes() -> Iterator[None]:
     """Run the body, or as a decorator a function, as if the caller were in no mode of torch.
 
     A caller's ``no_grad`` and ``inference_mode`` would take away the gradients of attacks, and his ``autocast`` would
-    compute in another type than the record says.
+    compute in another type than the record says; on a card, float32 is float32.
     """
     with contextlib.ExitStack() as stack:
+        if torch.cuda.is_available():
+            stack.enter_context(full_float32())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for device_type in ("cpu", "cuda", "mps"):
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 convolutions and matrix products on a card in float32 for the body, not in TF32.
+
+    TF32, cuDNN's default, rounds operands to 10 bits. torch has two sets of switches, and refuses to read the older one
+    once the newer has been used.
+    """
+    places: list[tuple[Any, str, Any]] = []
+    try:
+        places = [(b, "allow_tf32", b.allow_tf32) for b in (torch.backends.cudnn, torch.backends.cuda.matmul)]
+    except RuntimeError:
+        cudnn: Any = torch.backends.cudnn
+        newer = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+        places = [(b, "fp32_precision", b.fp32_precision) for b in newer]
+    try:
+        for backend, switch, before in places:
+            setattr(backend, switch, "ieee" if isinstance(before, str) else False)
+        yield
+    finally:
+        for backend, switch, before in places:
+            setattr(backend, switch, before)
 
 
 @contextlib.contextmanager

@@ -45,4 +45,7 @@ def card(name: str) -> str:
     path = weights(name).with_suffix(".md")
     if not path.is_file():
         raise CheckpointError(f"the zoo has no card of {name!r}; reinstall learn2perturb")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"the card {path} cannot be read ({error}); reinstall learn2perturb") from None
