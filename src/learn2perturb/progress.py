@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from learn2perturb.terminal import Steady, say, visible
+
+Progress = Callable[[float, float, str], object]  # done, total, of what
 
 
 class Reporter:
@@ -19,14 +24,14 @@ class Reporter:
     def __init__(self, enabled: bool = True, interval: float = 30.0) -> None:
         self.enabled, self.interval = enabled, interval
         self._console = Console(file=cast(TextIO, Steady(sys.stderr)))
-        self._bar: Progress | None = None
+        self._bar: Bar | None = None
         self._task: Any = None
         self._label = ""
         self._spoken = time.monotonic()
 
     def __enter__(self) -> Reporter:
         if self.enabled and self._console.is_terminal:
-            self._bar = Progress(
+            self._bar = Bar(
                 TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                 TimeRemainingColumn(), console=self._console, transient=True,
             )  # fmt: skip
@@ -62,3 +67,13 @@ class Reporter:
         elif time.monotonic() - self._spoken > self.interval:
             self._spoken = time.monotonic()
             self.line(f"{label}: {done:g}/{total:g}")
+
+
+@contextmanager
+def shown(progress: Progress | bool | None) -> Iterator[Progress]:
+    """Give what reports progress for the body: a :class:`Reporter` for True, nothing for False and None."""
+    if callable(progress):
+        yield progress
+        return
+    with Reporter(bool(progress)) as reporter:
+        yield reporter

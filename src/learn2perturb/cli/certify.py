@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from learn2perturb.cli.figures import certification_figure, check_folder
 from learn2perturb.cli.options import add_json, print_json, typed
-from learn2perturb.cli.subject import add_subject, check_subject, load_subject, new_record
+from learn2perturb.cli.subject import add_passes, add_subject, check_subject, load_subject, new_record
+from learn2perturb.evaluation import defaults
 from learn2perturb.training.config import fraction
 
 if TYPE_CHECKING:
@@ -27,15 +28,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_subject(parser)
     add = parser.add_argument
     add(
-        "--method", default="auto", metavar="NAME",
+        "--method", default=defaults.METHOD, metavar="NAME",
         help="first_noise (the noise inside), smoothing (of --sigma on the image), pixeldp, or auto (default)",
     )  # fmt: skip
     add("--sigma", metavar="X", help="standard deviation of the smoothing noise, [0, 1] pixel scale, such as 0.25")
-    add("--n0", type=typed("int"), default=100, metavar="N", help="draws that choose the class (default 100)")
-    add("--n", type=typed("int"), default=100_000, metavar="N", help="draws that certify it (default 100000)")
-    add("--alpha", type=typed("float"), default=0.001, metavar="X", help="chance of a wrong radius (default 0.001)")
+    for option, kind, value, text in (
+        ("--n0", "int", defaults.CHOOSING_DRAWS, "draws that choose the class"),
+        ("--n", "int", defaults.CERTIFYING_DRAWS, "draws that certify it"),
+        ("--alpha", "float", defaults.ALPHA, "chance of a wrong radius"),
+    ):
+        add(
+            option,
+            type=typed(kind),
+            default=value,
+            metavar="N" if kind == "int" else "X",
+            help=f"{text} (default {value})",
+        )
     add("--eps", metavar="X", help="l_inf size to compare with (default: the run's, else 8/255)")
-    add("--batch-size", type=typed("int"), default=1000, metavar="N", help="images in a pass (default 1000)")
+    add_passes(parser, defaults.CERTIFY_BATCH_SIZE, attacks=False)
     add("--figures", metavar="DIR", help="write certified accuracy against radius there, as a PNG file")
     add("--out", metavar="FILE", help="the record (default RUN/evaluation/certification-SPLIT-seedN.json)")
     add_json(parser)
@@ -51,15 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
         new_record(arguments, Path(), "certification")
 
     from learn2perturb.evaluation import certify
-    from learn2perturb.progress import Reporter
 
     subject = load_subject(arguments)
-    with Reporter() as reporter:
-        found = certify(
-            subject.model, subject.data, n0=arguments.n0, n=arguments.n, alpha=float(arguments.alpha),
-            method=arguments.method, sigma=sigma, eps=subject.eps if eps is None else eps, limit=arguments.limit,
-            batch_size=arguments.batch_size, seed=arguments.seed, name=subject.name, progress=reporter,
-        )  # fmt: skip
+    found = certify(
+        subject.model, subject.data, n0=arguments.n0, n=arguments.n, alpha=float(arguments.alpha),
+        method=arguments.method, sigma=sigma, eps=subject.eps if eps is None else eps, limit=arguments.limit,
+        batch_size=arguments.batch_size, seed=arguments.seed, name=subject.name,
+    )  # fmt: skip
     out = new_record(arguments, subject.folder, "certification")
     found.save(out)
     drawn = [] if figures is None else certification_figure(found, figures)

@@ -8,9 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learn2perturb.cli.figures import check_folder, diagnosis_figures
-from learn2perturb.cli.options import add_json, print_json, typed
-from learn2perturb.cli.subject import Subject, add_subject, check_subject, is_factory, load_subject, made_by, new_record
+from learn2perturb.cli.options import add_json, print_json
+from learn2perturb.cli.subject import (
+    Subject,
+    add_passes,
+    add_subject,
+    check_subject,
+    is_factory,
+    load_subject,
+    made_by,
+    new_record,
+)
 from learn2perturb.errors import ConfigError
+from learn2perturb.evaluation import defaults
 from learn2perturb.training.config import TrainConfig, fraction
 
 if TYPE_CHECKING:
@@ -51,8 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="your network without its noise, module:function, for check 6 (noise of this package needs none)",
     )  # fmt: skip
     add("--stochastic", action="store_true", help="the model is said to be random: catch one that is not")
-    add("--batch-size", type=typed("int"), default=100, metavar="N", help="images in a pass (default 100)")
-    add("--engine", default="auto", metavar="NAME", help="attacks are crafted in: auto (default), plain or fast")
+    add_passes(parser, defaults.DIAGNOSE_BATCH_SIZE)
     add("--figures", metavar="DIR", help="write the curves there, as PNG files")
     add("--strict", action="store_true", help="exit 1 unless the verdict is that the claim stands")
     add("--out", metavar="FILE", help="the record (default RUN/evaluation/diagnosis-SPLIT-seedN.json)")
@@ -73,7 +82,6 @@ def run(arguments: argparse.Namespace) -> int:
         new_record(arguments, Path(), "diagnosis")  # refuse a wrong place before hours of work
 
     from learn2perturb.evaluation import diagnose
-    from learn2perturb.progress import Reporter
 
     subject = load_subject(arguments)
     device = next((str(p.device) for p in getattr(subject.model, "parameters", list)()), None)
@@ -81,13 +89,12 @@ def run(arguments: argparse.Namespace) -> int:
     noise_off = None if arguments.noise_off is None else _model(arguments.noise_off, device)
     if arguments.train_sources:
         sources |= _trained(subject, Path(arguments.run), sources, device)
-    with Reporter() as reporter:
-        found = diagnose(
-            subject.model, subject.data, budget="full" if arguments.full else "quick",
-            eps=subject.eps if eps is None else eps, sources=sources, noise_off=noise_off,
-            stochastic=True if arguments.stochastic else None, seed=arguments.seed, limit=arguments.limit,
-            batch_size=arguments.batch_size, engine=arguments.engine, name=subject.name, progress=reporter,
-        )  # fmt: skip
+    found = diagnose(
+        subject.model, subject.data, budget="full" if arguments.full else defaults.BUDGET,
+        eps=subject.eps if eps is None else eps, sources=sources, noise_off=noise_off,
+        stochastic=True if arguments.stochastic else None, seed=arguments.seed, limit=arguments.limit,
+        batch_size=arguments.batch_size, engine=arguments.engine, name=subject.name,
+    )  # fmt: skip
     out = new_record(arguments, subject.folder, "diagnosis")
     found.save(out)
     drawn = [] if figures is None else diagnosis_figures(found, figures)

@@ -25,7 +25,9 @@ from learn2perturb.cli.options import (
 from learn2perturb.cli.subject import (
     OWN_EPS,
     SPLITS,
+    add_draws,
     add_images,
+    add_passes,
     fitting_images,
     new_record,
     own_eps,
@@ -33,6 +35,7 @@ from learn2perturb.cli.subject import (
     records_of,
 )
 from learn2perturb.errors import ConfigError
+from learn2perturb.evaluation import defaults
 from learn2perturb.registry import ATTACKS, DATASETS
 from learn2perturb.training.config import fraction
 
@@ -61,16 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help=f"draws of eot presets (default {EOT_DRAWS})",
     )
-    add("--draws", type=typed("int"), default=10, metavar="N", help="scorings with fresh draws (default 10)")
+    add_draws(parser)
     add("--predictor", metavar="NAMES", help="single, vote, mean_probability, mean_logits (default: the defense's own)")
-    add("--members", type=typed("int"), metavar="N", help="passes of an ensemble (default: the defense's own, else 10)")
+    add(
+        "--members", type=typed("int"), metavar="N",
+        help=f"passes of an ensemble (default: the defense's own, else {defaults.MEMBERS})",
+    )  # fmt: skip
     add("--no-noise-off", action="store_true", help="leave out the rows with the noise switched off")
     add_images(parser, seed="of attacks and scoring")
-    add("--batch-size", type=typed("int"), default=250, metavar="N", help="images in a pass (default 250)")
-    add(
-        "--engine", default="plain", metavar="NAME",
-        help="attacks are crafted in: plain (float32, default), fast or auto (bfloat16); scoring is always in float32",
-    )  # fmt: skip
+    add_passes(parser, defaults.EVALUATE_BATCH_SIZE)
     add("--out", metavar="FILE", help="the record (default RUN/evaluation/SPLIT-seedN.json)")
     add_json(parser)
 
@@ -85,7 +87,6 @@ def run(arguments: argparse.Namespace) -> int:
         DATASETS.entry(arguments.dataset)
 
     from learn2perturb.evaluation import evaluate
-    from learn2perturb.progress import Reporter
     from learn2perturb.training.loading import load
     from learn2perturb.training.state import choose_device
 
@@ -105,13 +106,11 @@ def run(arguments: argparse.Namespace) -> int:
     notes += short_attacks(attacks, sizes)
     predictors, members, told = chosen_predictors(arguments, header)
     notes += told
-    with Reporter() as reporter:
-        result = evaluate(
-            model, data, attacks, draws=arguments.draws, predictor=predictors, members=members, eps=sizes,
-            noise_off=not arguments.no_noise_off,
-            seed=arguments.seed, batch_size=arguments.batch_size, limit=arguments.limit, device=device,
-            engine=arguments.engine, name=str(arguments.run), progress=reporter,
-        )  # fmt: skip
+    result = evaluate(
+        model, data, attacks, draws=arguments.draws, predictor=predictors, members=members, eps=sizes,
+        noise_off=not arguments.no_noise_off, seed=arguments.seed, batch_size=arguments.batch_size,
+        limit=arguments.limit, device=device, engine=arguments.engine, name=str(arguments.run),
+    )  # fmt: skip
     if not arguments.out:
         out = record_path(arguments)  # another evaluation may have taken the name in the meantime
     result.save(out)
@@ -188,7 +187,7 @@ def record_path(arguments: argparse.Namespace) -> Path:
 
 def chosen_predictors(arguments: argparse.Namespace, header: Mapping[str, Any]) -> tuple[list[str], int, list[str]]:
     """Return the predictors, their passes, and what to tell: by default as the defense of the run predicts."""
-    own, passes = header.get("predictor") or "single", header.get("members") or 10
+    own, passes = header.get("predictor") or "single", header.get("members") or defaults.MEMBERS
     members = passes if arguments.members is None else arguments.members
     if arguments.predictor is not None:
         return words(arguments.predictor, "--predictor"), members, []

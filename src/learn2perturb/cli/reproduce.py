@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learn2perturb.cli.options import add_json, guess, print_json, typed
-from learn2perturb.cli.subject import add_images, check_subject, is_factory, load_subject
+from learn2perturb.cli.subject import add_draws, add_images, add_passes, check_subject, is_factory, load_subject
 from learn2perturb.errors import ConfigError, Interrupted
+from learn2perturb.evaluation import defaults
 from learn2perturb.experiments.facts import published
 
 if TYPE_CHECKING:
@@ -32,12 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another setting of the attack than the paper's, may be repeated: steps=100, generations=10",
     )  # fmt: skip
     add(
-        "--eot", type=typed("int"), default=1, metavar="K", help="draws that the attacks average (default 1: the paper)"
-    )
-    add("--draws", type=typed("int"), default=10, metavar="N", help="scorings with fresh draws (default 10)")
+        "--eot", type=typed("int"), default=defaults.REPRODUCE_EOT, metavar="K",
+        help=f"draws that the attacks average (default {defaults.REPRODUCE_EOT}: the paper)",
+    )  # fmt: skip
+    add_draws(parser)
     add_images(parser, seed="of attacks and scoring")
-    add("--batch-size", type=typed("int"), default=250, metavar="N", help="images in a pass (default 250)")
-    add("--engine", default="auto", metavar="NAME", help="attacks are crafted in: auto (default), plain or fast")
+    add_passes(parser, defaults.EVALUATE_BATCH_SIZE)
     add("--out", metavar="DIR", help="folder of the table and its cells (default runs/reproduced/TABLE)")
     add_json(parser)
 
@@ -53,17 +54,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--out {out} is a file; give a folder")
 
     from learn2perturb.experiments.tables import reproduce
-    from learn2perturb.progress import Reporter
     from learn2perturb.records import plain
 
     runs = [_trained(arguments, name) for name in arguments.runs]
     try:
-        with Reporter() as reporter:
-            table = reproduce(
-                arguments.table, runs, out, settings=settings, limit=arguments.limit, draws=arguments.draws,
-                eot=arguments.eot, seed=arguments.seed, batch_size=arguments.batch_size, engine=arguments.engine,
-                progress=reporter,
-            )  # fmt: skip
+        table = reproduce(
+            arguments.table, runs, out, settings=settings, limit=arguments.limit, draws=arguments.draws,
+            eot=arguments.eot, seed=arguments.seed, batch_size=arguments.batch_size, engine=arguments.engine,
+        )  # fmt: skip
     except KeyboardInterrupt as stop:
         raise Interrupted.of(stop, f"what is done is in {out}") from None
     if arguments.json:

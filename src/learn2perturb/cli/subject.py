@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from learn2perturb.cli.options import typed
 from learn2perturb.errors import CheckpointError, ConfigError, DataError
+from learn2perturb.evaluation import defaults
 from learn2perturb.reading import starts_with
 from learn2perturb.registry import DATASETS
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from learn2perturb.data import ImageData
 
 SPLITS = ("test", "train", "validation")
-OWN_EPS = 8 / 255
+OWN_EPS = defaults.EPS
 # settings of a run that other verbs use -> their types
 _USED: dict[str, Any] = {
     "eps": (int, float), "dataset": str, "data_dir": str, "validation": (int, float), "seed": int
@@ -62,8 +63,32 @@ def add_images(parser: argparse.ArgumentParser, *, seed: str) -> None:
     add("--data-dir", metavar="DIR", help="folder of the data sets (default: the run's)")
     add("--split", default="test", metavar="NAME", help="test, train, or validation (what the run held out)")
     add("--limit", type=typed("int"), metavar="N", help="N images only, balanced over the classes")
-    add("--seed", type=typed("int"), default=0, metavar="N", help=f"{seed} (default 0)")
+    add("--seed", type=typed("int"), default=defaults.SEED, metavar="N", help=f"{seed} (default {defaults.SEED})")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
+
+
+def add_passes(parser: argparse.ArgumentParser, batch_size: int, *, attacks: bool = True) -> None:
+    """Add the batch size, and the engine of attacks, with the defaults of the function that the verb calls."""
+    parser.add_argument(
+        "--batch-size", type=typed("int"), default=batch_size, metavar="N",
+        help=f"images in a pass (default {batch_size})",
+    )  # fmt: skip
+    if attacks:
+        parser.add_argument(
+            "--engine", default=defaults.ENGINE, metavar="NAME",
+            help=(
+                f"attacks are crafted in: plain (float32), fast or auto (bfloat16) (default {defaults.ENGINE}); "
+                "scoring is always in float32"
+            ),
+        )  # fmt: skip
+
+
+def add_draws(parser: argparse.ArgumentParser) -> None:
+    """Add the count of scorings."""
+    parser.add_argument(
+        "--draws", type=typed("int"), default=defaults.DRAWS, metavar="N",
+        help=f"scorings with fresh draws (default {defaults.DRAWS})",
+    )  # fmt: skip
 
 
 def is_factory(text: str) -> bool:

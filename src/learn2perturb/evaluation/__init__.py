@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from learn2perturb.evaluation.intervals import Estimate, Interval, bootstrap_mean, paired_bootstrap, wilson
-from learn2perturb.evaluation.result import Evaluation, PooledScore, Row
-
 if TYPE_CHECKING:
     from learn2perturb.evaluation.accuracy import evaluate
     from learn2perturb.evaluation.certification import Certification
     from learn2perturb.evaluation.comparison import Comparison, Difference, compare
     from learn2perturb.evaluation.diagnostics import Budget, Diagnosis, diagnose
+    from learn2perturb.evaluation.intervals import Estimate, Interval, bootstrap_mean, paired_bootstrap, wilson
     from learn2perturb.evaluation.predictors import PREDICTORS, Predictor
     from learn2perturb.evaluation.radii import certify
+    from learn2perturb.evaluation.result import Evaluation, PooledScore, Row
 
 __all__ = [
     "PREDICTORS",
@@ -38,8 +37,10 @@ __all__ = [
 ]
 
 
-# Imported when first asked for: a record is read and printed without importing torch.
+# Imported when first asked for: a record is read without importing torch, defaults are known without numpy.
 _LAZY = {
+    **dict.fromkeys(("Estimate", "Interval", "bootstrap_mean", "paired_bootstrap", "wilson"), "intervals"),
+    **dict.fromkeys(("Evaluation", "PooledScore", "Row"), "result"),
     "PREDICTORS": "predictors",
     "Predictor": "predictors",
     "evaluate": "accuracy",

@@ -7,7 +7,7 @@ import dataclasses
 import datetime
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -24,6 +24,7 @@ from learn2perturb.engine.identity import ImagesFingerprint, fingerprint_of_weig
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError
+from learn2perturb.evaluation import defaults
 from learn2perturb.evaluation.inputs import peculiarities
 from learn2perturb.evaluation.intervals import majority
 from learn2perturb.evaluation.parts import attacked
@@ -40,9 +41,8 @@ from learn2perturb.evaluation.predictors import AVERAGE, PREDICTORS, check_predi
 from learn2perturb.evaluation.replays import SEEDS, contained
 from learn2perturb.evaluation.result import CLEAN, Evaluation, Row, statistics
 from learn2perturb.noise import is_stochastic, noise_disabled, noise_modules
+from learn2perturb.progress import Progress, shown
 from learn2perturb.records import PackedIntegers, plain
-
-Progress = Callable[[int, int, str], object]
 
 _CONFIDENCE = 0.95
 _RESAMPLES = 2000
@@ -56,18 +56,18 @@ def evaluate(
     data: Any,
     attacks: Mapping[str, Attack] | None = None,
     *,
-    draws: int = 10,
+    draws: int = defaults.DRAWS,
     predictor: str | Sequence[str] = "single",
-    members: int = 10,
+    members: int = defaults.MEMBERS,
     eps: float | Sequence[float] | None = None,
     noise_off: bool = True,
-    seed: int = 0,
-    batch_size: int = 256,
+    seed: int = defaults.SEED,
+    batch_size: int = defaults.EVALUATE_BATCH_SIZE,
     limit: int | None = None,
     device: str | torch.device | None = None,
-    engine: str = "plain",
+    engine: str = defaults.ENGINE,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = True,
 ) -> Evaluation:
     """Score ``model`` on clean and attacked images, each scored ``draws`` times with fresh draws of its noise.
 
@@ -95,7 +95,8 @@ def evaluate(
         engine: the gear that attacks craft in: ``plain`` (float32), ``fast`` (bfloat16 where the hardware has it) or
             ``auto``. Scoring is in float32, always.
         name: of the model, for the record.
-        progress: called with (images done, images in all, label of the row); an image counts once in each row.
+        progress: show a bar, or plain lines off a terminal; or what is called with (images done, images in all, label
+            of the row), where an image counts once in each row.
 
     Raises:
         ConfigError: a setting is not allowed.
@@ -128,7 +129,7 @@ def evaluate(
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     # One pass over the data, all rows on each batch: every row sees the same images even where the user's loader
     # shuffles or augments in its own way.
-    with own_modes(), isolated_rng(), in_mode(model, False):
+    with shown(progress) as told, own_modes(), isolated_rng(), in_mode(model, False):
         for index, (x, y) in enumerate(source.epoch(0)):
             if limit is not None:
                 x, y = x[: limit - done], y[: limit - done]
@@ -145,8 +146,7 @@ def evaluate(
             seen.add(x, y)
             for number, run in enumerate(runs):
                 run.add(scored, x, y, index)
-                if progress is not None:
-                    progress(done * len(runs) + (number + 1) * len(x), expected * len(runs), run.label)
+                told(done * len(runs) + (number + 1) * len(x), expected * len(runs), run.label)
             done += len(x)
             if limit is not None and done >= limit:
                 break

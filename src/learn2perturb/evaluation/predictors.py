@@ -15,6 +15,7 @@ from learn2perturb.attacks.gradients import mean_logits
 from learn2perturb.checks import check_count
 from learn2perturb.engine import gears
 from learn2perturb.errors import ConfigError, InputError, UnknownNameError
+from learn2perturb.evaluation import defaults
 from learn2perturb.evaluation.passes import checked_logits
 
 PREDICTORS = ("single", "vote", "mean_probability", "mean_logits")
@@ -79,7 +80,9 @@ class Predictor(nn.Module):
         ConfigError: members is no whole number of at least 1, or ``model`` is not callable.
     """
 
-    def __init__(self, model: Callable[[Tensor], Tensor], rule: str = "mean_probability", members: int = 10) -> None:
+    def __init__(
+        self, model: Callable[[Tensor], Tensor], rule: str = "mean_probability", members: int = defaults.MEMBERS
+    ) -> None:
         super().__init__()
         if not callable(model):
             raise ConfigError(f"model is a {type(model).__name__}, must be callable: a network or a function")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,33 +17,33 @@ from learn2perturb.engine import gears
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError, NoiseError
+from learn2perturb.evaluation import defaults
 from learn2perturb.evaluation.certificates import gaussian_dp_radius, laplace_radius, vote_bounds
 from learn2perturb.evaluation.certification import METHODS, Certification, largest_radius, lower_bound, radius_of
 from learn2perturb.evaluation.first_noise import check_draws, check_first_noise, first_noise
 from learn2perturb.evaluation.inputs import check_fixed
 from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of
 from learn2perturb.noise.sensitivity import checked_convolution, sensitivity
+from learn2perturb.progress import Progress, shown
 from learn2perturb.records import PackedIntegers
-
-Progress = Callable[[float, float, str], object]
 
 
 def certify(
     model: Model,
     data: Any,
     *,
-    n0: int = 100,
-    n: int = 100_000,
-    alpha: float = 0.001,
-    method: str = "auto",
+    n0: int = defaults.CHOOSING_DRAWS,
+    n: int = defaults.CERTIFYING_DRAWS,
+    alpha: float = defaults.ALPHA,
+    method: str = defaults.METHOD,
     sigma: float | None = None,
-    eps: float = 8 / 255,
+    eps: float = defaults.EPS,
     limit: int | None = None,
-    batch_size: int = 1000,
-    seed: int = 0,
+    batch_size: int = defaults.CERTIFY_BATCH_SIZE,
+    seed: int = defaults.SEED,
     device: str | torch.device | None = None,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = True,
 ) -> Certification:
     """Certify the majority vote of ``model`` at every image: an l2 radius, or an abstention.
 
@@ -67,7 +66,8 @@ def certify(
         seed: of all draws.
         device: where to run; by default where the model is.
         name: of the model, for the record.
-        progress: called with (passes done, passes in all, what is going on).
+        progress: show a bar, or plain lines off a terminal; or what is called with (passes done, passes in all, what is
+            going on).
 
     Raises:
         NoiseError: the certificate does not hold for this model; the message says why.
@@ -87,7 +87,7 @@ def certify(
         raise ConfigError(f"model is a {type(model).__name__}, must be callable: a network or a function")
     place = device_of(model, device)
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
-    with own_modes(), isolated_rng(), in_mode(model, False):
+    with shown(progress) as told, own_modes(), isolated_rng(), in_mode(model, False):
         source = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=limit)
         x, y = _all_images(source, place)
         # Before anything else looks at the model: what is refused here is refused in seconds, not after the votes.
@@ -100,9 +100,9 @@ def certify(
         noise = sigma if method == "smoothing" else None
         total = len(x) * (n0 + n)
         seed_everything(seed, "choose")
-        chosen = _votes(model, x, n0, noise, classes, batch_size, progress, (0, total)).argmax(axis=1)
+        chosen = _votes(model, x, n0, noise, classes, batch_size, told, (0, total)).argmax(axis=1)
         seed_everything(seed, "certify")
-        votes = _votes(model, x, n, noise, classes, batch_size, progress, (len(x) * n0, total))
+        votes = _votes(model, x, n, noise, classes, batch_size, told, (len(x) * n0, total))
     counts = votes[np.arange(len(votes)), chosen]
     if method == "pixeldp":
         p_low, others = vote_bounds(votes, alpha, top=chosen)
@@ -209,7 +209,7 @@ def _votes(
     sigma: float | None,
     classes: int,
     batch_size: int,
-    progress: Progress | None,
+    progress: Progress,
     span: tuple[int, int],
 ) -> NDArray[np.int64]:
     """Return how often each class was predicted for each image, (N, classes), in ``draws`` passes with fresh draws."""
@@ -225,6 +225,5 @@ def _votes(
                 rows = rows + sigma * torch.empty_like(rows).normal_()
             predicted = checked_logits(model, rows).argmax(dim=1)
             counts += torch.bincount(images * classes + predicted, minlength=len(counts))
-            if progress is not None:
-                progress(before + stop, total, "votes")
+            progress(before + stop, total, "votes")
     return counts.view(len(x), classes).cpu().numpy()

@@ -18,14 +18,14 @@ from learn2perturb import records
 from learn2perturb.attacks import CW, FGSM, PGD, Attack, FewPixel, Source, Transfer
 from learn2perturb.attacks.base import Model
 from learn2perturb.errors import CheckpointError, ConfigError, DataError
-from learn2perturb.evaluation import Evaluation, Interval, evaluate
+from learn2perturb.evaluation import Evaluation, Interval, defaults, evaluate
 from learn2perturb.experiments.facts import Published, published
 from learn2perturb.noise import is_stochastic
+from learn2perturb.progress import Progress, shown
 from learn2perturb.terminal import markdown_row
 
 KAPPAS = (0.0, 0.1, 1.0, 2.0, 5.0)
 PIXELS = (1, 2, 3)
-Progress = Callable[[int, int, str], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,12 +96,12 @@ def reproduce(
     *,
     settings: Mapping[str, Any] | None = None,
     limit: int | None = None,
-    draws: int = 10,
-    eot: int = 1,
-    seed: int = 0,
-    batch_size: int = 250,
-    engine: str = "auto",
-    progress: Progress | None = None,
+    draws: int = defaults.DRAWS,
+    eot: int = defaults.REPRODUCE_EOT,
+    seed: int = defaults.SEED,
+    batch_size: int = defaults.EVALUATE_BATCH_SIZE,
+    engine: str = defaults.ENGINE,
+    progress: Progress | bool | None = True,
 ) -> PaperTable:
     """Compute ``table3`` (C&W), ``table5`` (few pixels) or ``table6`` (transfer) on ``runs``; write it into ``out``.
 
@@ -118,7 +118,7 @@ def reproduce(
         seed: of attacks and scoring.
         batch_size: images in a pass.
         engine: the gear that attacks craft in.
-        progress: called as by :func:`learn2perturb.evaluation.evaluate`.
+        progress: as that of :func:`learn2perturb.evaluation.evaluate`.
 
     Raises:
         ConfigError: a setting is not allowed, or table 6 has fewer than two runs.
@@ -135,27 +135,30 @@ def reproduce(
     planned = list(_PLANS[table](runs, changed, eot))
     common: dict[str, Any] = {"limit": limit, "draws": draws, "seed": seed}
     cells = []
-    for number, plan in enumerate(planned, start=1):
-        what = f"cell {number}/{len(planned)}: {', '.join(plan.labels.values())}"
-        path = out / "cells" / _file_name(plan, common)
-        evaluation = _stored(path)
-        if evaluation is None:
-            evaluation = evaluate(
-                plan.target.model, plan.target.data, {"attack": plan.attack}, noise_off=False, batch_size=batch_size,
-                engine=engine, name=plan.target.name, progress=_labelled(progress, what), **common,
-            )  # fmt: skip
-            evaluation.save(path)
-        row = evaluation.row("attack")
-        paper = facts.cell(**plan.names) if _is_of_the_paper(plan.target, facts.dataset) else None
-        cells.append(Cell(plan.labels, row.accuracy, row.std, row.interval, row.n, row.l2, paper, f"cells/{path.name}"))
+    with shown(progress) as told:
+        for number, plan in enumerate(planned, start=1):
+            what = f"cell {number}/{len(planned)}: {', '.join(plan.labels.values())}"
+            path = out / "cells" / _file_name(plan, common)
+            evaluation = _stored(path)
+            if evaluation is None:
+                evaluation = evaluate(
+                    plan.target.model, plan.target.data, {"attack": plan.attack}, noise_off=False,
+                    batch_size=batch_size, engine=engine, name=plan.target.name, progress=_labelled(told, what),
+                    **common,
+                )  # fmt: skip
+                evaluation.save(path)
+            row = evaluation.row("attack")
+            paper = facts.cell(**plan.names) if _is_of_the_paper(plan.target, facts.dataset) else None
+            score = row.accuracy, row.std, row.interval, row.n, row.l2
+            cells.append(Cell(plan.labels, *score, paper, f"cells/{path.name}"))
     result = PaperTable(table, facts.title, tuple(cells), tuple(_notes(table, cells, changed, limit, eot)))
     records.save(out / f"{table}.json", result)
     records.atomic_write(out / f"{table}.md", markdown(result))
     return result
 
 
-def _labelled(progress: Progress | None, what: str) -> Progress | None:
-    return None if progress is None else lambda done, total, _: progress(done, total, what)
+def _labelled(progress: Progress, what: str) -> Progress:
+    return lambda done, total, _: progress(done, total, what)
 
 
 def _is_of_the_paper(run: Trained, dataset: str) -> bool:

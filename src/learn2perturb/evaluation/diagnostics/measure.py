@@ -24,9 +24,8 @@ from learn2perturb.evaluation.intervals import accuracy_interval
 from learn2perturb.evaluation.parts import attacked
 from learn2perturb.evaluation.passes import Model, checked_logits
 from learn2perturb.noise import noise_disabled
+from learn2perturb.progress import Progress
 from learn2perturb.records import PackedBits, plain
-
-Progress = Callable[[float, float, str], object]
 
 
 @dataclass(frozen=True)

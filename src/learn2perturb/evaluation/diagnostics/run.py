@@ -20,9 +20,10 @@ from learn2perturb.engine import gears
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError, InputError
+from learn2perturb.evaluation import defaults
 from learn2perturb.evaluation.diagnostics import blackbox, draws, truth, whitebox
 from learn2perturb.evaluation.diagnostics.budget import Budget, budget_of, gradient_passes, resized
-from learn2perturb.evaluation.diagnostics.measure import Bench, Progress, Subject
+from learn2perturb.evaluation.diagnostics.measure import Bench, Subject
 from learn2perturb.evaluation.diagnostics.record import Curve, Diagnosis
 from learn2perturb.evaluation.diagnostics.verdict import Draft, conclude, judge
 from learn2perturb.evaluation.inputs import (
@@ -36,6 +37,7 @@ from learn2perturb.evaluation.passes import Model, checked_logits, circumstances
 from learn2perturb.evaluation.replays import contained
 from learn2perturb.evaluation.result import format_eps
 from learn2perturb.noise import noise_modules
+from learn2perturb.progress import Progress, shown
 from learn2perturb.records import PackedIntegers, plain
 
 
@@ -43,19 +45,19 @@ def diagnose(
     model: Model,
     data: Any,
     *,
-    budget: str | Budget = "quick",
+    budget: str | Budget = defaults.BUDGET,
     eps: float | None = None,
     attack: PGD | None = None,
     sources: Mapping[str, Model] | None = None,
     noise_off: Model | None = None,
     stochastic: bool | None = None,
-    seed: int = 0,
+    seed: int = defaults.SEED,
     limit: int | None = None,
-    batch_size: int = 100,
+    batch_size: int = defaults.DIAGNOSE_BATCH_SIZE,
     device: str | torch.device | None = None,
-    engine: str = "auto",
+    engine: str = defaults.ENGINE,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = True,
 ) -> Diagnosis:
     """Check whether the robustness of ``model`` is real: ten checks, curves, and a verdict in plain words.
 
@@ -80,9 +82,10 @@ def diagnose(
         limit: use so many images, in place of the budget's number.
         batch_size: images in one pass.
         device: where to run; by default where the model is.
-        engine: gear of the attacks, ``auto``, ``plain`` or ``fast``; scoring is in float32, always.
+        engine: gear of the attacks, ``plain`` (float32), ``auto`` or ``fast``; scoring is in float32, always.
         name: of the model, for the record.
-        progress: called with (passes done, passes expected, what is going on).
+        progress: show a bar, or plain lines off a terminal; or what is called with (passes done, passes expected, what
+            is going on).
 
     Raises:
         ConfigError: a setting is not allowed.
@@ -110,7 +113,7 @@ def diagnose(
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
     findings = _train_mode_finding(model)
     everyone = [model, *(sources or {}).values(), *([] if noise_off is None else [noise_off])]
-    with own_modes(), isolated_rng(), _all_in_eval_mode(everyone):
+    with shown(progress) as told, own_modes(), isolated_rng(), _all_in_eval_mode(everyone):
         images = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=plan.images)
         x, y = _images(images, place, seed)
         plan = resized(plan, len(x))
@@ -130,7 +133,7 @@ def diagnose(
         findings += warn_of_subset(images, y, num_classes)
         bench = Bench(
             Subject(contained(model, x[:8], seed), draws_noise), x, y, attack, plan, seed=seed, gear=gear,
-            batch_size=batch_size, expected_passes=work, progress=progress,
+            batch_size=batch_size, expected_passes=work, progress=told,
         )  # fmt: skip
         given = {key: _source(source, x, seed) for key, source in (sources or {}).items()}
         quiet = None
@@ -231,7 +234,7 @@ def _given_twin(twin: Model, bench: Bench, seed: int) -> Subject:
 def _reported(attack: PGD | None, eps: float | None, budget: Budget) -> PGD:
     """Return the attack whose accuracy is in question."""
     if attack is None:
-        size = 8 / 255 if eps is None else eps
+        size = defaults.EPS if eps is None else eps
         if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size <= 1:
             raise ConfigError(f"eps is {size!r}, must be a number in (0, 1], [0, 1] pixel scale; write 8/255")
         return PGD(size, size / 4, budget.steps, eot=budget.eot)
