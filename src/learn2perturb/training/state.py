@@ -104,10 +104,7 @@ class Training:
         )
         # None: data of the user's own, which no name brings back
         self.dataset = config.dataset if data is None else None
-        if model is not None:
-            check_extra_state(model)
-        # Registered networks start from the seed of the config.
-        self.identity = {} if model is None else identity_of_network(model)
+        self.identity: dict[str, str] = {}
         self.model = self._build(model).to(self.device)
         # A network that normalises each channel over one number cannot train on one image.
         if blind_to_one_image(self.model, torch.zeros(1, *self.input_shape, device=self.device)):
@@ -146,6 +143,9 @@ class Training:
         else:
             materialise(model, shape)
             check_trainable(model)
+            check_extra_state(model)
+            # Registered networks need none: they start from the seed of the config.
+            self.identity = identity_of_network(model)
         self.frozen = left_in_eval(model)
         if self.frozen and model.training:
             self.reporter.line(f"{len(self.frozen)} submodules were given in eval mode and stay in it")
