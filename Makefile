@@ -38,7 +38,7 @@ demo: $(STAMP)  ## train three defenses on the digits, attack all three, print t
 
 # Cheapest first, so that a failure is seen early.
 test: lint types imports  ## lint, types, import contract, then every test that is not slow
-	@$(BIN)/python -m pytest -m "not slow" --durations=10 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --durations=10 $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow --durations=10 $(PYTEST_ARGS)

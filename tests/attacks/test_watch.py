@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import learn2perturb as l2p
-from learn2perturb.attacks import PGD, Square, build_attack, from_function
+from learn2perturb.attacks import CW, PGD, Square, build_attack, from_function
 from learn2perturb.defenses.objectives import TradesAdversary
 from learn2perturb.errors import InputError, NonFiniteError
 from learn2perturb.registry import ATTACKS
@@ -176,3 +176,13 @@ def test_evaluate_keeps_the_count_and_warns_from_a_twentieth_on(tmp_path):
     assert type(found).load(tmp_path / "record.json").rows[1].zero_gradients == 2
     zero = 1  # below a twentieth: kept, not said
     assert l2p.evaluate(model, (x, y), {"pgd": PGD(1 / 255)}).row("pgd").zero_gradients == 1
+
+
+def test_a_hinge_that_is_reached_is_no_masked_gradient():
+    """C&W's loss is flat where the image is misclassified already: nothing hides there."""
+    model = l2p.build_model("digits_cnn", input_shape=(1, 8, 8)).eval()
+    l2p.perturb(model, input_shape=(1, 8, 8), init=1e-3, minimum=1e-4)  # with noise no image leaves before it is tried
+    x = torch.rand(16, 1, 8, 8)
+    with torch.no_grad():
+        wrong = (model(x).argmax(1) + 1) % 10
+    assert CW(search_steps=1, steps=3).run(model, x, wrong).zero_gradients == 0

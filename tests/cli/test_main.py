@@ -127,7 +127,7 @@ BAD = {
     "no such device": (["train", *TINY, "--device", "abacus"], "use cpu or cuda|use auto, cpu or cuda"),
     "out holds something else": (["train", *TINY, "--out", "notes"], "give another --out"),
     "out is a file": (["train", *TINY, "--out", "file.txt"], "give another --out"),
-    "out below a file": (["train", *TINY, "--out", "file.txt/x"], "check the path"),
+    "out below a file": (["train", *TINY, "--out", "file.txt/x"], "give another place"),
     "out holds another run": (["train", *TINY, "--out", RUN], "give another --out, or the same settings"),
     "no run named": (["evaluate"], "RUN"),
     "no such run": (["evaluate", "nowhere"], "give a run folder"),
@@ -220,12 +220,12 @@ def test_a_trained_run_is_evaluated_and_never_overwritten(trained, capsys):
     assert re.search(r"eot-pgd7 +0.05 +on", printed)
     assert re.search(r"fgsm +0.1 +off", printed)
     assert "the steps of eot-pgd7 reach 0.07" in printed
-    first = trained / "evaluation" / "test-first20-seed0.json"
+    first = trained / "evaluation" / "test-limit20-seed0.json"
     record = Evaluation.load(first)
     assert record.row("eot-pgd7", eps=0.05).parameters["eot"] == 2
     assert main([*words, "--json", "--no-noise-off"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["record"].endswith("test-first20-seed0-2.json")
+    assert said["record"].endswith("test-limit20-seed0-2.json")
     assert {row["noise"] for row in said["rows"]} == {True}
     assert [row["accuracy"] for row in said["rows"]] == [row.accuracy for row in record.rows if row.noise]
     assert Evaluation.load(first) == record

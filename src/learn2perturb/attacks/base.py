@@ -287,9 +287,10 @@ class Query:
         values, gradient = value_and_gradient(
             self.logits, loss or self._loss, x, y, eot=attack.eot, average=attack.eot_average
         )
-        self.watch.gradient(gradient)
+        aimed = self._aimed(values, own=loss is None)
+        self.watch.gradient(gradient, reached=aimed.margin > 0)
         self.backwards += attack.eot * len(x)
-        return self._aimed(values, own=loss is None), -gradient if attack.targeted and loss is None else gradient
+        return aimed, -gradient if attack.targeted and loss is None else gradient
 
     def value(self, x: Tensor, y: Tensor, *, loss: Loss | None = None) -> Values:
         """Return the same values from ``eot`` fresh forward passes, without a gradient."""

@@ -30,13 +30,18 @@ class Watch:
         self._bad_logits = _either(self._bad_logits, ~(logits < math.inf).all())
 
     @torch.no_grad()
-    def gradient(self, gradient: Tensor) -> None:
-        """Look at a gradient with respect to images (N, C, H, W)."""
+    def gradient(self, gradient: Tensor, reached: Tensor | None = None) -> None:
+        """Look at a gradient with respect to images (N, C, H, W).
+
+        ``reached``: which images the attack has its way with already (N,); of a hinge their gradient is 0, as it
+        should be.
+        """
         if not len(gradient):
             return
         largest = gradient.abs().amax(dim=tuple(range(1, gradient.ndim)))
         if self._zero is None:
-            self._zero = (largest == 0).sum()
+            zero = largest == 0
+            self._zero = (zero if reached is None else zero & ~reached).sum()
         self._bad_gradient = _either(self._bad_gradient, ~torch.isfinite(largest).all())
 
     def first(self, zero_gradients: int | None) -> None:

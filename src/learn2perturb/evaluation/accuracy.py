@@ -323,7 +323,9 @@ def _settings(attack: Attack) -> dict[str, Any]:
         value = getattr(attack, item.name)
         network = value if isinstance(value, nn.Module) else getattr(value, "model", None)
         if isinstance(network, nn.Module):
-            found[item.name] = f"{type(network).__name__} {fingerprint_of_weights(network)}"
+            found[f"{item.name}_weights"] = fingerprint_of_weights(network)
+            if network is value:
+                found[item.name] = type(network).__name__
     return found
 
 
