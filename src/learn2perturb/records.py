@@ -92,7 +92,7 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
     _check_path(path)
     target = Path(os.path.realpath(path))
     data = content.encode() if isinstance(content, str) else content
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{binascii.hexlify(os.urandom(4)).decode()}.tmp")
+    temporary = _temporary(target)
     try:
         make_folder(target.parent)
         try:
@@ -111,6 +111,36 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
         ) from error
     _sync_folder(target.parent)
     return target
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Check, before work whose result goes there, that ``path`` can be written: a small file beside it is, and goes.
+
+    Raises:
+        CheckpointError: it cannot; the reason and the mend.
+    """
+    _check_path(path)
+    target = Path(os.path.realpath(path))
+    temporary = _temporary(target)
+    try:
+        make_folder(target.parent)
+        try:
+            with open(temporary, "xb") as file:
+                file.write(bytes(4096))  # a full disk still makes empty files
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {error.strerror or error}; nothing was computed; free the disk or choose another "
+            "place"
+        ) from error
+
+
+def _temporary(target: Path) -> Path:
+    """Return a name beside ``target`` that no other process uses."""
+    return target.with_name(f".{target.name}.{os.getpid()}.{binascii.hexlify(os.urandom(4)).decode()}.tmp")
 
 
 def _check_path(path: object) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from learn2perturb.cli.figures import certification_figure, check_folder
 from learn2perturb.cli.options import add_json, print_json, typed
+from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.subject import add_passes, add_subject, check_subject, load_subject, new_record
 from learn2perturb.evaluation import defaults
 from learn2perturb.training.config import fraction
@@ -58,27 +59,30 @@ def run(arguments: argparse.Namespace) -> int:
     eps = None if arguments.eps is None else fraction(arguments.eps)
     sigma = None if arguments.sigma is None else fraction(arguments.sigma)
     if arguments.out:
-        new_record(arguments, Path(), "certification")
+        new_record(arguments, Path(), "certification")  # refuse a wrong place before hours of work
 
     from learn2perturb.evaluation import certify
+    from learn2perturb.records import check_writable
 
     subject = load_subject(arguments)
+    check_writable(new_record(arguments, subject.folder, "certification"))
     found = certify(
         subject.model, subject.data, n0=arguments.n0, n=arguments.n, alpha=float(arguments.alpha),
         method=arguments.method, sigma=sigma, eps=subject.eps if eps is None else eps, limit=arguments.limit,
         batch_size=arguments.batch_size, seed=arguments.seed, name=subject.name,
     )  # fmt: skip
-    out = new_record(arguments, subject.folder, "certification")
-    found.save(out)
+    record = saved(lambda: found.save(new_record(arguments, subject.folder, "certification")))
     drawn = [] if figures is None else certification_figure(found, figures)
     if arguments.json:
-        print_json(summary(found) | {"record": str(out), "figures": [str(path) for path in drawn]})
-        return 0
+        print_json(summary(found) | {"record": place_of(record), "figures": [str(path) for path in drawn]})
+        return FAILURE if record is None else SUCCESS
     print(found)
     for path in drawn:
         print(f"figure: {path}")
-    print(f"\nrecord: {out}")
-    return 0
+    if record is None:
+        return FAILURE
+    print(f"\nrecord: {record}")
+    return SUCCESS
 
 
 def summary(found: Certification) -> dict[str, Any]:

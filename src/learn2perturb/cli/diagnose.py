@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from learn2perturb.cli.figures import check_folder, diagnosis_figures
 from learn2perturb.cli.options import add_json, print_json
+from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.subject import (
     Subject,
     add_passes,
@@ -82,8 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
         new_record(arguments, Path(), "diagnosis")  # refuse a wrong place before hours of work
 
     from learn2perturb.evaluation import diagnose
+    from learn2perturb.records import check_writable
 
     subject = load_subject(arguments)
+    check_writable(new_record(arguments, subject.folder, "diagnosis"))
     device = next((str(p.device) for p in getattr(subject.model, "parameters", list)()), None)
     sources = {name: _model(place, device) for name, place in named.items()}
     noise_off = None if arguments.noise_off is None else _model(arguments.noise_off, device)
@@ -95,17 +98,17 @@ def run(arguments: argparse.Namespace) -> int:
         stochastic=True if arguments.stochastic else None, seed=arguments.seed, limit=arguments.limit,
         batch_size=arguments.batch_size, engine=arguments.engine, name=subject.name,
     )  # fmt: skip
-    out = new_record(arguments, subject.folder, "diagnosis")
-    found.save(out)
+    record = saved(lambda: found.save(new_record(arguments, subject.folder, "diagnosis")))
     drawn = [] if figures is None else diagnosis_figures(found, figures)
     if arguments.json:
-        print_json(summary(found) | {"record": str(out), "figures": [str(path) for path in drawn]})
+        print_json(summary(found) | {"record": place_of(record), "figures": [str(path) for path in drawn]})
     else:
         print(found)
         for path in drawn:
             print(f"figure: {path}")
-        print(f"\nrecord: {out}")
-    return 1 if arguments.strict and found.verdict != "stands" else 0
+        if record is not None:
+            print(f"\nrecord: {record}")
+    return FAILURE if record is None or (arguments.strict and found.verdict != "stands") else SUCCESS
 
 
 def summary(found: Diagnosis) -> dict[str, Any]:

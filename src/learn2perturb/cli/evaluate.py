@@ -22,6 +22,7 @@ from learn2perturb.cli.options import (
     typed,
     words,
 )
+from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.subject import (
     OWN_EPS,
     SPLITS,
@@ -86,7 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dataset is not None:
         DATASETS.entry(arguments.dataset)
 
-    from learn2perturb.evaluation import evaluate
+    from learn2perturb.evaluation import Unfinished, evaluate
+    from learn2perturb.records import check_writable
     from learn2perturb.training.loading import load
     from learn2perturb.training.state import choose_device
 
@@ -106,31 +108,36 @@ def run(arguments: argparse.Namespace) -> int:
     notes += short_attacks(attacks, sizes)
     predictors, members, told = chosen_predictors(arguments, header)
     notes += told
+    check_writable(out)
+    keep = Unfinished(out.parent)
     result = evaluate(
         model, data, attacks, draws=arguments.draws, predictor=predictors, members=members, eps=sizes,
         noise_off=not arguments.no_noise_off, seed=arguments.seed, batch_size=arguments.batch_size,
-        limit=arguments.limit, device=device, engine=arguments.engine, name=str(arguments.run),
+        limit=arguments.limit, device=device, engine=arguments.engine, name=str(arguments.run), keep=keep,
     )  # fmt: skip
-    if not arguments.out:
-        out = record_path(arguments)  # another evaluation may have taken the name in the meantime
-    result.save(out)
+    # Anew: another evaluation may have taken the name in the meantime.
+    record = saved(lambda: result.save(record_path(arguments)))
+    code = FAILURE if record is None else SUCCESS
+    if record is not None:
+        keep.clear()
     if arguments.json:
         print_json(
             {
-                "record": str(out),
+                "record": place_of(record),
                 "model": str(arguments.run),
                 "data": data.name,
                 "rows": summary(result),
                 "notes": notes,
             }
         )
-        return 0
+        return code
     print(f"{arguments.run} on {data.name} ({arguments.split}), seed {arguments.seed}\n")
     print(result)
     for note in notes:
         print(f"note: {note}")
-    print(f"\nrecord: {out}")
-    return 0
+    if record is not None:
+        print(f"\nrecord: {record}")
+    return code
 
 
 def attack_specs(arguments: argparse.Namespace) -> dict[str, tuple[str, dict[str, Any]]]:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from learn2perturb.evaluation.comparison import Comparison, Difference, compare
     from learn2perturb.evaluation.diagnostics import Budget, Diagnosis, diagnose
     from learn2perturb.evaluation.intervals import Estimate, Interval, bootstrap_mean, paired_bootstrap, wilson
+    from learn2perturb.evaluation.keeping import Unfinished
     from learn2perturb.evaluation.predictors import PREDICTORS, Predictor
     from learn2perturb.evaluation.radii import certify
     from learn2perturb.evaluation.result import Evaluation, PooledScore, Row
@@ -27,6 +28,7 @@ __all__ = [
     "PooledScore",
     "Predictor",
     "Row",
+    "Unfinished",
     "bootstrap_mean",
     "certify",
     "compare",
@@ -43,6 +45,7 @@ _LAZY = {
     **dict.fromkeys(("Evaluation", "PooledScore", "Row"), "result"),
     "PREDICTORS": "predictors",
     "Predictor": "predictors",
+    "Unfinished": "keeping",
     "evaluate": "accuracy",
     "Certification": "certification",
     "certify": "radii",

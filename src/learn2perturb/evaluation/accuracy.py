@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,9 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from learn2perturb import __version__
 from learn2perturb.attacks import Attack
 from learn2perturb.checks import check_count
-from learn2perturb.data import ImageData, check_labels, make_source, warn_of_subset
+from learn2perturb.data import BatchSource, ImageData, check_labels, make_source, warn_of_subset
+from learn2perturb.data.loader import MemorySource
 from learn2perturb.engine import gears
 from learn2perturb.engine.halving import Halving
 from learn2perturb.engine.identity import ImagesFingerprint, fingerprint_of_weights
@@ -27,6 +30,7 @@ from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation import defaults
 from learn2perturb.evaluation.inputs import peculiarities
 from learn2perturb.evaluation.intervals import majority
+from learn2perturb.evaluation.keeping import Unfinished, taken
 from learn2perturb.evaluation.parts import attacked
 from learn2perturb.evaluation.passes import (
     PROBABILITIES,
@@ -68,6 +72,7 @@ def evaluate(
     engine: str = defaults.ENGINE,
     name: str | None = None,
     progress: Progress | bool | None = True,
+    keep: Unfinished | None = None,
 ) -> Evaluation:
     """Score ``model`` on clean and attacked images, each scored ``draws`` times with fresh draws of its noise.
 
@@ -97,6 +102,8 @@ def evaluate(
         name: of the model, for the record.
         progress: show a bar, or plain lines off a terminal; or what is called with (images done, images in all, label
             of the row), where an image counts once in each row.
+        keep: where finished rows are kept, so that the same call goes on with them. Of images that are held here only;
+            of a loader's all rows are computed on each batch, and nothing is kept.
 
     Raises:
         ConfigError: a setting is not allowed.
@@ -124,16 +131,12 @@ def evaluate(
     runs: list[_RowRun] = []
     findings: list[str] = []
     num_classes = done = 0
+    by_row = False
     scored = model
     expected = source.num_examples if limit is None else min(limit, source.num_examples)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    # One pass over the data, all rows on each batch: every row sees the same images even where the user's loader
-    # shuffles or augments in its own way.
     with shown(progress) as told, own_modes(), isolated_rng(), in_mode(model, False):
-        for index, (x, y) in enumerate(source.epoch(0)):
-            if limit is not None:
-                x, y = x[: limit - done], y[: limit - done]
-            x, y = x.to(place), y.to(place)
+        for index, (x, y) in enumerate(_batches(source, limit, place)):
             if not runs:
                 num_classes = _classes(model, x, seed)
                 scored = _contained(model, x, seed)
@@ -141,20 +144,34 @@ def evaluate(
                 runs = _plan(scored, x, table, predictors, draws, members, noise_off, seed, gear)
                 for run in runs:
                     run.compile_if_long(expected * math.prod(x.shape[2:]), rows=len(x))
+                # Of what is held here every row gets the same images, so that rows follow each other and a finished one
+                # can be kept. A loader may shuffle or augment in its own way: one pass, all rows on each batch. So for
+                # what a generator or buffer of the model carries from pass to pass.
+                by_row = isinstance(source, MemorySource) and scored is model and not findings
             check_labels(y, num_classes)
             labels.append(y.cpu().numpy())
             seen.add(x, y)
-            for number, run in enumerate(runs):
+            for number, run in enumerate(() if by_row else runs):
                 run.add(scored, x, y, index)
                 told(done * len(runs) + (number + 1) * len(x), expected * len(runs), run.label)
             done += len(x)
-            if limit is not None and done >= limit:
-                break
-    if not done:
-        raise DataError("the data hold no images; give at least one, and a limit of at least 1")
-    truth = np.concatenate(labels)
-    warn_of_subset(source, torch.from_numpy(truth), num_classes)
-    rows = [row for run in runs for row in run.rows(truth, num_classes)]
+        if not done:
+            raise DataError("the data hold no images; give at least one, and a limit of at least 1")
+        truth = np.concatenate(labels)
+        warn_of_subset(source, torch.from_numpy(truth), num_classes)
+        if by_row:
+            identity = (
+                weights,
+                seen.hexdigest(),
+                f"{type(model)} {model}",
+                seed,
+                batch_size,
+                circumstances(place, gear),
+            )
+            kept = keep if weights is not None else None
+            rows = _rows_in_turn(runs, scored, _Images(source, limit, place, truth, num_classes), told, kept, identity)
+        else:
+            rows = [row for run in runs for row in run.rows(truth, num_classes)]
     _warn_of_zero_gradients(rows)
     metadata = {
         "model": name or getattr(model, "registered_name", None) or getattr(model, "__name__", type(model).__name__),
@@ -169,6 +186,51 @@ def evaluate(
         **circumstances(place, gear),
     }
     return Evaluation(tuple(rows), PackedIntegers.pack(truth), num_classes, seed, _CONFIDENCE, _RESAMPLES, metadata)
+
+
+def _batches(source: BatchSource, limit: int | None, place: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches that are evaluated, where they are."""
+    done = 0
+    for x, y in source.epoch(0):
+        if limit is not None:
+            x, y = x[: limit - done], y[: limit - done]
+        done += len(x)
+        yield x.to(place), y.to(place)
+        if limit is not None and done >= limit:
+            return
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Images:
+    """Images that can be read again, batch by batch, and what is known of them."""
+
+    source: BatchSource
+    limit: int | None
+    place: torch.device
+    truth: NDArray[np.int64]
+    num_classes: int
+
+
+def _rows_in_turn(
+    runs: Sequence[_RowRun], model: Model, images: _Images, told: Progress, keep: Unfinished | None, identity: object
+) -> list[Row]:
+    """Return all rows, each computed when that before it is finished and kept."""
+    counts, size = [len(run.predictors) for run in runs], len(images.truth)
+    finished: list[tuple[Row, ...]] = []
+    if keep is not None:
+        finished = taken(keep.open((__version__, identity, [run.identity for run in runs]), sum(counts)), counts)
+    labels = PackedIntegers.pack(images.truth)
+    for number, run in enumerate(runs[len(finished) :], start=len(finished)):
+        done = 0
+        for index, (x, y) in enumerate(_batches(images.source, images.limit, images.place)):
+            run.add(model, x, y, index)
+            done += len(x)
+            told(number * size + done, len(runs) * size, run.label)
+        finished.append(tuple(run.rows(images.truth, images.num_classes)))
+        if keep is not None:
+            rows = tuple(itertools.chain.from_iterable(finished))
+            keep.keep(Evaluation(rows, labels, images.num_classes, run.seed, _CONFIDENCE, _RESAMPLES))
+    return list(itertools.chain.from_iterable(finished))
 
 
 def _contained(model: Model, x: Tensor, seed: int) -> Model:
@@ -225,6 +287,13 @@ class _RowRun:
         if self.stochastic:
             passes = math.prod(getattr(self.attack, name, 1) for name in ("steps", "eot", "restarts"))
             self.gear = gears.with_compiled_attack(self.gear, pixels * passes, rows)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """All that the rows follow from, beside model, images and seed."""
+        attack = None if self.attack is None else (type(self.attack).__name__, _settings(self.attack))
+        switches = self.noise, self.switched, self.stochastic
+        return self.name, attack, switches, self.predictors, self.draws, self.members, repr(self.gear)
 
     @property
     def label(self) -> str:

@@ -1,0 +1,106 @@
+"""Finished rows of an evaluation, kept on disk until its record is written, so that a kill loses one row at most."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, final
+
+from learn2perturb import records
+from learn2perturb.errors import CheckpointError
+from learn2perturb.evaluation.result import Evaluation, Row
+from learn2perturb.terminal import say
+
+
+@dataclass(frozen=True)
+class PartialEvaluation(records.Saved):
+    """The first rows of an evaluation that was not finished; ``key`` says of which."""
+
+    FORMAT: ClassVar[str] = "learn2perturb.unfinished"
+    VERSION: ClassVar[int] = 1
+
+    key: str
+    found: Evaluation
+
+    def _check(self) -> None:
+        self.found._check()
+
+
+@final
+class Unfinished:
+    """A folder for the finished rows of an evaluation; leaving the ``with`` block without an error removes them.
+
+    ::
+
+        with Unfinished("runs/digits/evaluation") as keep:
+            evaluate(model, data, attacks, keep=keep).save("runs/digits/evaluation/mine.json")
+
+    The file is named after a hash of weights, images, all settings and versions, so rows of anything else are never
+    taken up.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.path: Path | None = None
+        self._key = ""
+
+    def __enter__(self) -> Unfinished:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.clear()
+
+    def clear(self) -> None:
+        """Remove what is kept: the record has been written."""
+        if self.path is not None:
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
+
+    def open(self, identity: Any, expected: int) -> tuple[Row, ...]:
+        """Return the rows that an evaluation of ``identity``, of ``expected`` rows, has finished before; say so."""
+        text = json.dumps(records.plain(identity), sort_keys=True, default=repr)
+        self._key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        self.path = self.folder / f"unfinished-{self._key[:16]}.partial"
+        if not self.path.exists():
+            return ()
+        try:
+            kept = PartialEvaluation.load(self.path)
+        except CheckpointError as error:
+            warnings.warn(f"finished rows are computed again: {error}", stacklevel=3)
+            return ()
+        if kept.key != self._key:
+            return ()
+        rows = kept.found.rows
+        say(f"going on: {len(rows)} of {expected} rows were finished before, in {self.path}")
+        return rows
+
+    def keep(self, found: Evaluation) -> None:
+        """Keep the rows so far; where that fails, say so and go on."""
+        if self.path is None:
+            return
+        try:
+            PartialEvaluation(self._key, found).save(self.path)
+        except CheckpointError as error:
+            warnings.warn(f"finished rows are not kept: {error}", stacklevel=3)
+            self.path = None
+
+
+def taken(rows: Sequence[Row], counts: Sequence[int]) -> list[tuple[Row, ...]]:
+    """Return finished ``rows`` run by run, each run having so many; a run of which some are missing is none."""
+    found, start = [], 0
+    for count in counts:
+        if start + count > len(rows):
+            break
+        found.append(tuple(rows[start : start + count]))
+        start += count
+    return found
