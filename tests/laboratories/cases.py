@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from learn2perturb.errors import Learn2PerturbError
 
 # What may come out of a case, and what may not.
-GOOD = ("clean line", "same result", "correct fallback", "seen in the record")
+GOOD = ("clean line", "same result", "correct fallback", "said aloud", "seen in the record")
 BAD = ("silent other result", "lost", "traceback", "hang", "executed", "escape sequence", "refused for good")
 
 

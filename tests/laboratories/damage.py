@@ -68,7 +68,7 @@ class Kind:
             return Outcome("correct fallback" if "damaged" in said else "same result", how)
         if self.older is not None and "damaged" in said and value == self.older():
             return Outcome("correct fallback", how)
-        return Outcome(self.other, how)
+        return Outcome("said aloud" if "damaged file" in said else self.other, how)
 
 
 def _line(text: str, how: str) -> Outcome:
