@@ -52,13 +52,14 @@ class Saved:
     FORMAT: ClassVar[str]
     VERSION: ClassVar[int]
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write this record as JSON, atomically.
+    def save(self, path: str | os.PathLike[str], *, new: bool = False) -> Path:
+        """Write this record as JSON, atomically; with ``new`` only where there is no file yet.
 
         Raises:
             CheckpointError: it cannot be written; a file that was there is left as it was.
+            FileExistsError: ``new`` is set and a file is there, even if it has come about in this moment.
         """
-        return save(path, typing.cast(Record, self))
+        return save(path, typing.cast(Record, self), new=new)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -80,13 +81,15 @@ class Saved:
         """Raise CheckpointError where fields contradict each other."""
 
 
-def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
+def atomic_write(path: str | os.PathLike[str], content: bytes | str, *, new: bool = False) -> Path:
     """Write ``content`` so that ``path`` holds either what it held before or all of ``content``, whatever happens.
 
     A temporary file in the same folder, fsync, rename, fsync of the folder; missing folders are made, and a link
-    is followed rather than replaced.  Text is written as UTF-8, line ends unchanged.
+    is followed rather than replaced.  Text is written as UTF-8, line ends unchanged.  With ``new``, of several that
+    write to one ``path`` at once one does.
 
     Raises:
+        FileExistsError: ``new`` is set and ``path`` exists.
         CheckpointError: the file cannot be written (folder not writable, disk full); the old file is left as it was.
     """
     _check_path(path)
@@ -101,11 +104,16 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
+            if new:
+                _place_new(temporary, target)
+            else:
+                os.replace(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
+        if new and isinstance(error, FileExistsError) and os.path.lexists(target):
+            raise
         raise CheckpointError(
             f"cannot write {target}: {error.strerror or error}; free the disk or choose another place"
         ) from error
@@ -141,6 +149,20 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def _temporary(target: Path) -> Path:
     """Return a name beside ``target`` that no other process uses."""
     return target.with_name(f".{target.name}.{os.getpid()}.{binascii.hexlify(os.urandom(4)).decode()}.tmp")
+
+
+def _place_new(temporary: Path, target: Path) -> None:
+    """Give a file its name, unless another has it: a link to it is made or refused in one step."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: the name is taken first, then filled
+        with open(target, "xb"):
+            pass
+        os.replace(temporary, target)
+    else:
+        temporary.unlink()
 
 
 def _check_path(path: object) -> None:
@@ -343,16 +365,17 @@ def from_json(text: str | bytes, cls: type[R], *, source: str = "record") -> R:
     return record
 
 
-def save(path: str | os.PathLike[str], record: Record) -> Path:
+def save(path: str | os.PathLike[str], record: Record, *, new: bool = False) -> Path:
     """Write ``record`` to ``path`` atomically, after reading it back: a bad record never replaces a good file.
 
     Raises:
+        FileExistsError: ``new`` is set and ``path`` exists.
         CheckpointError: the record does not survive the round trip, or the file cannot be written.
     """
     text = to_json(record)
     if to_json(from_json(text, type(record), source=f"the record for {path}")) != text:
         raise CheckpointError(f"the record for {path} does not survive a round trip through JSON; nothing was written")
-    return atomic_write(path, text)
+    return atomic_write(path, text, new=new)
 
 
 def load(path: str | os.PathLike[str], cls: type[R]) -> R:

@@ -173,6 +173,23 @@ def test_low_precision_and_fewer_images_than_cifar_has_fill_nothing(attacked):
     assert any("the 10,000 test images of cifar10" in note for note in found.notes)
 
 
+def test_an_ensemble_of_fewer_passes_and_other_images_fill_nothing(attacked):
+    own = {attacked.metadata["weights"]: True}
+    rows = tuple(dataclasses.replace(row, predictor="vote", members=5) for row in attacked.rows)
+    vote, header = dataclasses.replace(attacked, rows=rows), HEADER | {"predictor": "vote"}
+    assert model_info(header | {"members": 5}, [vote], weights=own).info["number_forward_passes"] == 5
+    found = model_info(header | {"members": 10}, [vote], weights=own)
+    assert found.info["clean_acc"] is found.info["autoattack_acc"] is None
+    assert any("of 5 passes an answer, not 10" in note for note in found.notes)
+
+    clean, rest = attacked.rows[:1], attacked.rows[1:]
+    others = dataclasses.replace(attacked, rows=clean, metadata=attacked.metadata | {"images": "0123456789abcdef"})
+    found = model_info(HEADER, [others, dataclasses.replace(attacked, rows=rest)], weights=own)
+    assert found.info["autoattack_acc"] is not None
+    assert found.info["clean_acc"] is None
+    assert any("of other images than the attacked ones" in note for note in found.notes)
+
+
 def test_a_limit_another_split_and_another_run_fill_nothing(run, tmp_path, capsys):
     records = {path: Evaluation.load(path) for path in (run / "evaluation").glob("*.json")}
     parts = [str(path) for path, record in records.items() if record.metadata["split"] != "test"]

@@ -125,6 +125,49 @@ def test_a_diagnosis_is_kept_and_read_back(honest, tmp_path):
         Diagnosis.load(path)
 
 
+def _forged(found: Diagnosis, what: str) -> Diagnosis:
+    check, reported = found.check(1), found.measurement("reported")
+    claim = check.claims[0]
+    checks = {
+        "status": dataclasses.replace(check, status="failed"),  # so that the verdict does not follow
+        "holds": dataclasses.replace(check, claims=(dataclasses.replace(claim, holds=False), *check.claims[1:])),
+        "broken": dataclasses.replace(
+            check, claims=(dataclasses.replace(claim, p_value=0.0, adjusted=0.0, holds=False), *check.claims[1:])
+        ),
+        "p_value": dataclasses.replace(check, claims=(dataclasses.replace(claim, difference=0.5), *check.claims[1:])),
+        "number": dataclasses.replace(check, number=7),
+    }
+    measurements = {
+        "accuracy": dataclasses.replace(reported, accuracy=reported.accuracy + 0.1),
+        "interval": dataclasses.replace(
+            reported, interval=dataclasses.replace(reported.interval, low=reported.interval.low - 0.1)
+        ),
+        "n": dataclasses.replace(reported, n=reported.n - 1),
+    }
+    if what in checks:
+        return dataclasses.replace(found, checks=(checks[what], *found.checks[1:]))
+    if what in measurements:
+        rest = tuple(one for one in found.measurements if one.name != "reported")
+        return dataclasses.replace(found, measurements=(*rest, measurements[what]))
+    if what == "curve":
+        curve = found.curves[0]
+        point = dataclasses.replace(curve.points[0], accuracy=curve.points[0].interval.high + 0.01)
+        curve = dataclasses.replace(curve, points=(point, *curve.points[1:]))
+        return dataclasses.replace(found, curves=(curve, *found.curves[1:]))
+    return dataclasses.replace(found, **{"verdict": {"verdict": "not shown"}, "lowest": {"lowest": "magic"}}[what])
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["status", "holds", "broken", "p_value", "number", "accuracy", "interval", "n", "curve", "verdict", "lowest"],
+)
+def test_a_diagnosis_that_contradicts_its_data_is_refused(what, honest, tmp_path):
+    path = _forged(honest, what).save(tmp_path / "forged.json")
+    with pytest.raises(CheckpointError) as caught:
+        Diagnosis.load(path)
+    assert "\n" not in str(caught.value)
+
+
 class Quantised(nn.Module):
     """Masks gradients: rounding has a derivative of zero."""
 

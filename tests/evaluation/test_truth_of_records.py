@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from learn2perturb.attacks import PGD, Transfer
+from learn2perturb.data import load_data
 from learn2perturb.errors import CheckpointError
-from learn2perturb.evaluation import Evaluation, evaluate
+from learn2perturb.evaluation import Certification, Evaluation, certify, evaluate
+from learn2perturb.evaluation.certificates import gaussian_dp_radius, laplace_radius, vote_bounds
+from learn2perturb.evaluation.diagnostics import QUICK, diagnose
+from learn2perturb.models import build_model
+from learn2perturb.records import PackedIntegers
 
 X, Y = torch.rand(30, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 2
+
+FEW = dataclasses.replace(
+    QUICK, images=30, some=6, scorings=2, eot=1, sweep_eot=1, steps=2, unbounded_steps=4, samples=2, judge_draws=2,
+    eps_grid=(0.1, 0.2), draw_curve=(1, 4), step_curve=(2, 4), restarts=1, square_queries=4, square_draws=1,
+    slope_images=2, slope_repeats=4,
+)  # fmt: skip
 
 
 def noisy(x: Tensor) -> Tensor:
@@ -68,3 +80,85 @@ def test_no_scoring_sees_a_draw_of_the_attack():
     evaluate(model, (X, Y), {"pgd": PGD(0.1, 0.05, 3, eot=2, random_start=False)}, draws=3)
     probes = 3  # what tells whether the model draws repeats a stream on purpose
     assert len(set(drawn[probes:])) == len(drawn[probes:])
+
+
+def certified(method: str) -> Certification:
+    """A certification of some images, of which some abstained."""
+    if method == "smoothing":
+        return certify(lambda x: torch.stack([x.flatten(1).mean(1), 0.5 + 0 * x[:, 0, 0, 0]], 1), (X, Y),
+                       sigma=0.5, n0=10, n=60)  # fmt: skip
+    from learn2perturb.defenses import build_defense
+
+    torch.manual_seed(0)
+    network = build_defense("pixeldp").prepare(build_model("digits_cnn", input_shape=(1, 8, 8)), (1, 8, 8)).eval()
+    with torch.no_grad():
+        network.fc.bias[0] += 4  # all votes agree: then the other votes are known, and so is the radius
+    return certify(network, load_data("digits", "test", limit=6), method="pixeldp", n0=20, n=200, alpha=0.05)
+
+
+@pytest.fixture(scope="module", params=["smoothing", "pixeldp"])
+def certificates(request) -> Certification:
+    return certified(request.param)
+
+
+@pytest.mark.parametrize("field", ["radius", "largest", "votes", "abstained", "class", "constant", "alpha", "n"])
+def test_a_certificate_that_contradicts_its_votes_is_refused(field, certificates, tmp_path):
+    assert Certification.load(certificates.save(tmp_path / "true.json")) == certificates
+    radii, predictions = list(certificates.radii), certificates.predictions.unpack()
+    first = next(index for index, radius in enumerate(radii) if radius > 0)
+    radii[first] *= 2
+    votes = certificates.votes.unpack()
+    votes[first] = certificates.n // 2
+    predictions[first] = -1 if field == "abstained" else 99
+    forged = dataclasses.replace(
+        certificates,
+        **{
+            "radius": {"radii": tuple(radii)},
+            "largest": {"largest": certificates.largest * 2},
+            "votes": {"votes": PackedIntegers.pack(votes)},
+            "abstained": {"predictions": PackedIntegers.pack(predictions)},
+            "class": {"predictions": PackedIntegers.pack(predictions)},
+            "constant": {"constant": certificates.constant * 2},
+            "alpha": {"alpha": certificates.alpha * 10},
+            "n": {"n": certificates.n * 2},
+        }[field],
+    )
+    path = forged.save(tmp_path / "forged.json")
+    with pytest.raises(CheckpointError, match="certify again") as caught:
+        Certification.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_any_split_of_the_other_votes_is_within_the_range_of_pixeldp(norm):
+    draws = np.random.default_rng(0)
+    votes = np.stack([draws.multinomial(200, [0.7 + 0.28 * share, *[(0.3 - 0.28 * share) / 4] * 4])
+                      for share in draws.random(40)])  # fmt: skip
+    rule = laplace_radius if norm == "l1" else gaussian_dp_radius
+    radii = rule(*vote_bounds(votes, 0.05, top=np.zeros(40, dtype=np.int64)), sigma=1.0, sensitivity=2.0)
+    counts = votes[:, 0]
+    found = Certification(
+        method="pixeldp", norm=norm, constant=2.0, exact=True, site=None, sigma=None, n0=1, n=200, alpha=0.05, eps=0.1,
+        pixels=4, largest=0.0, labels=PackedIntegers.pack(0 * counts), predictions=PackedIntegers.pack(0 * counts),
+        votes=PackedIntegers.pack(counts), radii=tuple(map(float, radii)), num_classes=5, seed=0,
+    )  # fmt: skip
+    unanimous = rule(*vote_bounds([[200, 0, 0, 0, 0]], 0.05, top=[0]), sigma=1.0, sensitivity=2.0)
+    true = dataclasses.replace(
+        found, largest=float(unanimous[0]), predictions=PackedIntegers.pack(np.where(radii > 0, 0, -1))
+    )
+    assert (radii > 0).any() and (radii < true.largest).all()
+    true._check()
+    with pytest.raises(CheckpointError, match="image 5 has radius"):
+        dataclasses.replace(true, radii=(*true.radii[:5], true.largest * 1.01, *true.radii[6:]))._check()
+
+
+def test_certifications_and_diagnoses_name_weights_and_images():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
+    one, other = (certify(network, (X, Y), sigma=0.5, n0=5, n=20, limit=limit) for limit in (None, 10))
+    evaluated = evaluate(network, (X, Y))
+    assert one.metadata["weights"] == other.metadata["weights"] == evaluated.metadata["weights"] is not None
+    assert one.metadata["images"] == evaluated.metadata["images"] != other.metadata["images"]
+    found = diagnose(network, (X, Y), budget=FEW)
+    assert found.metadata["weights"] == evaluated.metadata["weights"]
+    assert found.metadata["images"] == evaluated.metadata["images"]

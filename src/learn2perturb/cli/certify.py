@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from learn2perturb.cli.figures import certification_figure, check_folder
 from learn2perturb.cli.options import add_json, print_json, typed
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
-from learn2perturb.cli.subject import add_passes, add_subject, check_subject, load_subject, new_record
+from learn2perturb.cli.subject import add_passes, add_subject, check_subject, load_subject, new_record, save_record
 from learn2perturb.evaluation import defaults
 from learn2perturb.training.config import fraction
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eps", metavar="X", help="l_inf size to compare with (default: the run's, else 8/255)")
     add_passes(parser, defaults.CERTIFY_BATCH_SIZE, attacks=False)
     add("--figures", metavar="DIR", help="write certified accuracy against radius there, as a PNG file")
-    add("--out", metavar="FILE", help="the record (default RUN/evaluation/certification-SPLIT-seedN.json)")
+    add("--out", metavar="FILE", help="the record (default RUN/evaluation/NAME-certification-SPLIT-seedN.json)")
     add_json(parser)
 
 
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         method=arguments.method, sigma=sigma, eps=subject.eps if eps is None else eps, limit=arguments.limit,
         batch_size=arguments.batch_size, seed=arguments.seed, name=subject.name,
     )  # fmt: skip
-    record = saved(lambda: found.save(new_record(arguments, subject.folder, "certification")))
+    record = saved(lambda: save_record(found, arguments, subject.folder, "certification"))
     drawn = [] if figures is None else certification_figure(found, figures)
     if arguments.json:
         print_json(summary(found) | {"record": place_of(record), "figures": [str(path) for path in drawn]})

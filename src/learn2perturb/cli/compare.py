@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("second", metavar="RECORD", help="another, of the same images")
     add(
         "--pair", action="append", default=[], metavar="FIRST=SECOND",
-        help="compare these rows, by attack, such as eot-pgd20=pgd20; may be repeated (default: rows of equal name)",
+        help="compare these rows, by attack, such as eot-pgd20=pgd20; may be repeated (default: equal settings)",
     )  # fmt: skip
     add("--out", metavar="FILE", help="write the comparison there, as JSON")
     add_json(parser)
@@ -51,7 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
             {
                 "first": found.first,
                 "second": found.second,
+                "steps": found.metadata["steps"],
                 "differences": [asdict(one) | {"sentence": one.sentence} for one in found.differences],
+                "left_out": list(found.left_out),
+                "notes": list(found.notes),
             }
         )
     else:

@@ -19,6 +19,7 @@ from learn2perturb.cli.subject import (
     load_subject,
     made_by,
     new_record,
+    save_record,
 )
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation import defaults
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_passes(parser, defaults.DIAGNOSE_BATCH_SIZE)
     add("--figures", metavar="DIR", help="write the curves there, as PNG files")
     add("--strict", action="store_true", help="exit 1 unless the verdict is that the claim stands")
-    add("--out", metavar="FILE", help="the record (default RUN/evaluation/diagnosis-SPLIT-seedN.json)")
+    add("--out", metavar="FILE", help="the record (default RUN/evaluation/NAME-diagnosis-SPLIT-seedN.json)")
     add_json(parser)
 
 
@@ -98,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         stochastic=True if arguments.stochastic else None, seed=arguments.seed, limit=arguments.limit,
         batch_size=arguments.batch_size, engine=arguments.engine, name=subject.name,
     )  # fmt: skip
-    record = saved(lambda: found.save(new_record(arguments, subject.folder, "diagnosis")))
+    record = saved(lambda: save_record(found, arguments, subject.folder, "diagnosis"))
     drawn = [] if figures is None else diagnosis_figures(found, figures)
     if arguments.json:
         print_json(summary(found) | {"record": place_of(record), "figures": [str(path) for path in drawn]})

@@ -34,6 +34,7 @@ from learn2perturb.cli.subject import (
     own_eps,
     read_run,
     records_of,
+    save_record,
 )
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation import defaults
@@ -115,8 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
         noise_off=not arguments.no_noise_off, seed=arguments.seed, batch_size=arguments.batch_size,
         limit=arguments.limit, device=device, engine=arguments.engine, name=str(arguments.run), keep=keep,
     )  # fmt: skip
-    # Anew: another evaluation may have taken the name in the meantime.
-    record = saved(lambda: result.save(record_path(arguments)))
+    record = saved(lambda: save_record(result, arguments, records_of(arguments.run), "evaluation"))
     code = FAILURE if record is None else SUCCESS
     if record is not None:
         keep.clear()

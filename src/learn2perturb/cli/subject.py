@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import itertools
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from learn2perturb.data import ImageData
+    from learn2perturb.records import Saved
 
 SPLITS = ("test", "train", "validation")
 OWN_EPS = defaults.EPS
+_LONGEST_NAME = 80  # characters of a file's name that are the network's
 # settings of a run that other verbs use -> their types
 _USED: dict[str, Any] = {
     "eps": (int, float), "dataset": str, "data_dir": str, "validation": (int, float), "seed": int
@@ -253,10 +257,35 @@ def new_record(arguments: argparse.Namespace, folder: Path, kind: str) -> Path:
         if path.exists() and not is_record(path, kind):
             raise CheckpointError(f"{path} exists and is no {kind} record; give another --out so that it is not lost")
         return path
-    parts = [] if folder.name == kind else [kind]
+    return next(path for path in _names(arguments, folder, kind) if not path.exists())
+
+
+def save_record(record: Saved, arguments: argparse.Namespace, folder: Path, kind: str) -> Path:
+    """Save a record where :func:`new_record` says, and return where; of two at once each gets a name of its own.
+
+    Raises:
+        ConfigError, CheckpointError: as :func:`new_record`, or it cannot be written.
+    """
+    if arguments.out:
+        return record.save(new_record(arguments, folder, kind))
+    for path in _names(arguments, folder, kind):
+        with contextlib.suppress(FileExistsError):
+            return record.save(path, new=True)
+    raise AssertionError("names have no end")
+
+
+def _names(arguments: argparse.Namespace, folder: Path, kind: str) -> Iterator[Path]:
+    """Yield names for a record: of which network, what, of which images, and a number after the first."""
+    own = folder.name == kind  # what lies in RUN/evaluation is of RUN
+    parts = [] if own and Path(arguments.run).is_dir() else [name_of(arguments.run)]
+    parts += [] if own else [kind]
     parts += [arguments.split, *([f"limit{arguments.limit}"] if arguments.limit else []), f"seed{arguments.seed}"]
-    path, number = folder / f"{'-'.join(parts)}.json", 2
-    while path.exists():
-        path = folder / f"{'-'.join(parts)}-{number}.json"
-        number += 1
-    return path
+    yield folder / f"{'-'.join(parts)}.json"
+    for number in itertools.count(2):
+        yield folder / f"{'-'.join(parts)}-{number}.json"
+
+
+def name_of(run: str) -> str:
+    """Return what a file that is of a run, a file of weights or a factory may be called after."""
+    found = Path(run).resolve().name if Path(run).exists() else run.rpartition("hf-hub:")[2].rpartition("zoo:")[2]
+    return re.sub(r"[^\w.=+-]+", "-", found.removesuffix(".safetensors"))[:_LONGEST_NAME].strip("-.") or "model"

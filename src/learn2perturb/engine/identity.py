@@ -45,10 +45,12 @@ class ImagesFingerprint:
     """The fingerprint of images that come in batches; how they are cut into batches does not count."""
 
     def __init__(self) -> None:
+        self.count = 0
         self._images, self._labels = (hashlib.blake2b(digest_size=_DIGEST_BYTES) for _ in range(2))
 
     def add(self, images: Tensor, labels: Tensor) -> None:
         """Take a batch (N, C, H, W) with its labels (N,)."""
+        self.count += len(labels)
         for image in images.detach().cpu().contiguous():
             self._images.update(f"{image.dtype}\x1f{tuple(image.shape)}\x1e".encode())
             self._images.update(image.reshape(-1).view(torch.uint8).numpy().data)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from learn2perturb import __version__
 from learn2perturb.attacks import Attack
 from learn2perturb.checks import check_count
-from learn2perturb.data import BatchSource, ImageData, check_labels, make_source, warn_of_subset
+from learn2perturb.data import BatchSource, check_labels, make_source, warn_of_subset
 from learn2perturb.data.loader import MemorySource
 from learn2perturb.engine import gears
 from learn2perturb.engine.halving import Halving
@@ -31,6 +31,7 @@ from learn2perturb.evaluation import defaults
 from learn2perturb.evaluation.inputs import peculiarities
 from learn2perturb.evaluation.intervals import majority
 from learn2perturb.evaluation.keeping import Unfinished, taken
+from learn2perturb.evaluation.origin import origin, weights_of
 from learn2perturb.evaluation.parts import attacked
 from learn2perturb.evaluation.passes import (
     PROBABILITIES,
@@ -127,7 +128,7 @@ def evaluate(
 
     labels: list[NDArray[np.int64]] = []
     seen = ImagesFingerprint()
-    weights = fingerprint_of_weights(model) if isinstance(model, nn.Module) else None
+    weights = weights_of(model)
     runs: list[_RowRun] = []
     findings: list[str] = []
     num_classes = done = 0
@@ -174,11 +175,7 @@ def evaluate(
             rows = [row for run in runs for row in run.rows(truth, num_classes)]
     _warn_of_zero_gradients(rows)
     metadata = {
-        "model": name or getattr(model, "registered_name", None) or getattr(model, "__name__", type(model).__name__),
-        "data": getattr(data, "name", type(data).__name__),
-        "weights": weights,
-        "images": seen.hexdigest(),
-        "split": data.whole if isinstance(data, ImageData) and done == len(data) else None,
+        **origin(model, data, name, weights=weights, seen=seen),
         "date": started,
         "batch_size": batch_size,
         "limit": limit,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -10,12 +11,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from learn2perturb import records
+from learn2perturb.errors import CheckpointError
+from learn2perturb.evaluation.certificates import gaussian_dp_radius, laplace_radius
 from learn2perturb.evaluation.intervals import wilson
 from learn2perturb.evaluation.result import format_eps
 from learn2perturb.records import PackedIntegers
 
 METHODS = ("first_noise", "smoothing", "pixeldp")
 ABSTAINED = -1
+_ROUNDING = 1e-6  # of a radius: another release of scipy may give the last digits differently
 
 
 def lower_bound(successes: ArrayLike, n: int, alpha: float) -> NDArray[np.float64]:
@@ -115,6 +119,59 @@ class Certification(records.Saved):
         if share == 0:
             return f"VACUOUS against l_inf {size}: {start[0].lower() + start[1:]}, and no image reached it."
         return f"{start}: {100 * share:.1f} % are certified."
+
+    def _check(self) -> None:
+        """Check that every radius and every abstention is what the votes give."""
+        mend = "restore the file or certify again"
+        labels, predictions, votes = (one.unpack() for one in (self.labels, self.predictions, self.votes))
+        radii = np.asarray(self.radii, dtype=np.float64)
+        if not labels.shape == predictions.shape == votes.shape == radii.shape or not len(radii):
+            raise CheckpointError(f"labels, predictions, votes and radii are not one for each image; {mend}")
+        if self.method not in METHODS or self.n < 1 or not 0 < self.alpha < 1 or not self.constant > 0:
+            raise CheckpointError(f"n, alpha, constant or method are none that a certificate can have; {mend}")
+        if self.method == "smoothing" and not (self.sigma and math.isclose(self.constant * self.sigma, 1)):
+            raise CheckpointError(f"the constant is {self.constant:.6g}, and that of sigma is one through it; {mend}")
+        for what, values, first, last in (
+            ("label", labels, 0, self.num_classes - 1),
+            ("prediction", predictions, ABSTAINED, self.num_classes - 1),
+            ("number of votes", votes, 0, self.n),
+        ):
+            if values.min() < first or values.max() > last:
+                raise CheckpointError(f"a {what} lies outside of {first} to {last}; {mend}")
+        least, most, largest = self._radii_of(votes)
+        wrong = np.flatnonzero(~((radii >= least - _ROUNDING) & (radii <= most + _ROUNDING)))
+        if len(wrong):
+            image = int(wrong[0])
+            raise CheckpointError(
+                f"image {image} has radius {radii[image]:.6g}, and its {votes[image]} of {self.n} votes give "
+                f"{most[image]:.6g}; {mend}"
+            )
+        if not math.isclose(self.largest, largest, abs_tol=_ROUNDING):
+            raise CheckpointError(
+                f"the largest radius is {self.largest:.6g}, and {self.n} votes give {largest:.6g}; {mend}"
+            )
+        if not np.array_equal(predictions == ABSTAINED, radii <= 0):
+            raise CheckpointError(f"an image without a radius has a certified class, or the other way round; {mend}")
+
+    def _radii_of(self, votes: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+        """Return the least and the largest radius that ``votes`` (N) for the chosen class allow, and that of all n.
+
+        They are one, but for ``pixeldp``, where how the other votes fall is not recorded.
+        """
+        if self.method != "pixeldp":
+            radii = radius_of(lower_bound(votes, self.n, self.alpha), self.constant)
+            return radii, radii, largest_radius(self.n, self.alpha, self.constant)
+        rest = self.n - votes
+        # The other votes all for one class, or spread evenly: the bound is on the class that has most of them.
+        least, most = (self._private_radii(votes, others) for others in (rest, -(-rest // (self.num_classes - 1))))
+        return least, most, float(self._private_radii(np.array([self.n]), np.array([0]))[0])
+
+    def _private_radii(self, votes: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the radii of PixelDP for the votes of the chosen class, and of the one that has most of the rest."""
+        level = self.alpha / self.num_classes
+        low, high = lower_bound(votes, self.n, level), 1 - lower_bound(self.n - others, self.n, level)
+        rule = laplace_radius if self.norm == "l1" else gaussian_dp_radius
+        return rule(low, high, sigma=1.0, sensitivity=self.constant)
 
     def __str__(self) -> str:
         n = len(self.radii)

@@ -16,6 +16,8 @@ from learn2perturb.evaluation.result import Evaluation, Row
 from learn2perturb.evaluation.significance import holm, mcnemar
 
 _RESAMPLES = 10_000
+# What the record of a comparison keeps of the metadata of both: its name here -> its name there.
+_KEPT = {"steps": "step", "weights": "weights"}
 # Settings that change nothing where two passes over an image are the same.
 _EOT = ("eot", "eot_average")
 
@@ -76,7 +78,9 @@ class Comparison(records.Saved):
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"first:  {self.first}", f"second: {self.second}", ""]
+        steps = self.metadata.get("steps", [None, None])
+        told = ["" if step is None else f", step {step}" for step in steps]
+        lines = [f"first:  {self.first}{told[0]}", f"second: {self.second}{told[1]}", ""]
         for one in self.differences:
             rows = one.first if one.first == one.second else f"{one.first} against {one.second}"
             lines += [
@@ -140,7 +144,9 @@ def compare(
     names = [str(one.metadata.get("model", "a model")) for one in (first, second)]
     left_out = () if pairs else _left_out(first, second, rows)
     notes = (*_unidentified(first, second), *(note for left, right in rows for note in _unlike(left, right)))
-    return Comparison(names[0], names[1], differences, confidence, {"resamples": _RESAMPLES}, left_out, notes)
+    metadata: dict[str, Any] = {"resamples": _RESAMPLES}
+    metadata |= {name: [one.metadata.get(key) for one in (first, second)] for name, key in _KEPT.items()}
+    return Comparison(names[0], names[1], differences, confidence, metadata, left_out, notes)
 
 
 def _check_images(first: Evaluation, second: Evaluation) -> None:

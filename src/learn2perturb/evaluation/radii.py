@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from learn2perturb.checks import check_count, check_size
 from learn2perturb.data import BatchSource, check_labels, make_source, warn_of_subset
 from learn2perturb.engine import gears
+from learn2perturb.engine.identity import ImagesFingerprint
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError, NoiseError
@@ -22,6 +23,7 @@ from learn2perturb.evaluation.certificates import gaussian_dp_radius, laplace_ra
 from learn2perturb.evaluation.certification import METHODS, Certification, largest_radius, lower_bound, radius_of
 from learn2perturb.evaluation.first_noise import check_draws, check_first_noise, first_noise
 from learn2perturb.evaluation.inputs import check_fixed
+from learn2perturb.evaluation.origin import origin, weights_of
 from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of
 from learn2perturb.noise.sensitivity import checked_convolution, sensitivity
 from learn2perturb.progress import Progress, shown
@@ -85,11 +87,12 @@ def certify(
         raise ConfigError(f"alpha is {alpha!r}, must be a number in (0, 1); 0.001 is usual")
     if not callable(model):
         raise ConfigError(f"model is a {type(model).__name__}, must be callable: a network or a function")
-    place = device_of(model, device)
+    place, weights, seen = device_of(model, device), weights_of(model), ImagesFingerprint()
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
     with shown(progress) as told, own_modes(), isolated_rng(), in_mode(model, False):
         source = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=limit)
         x, y = _all_images(source, place)
+        seen.add(x, y)
         # Before anything else looks at the model: what is refused here is refused in seconds, not after the votes.
         constant, site, exact, mechanism = _constant(model, x, method, sigma)
         check_fixed(model, x, seed)
@@ -114,8 +117,7 @@ def certify(
         radii = radius_of(p_low, constant)
         largest = largest_radius(n, alpha, constant)
     metadata = {
-        "model": name or getattr(model, "registered_name", None) or getattr(model, "__name__", type(model).__name__),
-        "data": getattr(data, "name", type(data).__name__),
+        **origin(model, data, name, weights=weights, seen=seen),
         "date": started,
         "seconds": time.perf_counter() - clock,
         "batch_size": batch_size,

@@ -34,6 +34,7 @@ MOST_TENSORS = 100_000
 _HEADER: dict[str, type] = {
     "version": int, "registered_name": str, "build_arguments": dict, "noise": list, "config": dict,
     "input_shape": list, "defense": str, "predictor": str, "members": int, "dataset": str, "epoch": int,
+    "step": int,
     FINGERPRINT: str, EXTRA: dict,
 }  # fmt: skip
 FORMAT, RESUME_FORMAT, VERSION = "learn2perturb.model", "learn2perturb.resume", 1

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from learn2perturb import zoo
+from learn2perturb.engine.identity import fingerprint_of_weights
 from learn2perturb.errors import CheckpointError, MissingDependencyError
 from learn2perturb.models import build_model
 from learn2perturb.noise import insert, noise_modules, remove_noise
 from learn2perturb.reading import reading
-from learn2perturb.training.checkpoint import MODEL, check_noise, checkpoints, read_model
+from learn2perturb.training.checkpoint import FOLDER, MODEL, check_noise, checkpoints, read_model
 
 HUB = "hf-hub:"
 _PLACES = f"a run folder, a .safetensors file, {zoo.PREFIX}NAME, or {HUB}owner/name"
@@ -100,7 +101,17 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
             remove_noise(model)
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} does not fit: {reason}; give the network it was trained with") from None
+    # For records: which step these weights are of, as long as they stay as they are.
+    model.trained = (_step(path, header), fingerprint_of_weights(model))  # type: ignore[assignment]
     return model.eval()
+
+
+def _step(path: Path, header: dict[str, Any]) -> int | None:
+    """Return the training step of the weights; a run of before says it in the name of its checkpoint only."""
+    step = header.get("step")
+    if step is None and path.name == MODEL and path.parent.parent.name == FOLDER and path.parent.name.isdecimal():
+        step = int(path.parent.name)
+    return step
 
 
 def _built(header: dict[str, Any], weights: int) -> nn.Module:

@@ -203,6 +203,7 @@ class Training:
             "dataset": self.dataset,
             "classes": None if self.classes is None else list(self.classes),
             "epoch": self.epoch,
+            "step": self.step,
         }
 
     def save(self, metrics: MetricsFile) -> None:

@@ -153,6 +153,12 @@ class Diagnosis(records.Saved):
                 return one
         raise UnknownNameError.of("measurement", name, {one.name for one in self.measurements})
 
+    def _check(self) -> None:
+        """Check that accuracies, claims, statuses and the verdict follow from the data they are of."""
+        from learn2perturb.evaluation.diagnostics.consistency import check_consistency
+
+        check_consistency(self)
+
     def __str__(self) -> str:
         eps = f"{self.norm} {format_eps(self.eps)}"
         clean = self.measurement("clean")

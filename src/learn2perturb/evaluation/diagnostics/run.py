@@ -17,6 +17,7 @@ from learn2perturb.attacks import PGD
 from learn2perturb.checks import check_count
 from learn2perturb.data import BatchSource, balanced_rows, check_labels, make_source, warn_of_subset
 from learn2perturb.engine import gears
+from learn2perturb.engine.identity import ImagesFingerprint
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError, InputError
@@ -33,6 +34,7 @@ from learn2perturb.evaluation.inputs import (
     replay_of,
     warn_of_probabilities,
 )
+from learn2perturb.evaluation.origin import origin, weights_of
 from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of, passes_differ
 from learn2perturb.evaluation.replays import contained
 from learn2perturb.evaluation.result import format_eps
@@ -109,13 +111,13 @@ def diagnose(
             raise ConfigError(f"source {key!r} is a {type(source).__name__}, must be callable: a network or a function")
     if noise_off is not None and not callable(noise_off):
         raise ConfigError(f"noise_off is a {type(noise_off).__name__}, must be callable: the network without its noise")
-    place = device_of(model, device)
+    place, weights, seen = device_of(model, device), weights_of(model), ImagesFingerprint()
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
     findings = _train_mode_finding(model)
     everyone = [model, *(sources or {}).values(), *([] if noise_off is None else [noise_off])]
     with shown(progress) as told, own_modes(), isolated_rng(), _all_in_eval_mode(everyone):
         images = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=plan.images)
-        x, y = _images(images, place, seed)
+        x, y = _images(images, place, seed, seen)
         plan = resized(plan, len(x))
         replay = replay_of(model, x, seed)
         if not replay or stochastic is False:
@@ -148,8 +150,7 @@ def diagnose(
         checks, lowest=lowest, accuracy=bench.rivals[lowest], n=len(x), eps=f"{attack.norm} {format_eps(attack.eps)}"
     )
     metadata = {
-        "model": name or getattr(model, "registered_name", None) or getattr(model, "__name__", type(model).__name__),
-        "data": getattr(data, "name", type(data).__name__),
+        **origin(model, data, name, weights=weights, seen=seen),
         "attack": f"{whitebox.title(attack, stochastic=draws_noise)}",
         "parameters": {key: value for key, value in plain(attack).items() if key != "seed"},
         "sources": sorted(given),
@@ -268,13 +269,14 @@ def _all_in_eval_mode(models: list[Model]) -> Iterator[None]:
         yield
 
 
-def _images(source: BatchSource, place: torch.device, seed: int) -> tuple[Tensor, Tensor]:
+def _images(source: BatchSource, place: torch.device, seed: int, seen: ImagesFingerprint) -> tuple[Tensor, Tensor]:
     """Return images and labels in an order of which every beginning is balanced: the costly checks take one."""
     seed_everything(seed, "data")
     batches = list(source.epoch(0))
     if not batches:
         raise DataError("the data hold no images; give at least one")
     x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    seen.add(x, y)  # in the order of the source, as evaluate sees them
     if len(y) > 1 and bool((y == y[0]).all()):
         raise DataError(
             f"all {len(y)} images are of class {int(y[0])}, which shows nothing; give images of several classes (from "
