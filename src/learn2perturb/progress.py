@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TextIO, cast
+from typing import Any, NamedTuple, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,6 +16,21 @@ from rich.progress import Progress as Bar
 from learn2perturb.terminal import Steady, say, visible
 
 Progress = Callable[[float, float, str], object]  # done, total, of what
+
+
+class _Start(NamedTuple):
+    """When work was first heard of, and how much of it was done then."""
+
+    at: float
+    done: float
+    total: float
+
+    def left(self, now: float, done: float) -> str:
+        """Say how long the rest takes if it goes on as before."""
+        if done <= self.done or now <= self.at:
+            return ""
+        seconds = (self.total - done) * (now - self.at) / (done - self.done)
+        return f", about {max(1, round(seconds / 60))} min left" if seconds > 60 else f", about {seconds:.0f} s left"
 
 
 class Reporter:
@@ -28,6 +43,7 @@ class Reporter:
         self._task: Any = None
         self._label = ""
         self._spoken = time.monotonic()
+        self._start: _Start | None = None
 
     def __enter__(self) -> Reporter:
         if self.enabled and self._console.is_terminal:
@@ -64,9 +80,13 @@ class Reporter:
             if self._task is None:
                 self._task = self._bar.add_task(label, total=total)
             self._bar.update(self._task, completed=done, total=total, description=label)
-        elif time.monotonic() - self._spoken > self.interval:
-            self._spoken = time.monotonic()
-            self.line(f"{label}: {done:g}/{total:g}")
+            return
+        now = time.monotonic()
+        if self._start is None or total != self._start.total or done < self._start.done:
+            self._start = _Start(now, done, total)
+        if now - self._spoken > self.interval:
+            self._spoken = now
+            self.line(f"{label}: {done:.0f}/{total:.0f}{self._start.left(now, done)}")
 
 
 @contextmanager

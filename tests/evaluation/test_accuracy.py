@@ -323,7 +323,8 @@ def test_limit_cuts_inside_a_batch_and_progress_ends_at_all() -> None:
             lever, source, {"d": Darken(0.1)}, limit=11, batch_size=8, progress=lambda *r: reports.append(r)
         )
         assert [row.n for row in result.rows] == [11, 11]
-        assert [report[0] for report in reports] == [8, 16, 19, 22]
+        side_by_side = source is loader  # else the rows follow each other
+        assert [report[0] for report in reports] == ([8, 16, 19, 22] if side_by_side else [8, 11, 19, 22])
         assert {report[1] for report in reports} == {22}
 
 

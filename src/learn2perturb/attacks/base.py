@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from learn2perturb.attacks.balls import BALLS, NORMS, Ball
 from learn2perturb.attacks.gradients import AVERAGES, Average, Values, input_gradient, value_and_gradient, values_of
+from learn2perturb.attacks.listening import listener
 from learn2perturb.attacks.losses import LOSSES, Loss, margin
 from learn2perturb.attacks.probing import apart, passes_differ
 from learn2perturb.attacks.watch import Watch
@@ -243,6 +244,7 @@ class Query:
         self.forwards = 0
         self.backwards = 0
         self.watch = Watch()
+        self._listener = listener()
         self._model = model
         self._attack = attack
         self._loss = LOSSES[attack.loss]
@@ -263,6 +265,8 @@ class Query:
             self._checked = True
             self._num_classes = logits.shape[1]
         self.forwards += len(x)
+        if self._listener is not None:
+            self._listener(len(x))
         self.watch.logits(logits)
         return plain_logits(logits)
 

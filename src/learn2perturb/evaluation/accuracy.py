@@ -8,7 +8,7 @@ import datetime
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from learn2perturb import __version__
 from learn2perturb.attacks import Attack
+from learn2perturb.attacks.listening import passes_told_to
 from learn2perturb.checks import check_count
 from learn2perturb.data import BatchSource, check_labels, make_source, warn_of_subset
 from learn2perturb.data.loader import MemorySource
@@ -32,6 +33,7 @@ from learn2perturb.evaluation.inputs import peculiarities
 from learn2perturb.evaluation.intervals import majority
 from learn2perturb.evaluation.keeping import Unfinished, taken
 from learn2perturb.evaluation.origin import origin, weights_of
+from learn2perturb.evaluation.pace import Pace
 from learn2perturb.evaluation.parts import attacked
 from learn2perturb.evaluation.passes import (
     PROBABILITIES,
@@ -153,8 +155,9 @@ def evaluate(
             labels.append(y.cpu().numpy())
             seen.add(x, y)
             for number, run in enumerate(() if by_row else runs):
-                run.add(scored, x, y, index)
-                told(done * len(runs) + (number + 1) * len(x), expected * len(runs), run.label)
+                before, total = done * len(runs) + number * len(x), expected * len(runs)
+                run.add(scored, x, y, index, _share(told, before, len(x), total, run.label))
+                told(before + len(x), total, run.label)
             done += len(x)
         if not done:
             raise DataError("the data hold no images; give at least one, and a limit of at least 1")
@@ -220,14 +223,20 @@ def _rows_in_turn(
     for number, run in enumerate(runs[len(finished) :], start=len(finished)):
         done = 0
         for index, (x, y) in enumerate(_batches(images.source, images.limit, images.place)):
-            run.add(model, x, y, index)
+            before, total = number * size + done, len(runs) * size
+            run.add(model, x, y, index, _share(told, before, len(x), total, run.label))
             done += len(x)
-            told(number * size + done, len(runs) * size, run.label)
+            told(before + len(x), total, run.label)
         finished.append(tuple(run.rows(images.truth, images.num_classes)))
         if keep is not None:
             rows = tuple(itertools.chain.from_iterable(finished))
             keep.keep(Evaluation(rows, labels, images.num_classes, run.seed, _CONFIDENCE, _RESAMPLES))
     return list(itertools.chain.from_iterable(finished))
+
+
+def _share(told: Progress, before: int, images: int, total: int, label: str) -> Callable[[float], object]:
+    """Return what shows that a share of the ``images`` of a batch is done."""
+    return lambda share: told(before + share * images, total, label)
 
 
 def _contained(model: Model, x: Tensor, seed: int) -> Model:
@@ -270,6 +279,7 @@ class _RowRun:
         self.draws = draws if stochastic else 1
         self.members = members if stochastic and self.predictor != "single" else 1
         self.attack = None if attack is None else _adapted(attack, self.predictor, self.members, stochastic)
+        self.pace = None if self.attack is None else Pace(self.attack)
         self.pools = stochastic and self.predictor == "single" and self.draws > 1
         self.predictions: list[NDArray[np.int64]] = []
         self.pooled: list[NDArray[np.int64]] = []
@@ -298,11 +308,14 @@ class _RowRun:
         eps = "" if self.attack is None else f" eps {self.attack.eps:.4g}"
         return f"{self.name}{eps}{'' if self.noise else ', noise off'}, {self.predictor}"
 
-    def add(self, model: Model, x: Tensor, y: Tensor, batch: int) -> None:
-        """Attack and score one batch."""
+    def add(self, model: Model, x: Tensor, y: Tensor, batch: int, tell: Callable[[float], object]) -> None:
+        """Attack and score one batch; ``tell`` is called with the share of it that is done."""
         quiet = noise_disabled(model) if self.switched and isinstance(model, nn.Module) else contextlib.nullcontext()
         with quiet:
-            x_adv = x if self.attack is None else self._attacked(self.attack, model, x, y, batch)
+            x_adv = x
+            if self.attack is not None and self.pace is not None:
+                with passes_told_to(self.pace.listener(len(x), tell)):
+                    x_adv = self._attacked(self.attack, model, x, y, batch)
             with torch.no_grad():
                 self._score(model, x_adv, batch)
 
@@ -310,6 +323,8 @@ class _RowRun:
         own = derive_seed(self.seed, "attack", self.name, repr(attack.eps), batch)
         with gears.running(self.gear):
             result = attacked(dataclasses.replace(attack, seed=own), model, self.gear.place_images(x), y, self.fits)
+        if self.pace is not None:
+            self.pace.took(result.forward_passes)
         self.totals["linf"] += result.linf.sum().item()
         self.totals["l2"] += result.l2.sum().item()
         self.totals["forward_passes"] += result.forward_passes * len(x)

@@ -1,0 +1,51 @@
+"""How far an attack is in its batch, from the passes that it has made and those that it is expected to make."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import final
+
+from learn2perturb.attacks import Attack
+
+_INTERVAL = 0.5  # seconds between two reports
+_ALMOST = 0.99  # an attack that makes more passes than expected stands here until it ends
+# Settings that multiply the passes of an attack, where it has them.
+_FACTORS = ("steps", "search_steps", "queries", "population", "generations", "eot", "restarts", "targets")
+
+
+@final
+class Pace:
+    """The passes of one attack: a guess from its settings for the first batch, then those that the last batch took."""
+
+    def __init__(self, attack: Attack) -> None:
+        self.expected = guessed_passes(attack)
+        self._spoken = time.monotonic()
+
+    def listener(self, images: int, tell: Callable[[float], object]) -> Callable[[int], None]:
+        """Return what counts the passes of a batch of so many ``images`` and calls ``tell`` with the share done."""
+        done = 0
+
+        def told(rows: int) -> None:
+            nonlocal done
+            done += rows
+            now = time.monotonic()
+            if now - self._spoken >= _INTERVAL:
+                self._spoken = now
+                tell(min(done / (self.expected * images), _ALMOST))
+
+        return told
+
+    def took(self, passes: float) -> None:
+        """Take the passes of an image in the batch that has ended as those of the next."""
+        self.expected = max(passes, 1.0)
+
+
+def guessed_passes(attack: Attack) -> float:
+    """Return about how many forward passes ``attack`` makes of each image."""
+    parts = getattr(attack, "parts", None)
+    if callable(parts):
+        return sum(guessed_passes(part) for part in parts(10).values())
+    factors = (getattr(attack, name, 1) for name in _FACTORS)
+    return float(math.prod(factor for factor in factors if isinstance(factor, int) and factor > 0))

@@ -1,0 +1,84 @@
+"""Progress inside a row: an attack of minutes shows how far it is, with an estimate, at no cost."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from learn2perturb import load_data
+from learn2perturb.attacks import APGD, CW, FAB, FGSM, PGD, AutoAttack, FewPixel, Square
+from learn2perturb.evaluation import evaluate, pace
+from learn2perturb.progress import Reporter
+
+DATA = load_data("digits", "test", limit=20)
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+
+
+ATTACKS = {
+    "fgsm": FGSM(0.1),
+    "pgd": PGD(0.1, 0.05, 4, restarts=2),
+    "apgd": APGD(0.1, 5),
+    "fab": FAB(0.1, steps=3),
+    "square": Square(0.1, queries=10),
+    "cw": CW(steps=3, search_steps=2),
+    "few_pixel": FewPixel(1, population=4, generations=2),
+    "autoattack": AutoAttack(0.1, steps=3, targets=2, queries=4),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_tells_how_far_it_is_and_ends_at_all(name, monkeypatch):
+    monkeypatch.setattr(pace, "_INTERVAL", 0.0)
+    reports: list[tuple[float, float, str]] = []
+    evaluate(network(), DATA, {name: ATTACKS[name]}, batch_size=10, progress=lambda *told: reports.append(told))
+    done = [report[0] for report in reports]
+    assert done == sorted(done)
+    assert done[-1] == 40
+    assert {total for _, total, _ in reports} == {40}
+    for start in (20, 30):  # in the row of the attack, its two batches
+        assert any(start < at < start + 10 for at in done)
+
+
+def test_the_second_batch_is_expected_to_take_what_the_first_took(monkeypatch):
+    monkeypatch.setattr(pace, "_INTERVAL", 0.0)
+    monkeypatch.setattr(pace, "guessed_passes", lambda attack: 1000.0)
+    reports: list[float] = []
+    attack = Square(0.001, queries=20)  # too small to break anything, so that no image leaves
+    evaluate(network(), DATA, {"square": attack}, batch_size=10, progress=lambda done, *_: reports.append(done))
+    inside = [done for done in reports if done % 10]
+    assert max(done for done in inside if done < 30) < 21
+    assert max(inside) > 39
+
+
+def test_reports_are_rare(monkeypatch):
+    reports: list[float] = []
+    evaluate(
+        network(), DATA, {"pgd": PGD(0.1, 0.001, 100)}, batch_size=20, progress=lambda done, *_: reports.append(done)
+    )
+    assert len(reports) < 10
+
+
+def test_numbers_are_what_they_are_without_a_listener():
+    quiet, loud = (evaluate(network(), DATA, ATTACKS, progress=told) for told in (None, lambda *_: None))
+    assert [row.predictions for row in quiet.rows] == [row.predictions for row in loud.rows]
+
+
+def test_plain_lines_are_rare_and_have_an_estimate(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Reporter() as reporter:
+        for second in range(95):
+            now[0] = 100.0 + second
+            reporter(20 + second / 10, 200, "pgd")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "pgd: 23/200, about 29 min left",
+        "pgd: 26/200, about 29 min left",
+        "pgd: 29/200, about 28 min left",
+    ]
