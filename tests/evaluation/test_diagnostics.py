@@ -21,6 +21,7 @@ from learn2perturb.errors import CheckpointError, ConfigError, DataError, InputE
 from learn2perturb.evaluation.diagnostics import BUDGETS, CHECKS, QUICK, Diagnosis, diagnose
 from learn2perturb.evaluation.diagnostics.draws import gradient_slope, row_slope
 from learn2perturb.evaluation.diagnostics.verdict import Draft, Statement, conclude, judge
+from learn2perturb.evaluation.significance import exceeds, holm
 from learn2perturb.noise import fixed_noise, perturb, perturb_weights
 
 EPS = 0.15
@@ -118,6 +119,7 @@ def test_a_diagnosis_is_kept_and_read_back(honest, tmp_path):
     assert bits.shape == (1, TINY.images)
     assert bits.mean() == honest.measurement("reported").accuracy
     older = json.loads(path.read_text())
+    del older["checksum"]
     assert [check.pop("notes") for check in older["checks"]] == [[]] * 10  # a record from before there were notes
     assert records.from_json(json.dumps(older), Diagnosis) == honest
     path.write_text(path.read_text().replace('"verdict": "stands"', '"verdict": "maybe"'))
@@ -136,6 +138,9 @@ def _forged(found: Diagnosis, what: str) -> Diagnosis:
         ),
         "p_value": dataclasses.replace(check, claims=(dataclasses.replace(claim, difference=0.5), *check.claims[1:])),
         "number": dataclasses.replace(check, number=7),
+        "adjusted": dataclasses.replace(
+            check, claims=(dataclasses.replace(claim, adjusted=claim.adjusted / 2), *check.claims[1:])
+        ),
     }
     measurements = {
         "accuracy": dataclasses.replace(reported, accuracy=reported.accuracy + 0.1),
@@ -144,6 +149,19 @@ def _forged(found: Diagnosis, what: str) -> Diagnosis:
         ),
         "n": dataclasses.replace(reported, n=reported.n - 1),
     }
+    if what == "unfailed":  # a claim that is refuted by right, in a check that says that it passed
+        p_value = exceeds(0.5, claim.allowed, claim.standard_error)
+        refuted = dataclasses.replace(claim, difference=0.5, p_value=p_value, holds=False)
+        rest = [one for other in found.checks[1:] for one in other.claims]
+        own = [refuted, *check.claims[1:]]
+        adjusted = iter(holm([one.p_value for one in [*own, *rest]]))
+        new = [
+            dataclasses.replace(
+                one, claims=tuple(dataclasses.replace(claim, adjusted=next(adjusted)) for claim in one.claims)
+            )
+            for one in (dataclasses.replace(check, claims=tuple(own)), *found.checks[1:])
+        ]
+        return dataclasses.replace(found, checks=tuple(new))
     if what in checks:
         return dataclasses.replace(found, checks=(checks[what], *found.checks[1:]))
     if what in measurements:
@@ -158,12 +176,26 @@ def _forged(found: Diagnosis, what: str) -> Diagnosis:
 
 
 @pytest.mark.parametrize(
-    "what",
-    ["status", "holds", "broken", "p_value", "number", "accuracy", "interval", "n", "curve", "verdict", "lowest"],
+    ("what", "reason"),
+    [
+        ("status", "the verdict is 'stands', and its checks give 'does not stand'"),
+        ("verdict", "the verdict is 'not shown', and its checks give 'stands'"),
+        ("holds", "is not judged as its p-value says"),
+        ("adjusted", "is not judged as its p-value says"),
+        ("broken", "is not that of its difference"),
+        ("p_value", "is not that of its difference"),
+        ("unfailed", "check 1 'passed', though a claim of it does not hold"),
+        ("number", "the checks are 7, 2"),
+        ("accuracy", "but its bits give"),
+        ("interval", "is not that of its bits"),
+        ("n", "its bits are of others"),
+        ("curve", "lies outside of its interval"),
+        ("lowest", "unknown measurement 'magic'"),
+    ],
 )
-def test_a_diagnosis_that_contradicts_its_data_is_refused(what, honest, tmp_path):
+def test_a_diagnosis_that_contradicts_its_data_is_refused(what, reason, honest, tmp_path):
     path = _forged(honest, what).save(tmp_path / "forged.json")
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=reason) as caught:
         Diagnosis.load(path)
     assert "\n" not in str(caught.value)
 
