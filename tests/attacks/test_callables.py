@@ -47,6 +47,27 @@ def test_networks_of_other_types_are_attacked_in_their_type(name, norm, dtype):
     assert not torch.equal(result.x_adv, X)
 
 
+class InPlace(nn.Module):
+    """A network that normalises its images where they lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x.sub_(0.5).mul_(2))
+
+
+@every_attack
+def test_a_network_that_works_in_place_is_attacked_as_one_that_does_not(name, norm):
+    model, images = InPlace().eval(), X.clone()
+    labels = model(X.clone()).argmax(dim=1)
+    attack = small(name, norm, seed=0, eot=2, eot_average="probability")
+    found = attack.run(model, images, labels).x_adv
+    assert torch.equal(images, X)
+    assert torch.equal(found, attack.run(lambda x: model.network((x - 0.5) * 2), X, labels).x_adv)
+
+
 @every_attack
 def test_double_images_on_any_network_stay_double(name, norm):
     attack, network = small(name, norm, seed=0), mlp()

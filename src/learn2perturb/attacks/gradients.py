@@ -126,7 +126,7 @@ def _objective(
 
 def mean_logits(logits_of: Callable[[Tensor], Tensor], x: Tensor, draws: int, average: Average) -> Tensor:
     """Return the logits averaged over ``draws`` forward passes; for ``"probability"``, the log of the mean softmax."""
-    return _mean([logits_of(x) for _ in range(draws)], average)
+    return _mean([logits_of(x.clone()) for _ in range(draws)], average)  # the model may work in place
 
 
 def _mean(draws: Sequence[Tensor], average: Average) -> Tensor:

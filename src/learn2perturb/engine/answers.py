@@ -34,8 +34,10 @@ def fitting(model: object, x: Tensor) -> Tensor:
 
 def ask(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return what ``model`` answers to ``x``, of any kind, in the current gear."""
+    # Autograd lets nobody write into a leaf, and a model may normalise its images in place.
+    images = x.clone() if x.requires_grad and x.is_leaf else x
     with gears.autocast(x.device.type):
-        return model(fitting(model, x))
+        return model(fitting(model, images))
 
 
 def plain_logits(logits: Tensor) -> Tensor:
