@@ -152,6 +152,21 @@ def test_any_split_of_the_other_votes_is_within_the_range_of_pixeldp(norm):
         dataclasses.replace(true, radii=(*true.radii[:5], true.largest * 1.01, *true.radii[6:]))._check()
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"radii": (0.1,)}, "not one for each image"),
+        ({"method": "magic"}, "none that a certificate can have"),
+        ({"alpha": 1.0}, "none that a certificate can have"),
+        ({"sigma": 0.25}, "the constant is 2, and that of sigma"),
+        ({"sigma": None}, "the constant is 2, and that of sigma"),
+    ],
+)
+def test_settings_that_no_certificate_has_are_refused(changes, reason):
+    with pytest.raises(CheckpointError, match=reason):
+        dataclasses.replace(certified("smoothing"), **changes)._check()
+
+
 def test_certifications_and_diagnoses_name_weights_and_images():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
