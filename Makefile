@@ -47,7 +47,7 @@ test-slow: $(STAMP)  ## the tests that take minutes
 labs: $(STAMP)  ## the laboratories in full: crashes, kills, damaged and hostile files (about an hour)
 	@$(BIN)/python -m tests.laboratories --size full $(LABS_ARGS)
 
-labs-sample: $(STAMP)  ## a seeded sample of the laboratories (about five minutes)
+labs-sample: $(STAMP)  ## a seeded sample of the laboratories (about three minutes)
 	@$(BIN)/python -m tests.laboratories --size sample $(LABS_ARGS)
 
 mutate: $(STAMP)  ## change one place of the source at a time: do the tests notice? (hours)

@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -221,3 +223,11 @@ def test_a_mutant_that_no_test_sees_survives(tmp_path):
         mutant = Mutant("progress.py", 1, "", "", f"{good}\nANSWER = {answer}\n")
         tried = mutate.case(mutant, (str(tmp_path / "test_it.py"),), "one")
         assert outcomes([tried], limit=60) == [expected]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_sample_of_every_laboratory_ends_well(tmp_path):
+    words = [sys.executable, "-m", "tests.laboratories", "--size", "sample", "--out", str(tmp_path / "out")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1700, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
