@@ -341,3 +341,19 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_real_cifar10_is_the_published_one(split: str, real_cifar10: Path) -> None:
     assert load_data("cifar10", split, root=real_cifar10).published is True
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_a_flipped_pixel_in_an_archive_is_noticed_by_its_checksum(place: float, tmp_path: Path) -> None:
+    """The checksum of a compressed file follows its last member, where nobody looks who only wants the members."""
+    whole, _ = archive_of("cifar-10-batches-bin", tmp_path, "packed.tar.gz")
+    (tmp_path / "root").mkdir()
+    path = tmp_path / "root" / "cifar-10-binary.tar.gz"
+    with tarfile.open(whole) as tar, tarfile.open(path, "w:gz", compresslevel=0) as stored:
+        for member in tar.getmembers():
+            stored.addfile(member, tar.extractfile(member))
+    content = bytearray(path.read_bytes())  # stored blocks: every byte is one of the files', still valid when flipped
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(DataError, match=r"cannot unpack .*(CRC|checksum|damaged)"):
+        load_data("cifar10", "test", root=tmp_path / "root")

@@ -62,6 +62,7 @@ def unpack(archive: Path, folder: str, parent: Path) -> Path:
     try:
         with tarfile.open(archive, "r:*") as tar:
             tar.extractall(temporary, filter=_Bounded())
+            _read_to_end(tar)
         if not (temporary / folder).is_dir():
             raise DataError(f"cannot unpack {archive}: it has no folder {folder!r}; fetch the official archive again")
         try:
@@ -78,6 +79,16 @@ def unpack(archive: Path, folder: str, parent: Path) -> Path:
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(temporary)
+
+
+def _read_to_end(tar: tarfile.TarFile) -> None:
+    """Read what follows the last member: a compressed file has its checksum at its very end, where no member is."""
+    stream = tar.fileobj
+    left = _MOST_BYTES
+    while stream is not None and (read := len(stream.read(1 << 20))):
+        left -= read
+        if left < 0:
+            raise ValueError(f"more than {_MOST_BYTES} bytes follow its last file")
 
 
 class _Bounded:
