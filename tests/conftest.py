@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import random
+import signal
 
 # Before torch is imported, and inherited by the processes that tests start: a resumed run is bit-identical only at an
 # equal thread count. One: the tensors are small, and on a busy machine two threads spin and wait for each other.
@@ -16,6 +17,10 @@ import pytest
 import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# Started by nohup, or by whatever ignores a hang-up, the tests of signals would find it ignored, as it should stay.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 CIFAR10_FILES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
 

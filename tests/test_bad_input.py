@@ -99,8 +99,9 @@ def saved(path: pathlib.Path) -> pathlib.Path:
 
 
 def tampered(path: pathlib.Path, change: Callable[[dict[str, Any]], object]) -> pathlib.Path:
-    """Return an evaluation on disk whose JSON was changed by hand."""
+    """Return an evaluation on disk whose JSON was changed by hand, its checksum taken out."""
     payload = json.loads(saved(path).read_text())
+    del payload["checksum"]
     change(payload)
     path.write_text(json.dumps(payload))
     return path
