@@ -130,6 +130,15 @@ class Recorder:
         self._entries[place[0]][place[1]] = node
         self.journal.append(Operation("enter", node, *place, from_folder=origin[0], from_name=origin[1]))
 
+    def link(self, source: Any, target: Any, **options: Any) -> None:
+        """A second name of a file: it enters a folder, and leaves none."""
+        place, node = self._place(target), self._node(source)
+        self._real["link"](source, target, **options)
+        if place is not None:
+            assert node is not None, f"{source} is linked over the edge of the recorded folder"
+            self._entries[place[0]][place[1]] = node
+            self.journal.append(Operation("enter", node, *place))
+
     def unlink(self, path: Any, *, dir_fd: int | None = None) -> None:
         self._leave("unlink", path, dir_fd)
 
@@ -166,7 +175,8 @@ class Recorder:
         replaced = {
             "open": self.open, "close": self.close, "write": self.write, "fsync": self.fsync, "fdatasync": self.fsync,
             "truncate": self.truncate, "ftruncate": self.truncate, "mkdir": self.mkdir, "rename": self.replace,
-            "replace": self.replace, "unlink": self.unlink, "remove": self.unlink, "rmdir": self.rmdir,
+            "replace": self.replace, "link": self.link, "unlink": self.unlink, "remove": self.unlink,
+            "rmdir": self.rmdir,
         }  # fmt: skip
         self._real = {name: getattr(os, name) for name in replaced} | {"open_file": io.open}
         with contextlib.ExitStack() as stack:
