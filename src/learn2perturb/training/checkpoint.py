@@ -57,7 +57,6 @@ def model_bytes(model: nn.Module, metadata: dict[str, Any]) -> bytes:
     Raises:
         ConfigError: an extra state of it is no plain data.
     """
-    state, rest = extra.split(model.state_dict())
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -66,7 +65,7 @@ def model_bytes(model: nn.Module, metadata: dict[str, Any]) -> bytes:
         "noise": noise_spec(model),
         **metadata,
     }
-    return sealed(state, header | {EXTRA: rest} if rest else header)
+    return sealed(model.state_dict(), header)
 
 
 def sealed(state: dict[str, Any], header: dict[str, Any], **others: str) -> bytes:
