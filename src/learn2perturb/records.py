@@ -70,12 +70,17 @@ class Saved:
         """
         record = load(path, typing.cast(Any, cls))
         try:
-            record._check()
+            record = record._checked()
         except CheckpointError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
         except Exception as error:
             raise CheckpointError(f"{path} is damaged: {_short(error)}; restore it from a copy") from error
         return typing.cast("Self", record)
+
+    def _checked(self) -> Self:
+        """Return the record as its raw data give it; raise CheckpointError where fields contradict them."""
+        self._check()
+        return self
 
     def _check(self) -> None:
         """Raise CheckpointError where fields contradict each other."""

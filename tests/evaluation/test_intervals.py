@@ -8,6 +8,7 @@ from scipy import stats
 
 from learn2perturb.errors import ConfigError, InputError
 from learn2perturb.evaluation.intervals import (
+    Interval,
     accuracy_interval,
     bootstrap_mean,
     majority,
@@ -134,3 +135,37 @@ def test_which_interval() -> None:
     assert accuracy_interval(CORRECT).method == "bootstrap"
     never = accuracy_interval(np.zeros((10, 50), dtype=bool))  # a bootstrap of zeros would claim [0, 0]
     assert never == wilson(0, 50)
+
+
+@pytest.mark.parametrize("resamples", [200, 2000])
+@pytest.mark.parametrize("n", [30, 1000])
+def test_a_bootstrap_agrees_with_one_that_was_drawn_elsewhere(resamples: int, n: int) -> None:
+    values = np.random.default_rng(0).integers(0, 11, n) / 10
+    here, *there = (bootstrap_mean(values, resamples, seed).interval for seed in range(40))
+    assert len({(interval.low, interval.high) for interval in there}) > 1
+    assert all(here.agrees(interval) and interval.agrees(here) for interval in there)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"low": 0.38},
+        {"high": 0.62},
+        {"low": 0.42},
+        {"high": 0.58},
+        {"low": 0.0, "high": 1.0},
+        {"method": "wilson", "resamples": 0},
+        {"resamples": 200},
+        {"confidence": 0.9},
+    ],
+)
+def test_an_interval_of_other_data_does_not_agree(changed) -> None:
+    here = {"low": 0.4, "high": 0.6 - 0.05, "confidence": 0.95, "method": "bootstrap", "resamples": 2000}
+    assert not Interval(**{**here, **changed}).agrees(Interval(**here))
+    assert not Interval(**here).agrees(Interval(**{**here, **changed}))
+
+
+def test_wilson_agrees_up_to_rounding_only() -> None:
+    one = wilson(8, 10)
+    assert one.agrees(Interval(one.low + 1e-12, one.high, 0.95, "wilson"))
+    assert not one.agrees(Interval(one.low + 1e-6, one.high, 0.95, "wilson"))

@@ -41,13 +41,21 @@ def test_a_true_record_loads(record, tmp_path):
     assert Evaluation.load(record.save(tmp_path / "a.json")) == record
 
 
+def test_an_interval_that_was_drawn_elsewhere_is_replaced_by_the_one_drawn_here(record, tmp_path):
+    row = record.rows[1]
+    assert row.interval.method == "bootstrap"
+    moved = dataclasses.replace(row.interval, low=row.interval.low + 1e-3)
+    foreign = dataclasses.replace(record, rows=(record.rows[0], dataclasses.replace(row, interval=moved)))
+    assert Evaluation.load(foreign.save(tmp_path / "elsewhere.json")) == record
+
+
 @pytest.mark.parametrize("field", ["accuracy", "std", "interval", "worst_of", "pooled", "n", "draws"])
 def test_a_number_that_contradicts_the_bits_is_refused(field, record, tmp_path):
     row = record.rows[1]
     false = {
         "accuracy": row.accuracy + 0.01,
         "std": 0.001,
-        "interval": dataclasses.replace(row.interval, low=row.interval.low + 0.01),
+        "interval": dataclasses.replace(row.interval, low=row.interval.low + 0.2),
         "worst_of": row.worst_of | {1: row.worst_of[1] + 0.01},
         "pooled": tuple(dataclasses.replace(one, accuracy=one.accuracy + 0.01) for one in row.pooled),
         "n": row.n + 1,

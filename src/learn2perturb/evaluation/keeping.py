@@ -30,7 +30,7 @@ class PartialEvaluation(records.Saved):
     found: Evaluation
 
     def _check(self) -> None:
-        self.found._check()
+        self.found._checked()
 
 
 @final

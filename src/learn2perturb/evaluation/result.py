@@ -152,8 +152,11 @@ class Evaluation(records.Saved):
             )
         return dataclasses.replace(self, rows=tuple(rows))
 
-    def _check(self) -> None:
-        """Check that bits agree with predictions and labels, and every number with the bits."""
+    def _checked(self) -> Evaluation:
+        """Check that bits agree with predictions and labels, and every number with the bits; return what these give.
+
+        An interval by bootstrap that was drawn elsewhere may differ a little from the one that is drawn here.
+        """
         labels = self.labels.unpack()
         for row in self.rows:
             predictions, correct = row.predictions.unpack(), row.correct.unpack()
@@ -162,13 +165,15 @@ class Evaluation(records.Saved):
                     raise CheckpointError(f"row {row.label!r} has a {score.predictor} of another size; evaluate again")
             if predictions.shape != (row.draws, len(labels)) or not np.array_equal(predictions == labels, correct):
                 raise CheckpointError(f"row {row.label!r} does not fit its predictions and labels; evaluate again")
-        for row, true in zip(self.rows, self.recomputed().rows, strict=True):
+        recomputed = self.recomputed()
+        for row, true in zip(self.rows, recomputed.rows, strict=True):
             name = next((name for name in _FOLLOWING if not _agree(getattr(row, name), getattr(true, name))), None)
             if name is not None:
                 raise CheckpointError(
                     f"row {row.label!r} has {name} {_shown(getattr(row, name))}, but its bits give "
                     f"{_shown(getattr(true, name))}; restore the file or evaluate again"
                 )
+        return recomputed
 
     def __str__(self) -> str:
         return format_table(self)
@@ -180,6 +185,8 @@ _FOLLOWING = ("n", "draws", "accuracy", "std", "interval", "worst_of", "pooled")
 
 def _agree(one: Any, other: Any) -> bool:
     """Tell whether two values are the same up to rounding: a sum may be taken in another order elsewhere."""
+    if isinstance(one, Interval) and isinstance(other, Interval):
+        return one.agrees(other)
     if dataclasses.is_dataclass(one) and type(one) is type(other):
         return all(_agree(getattr(one, field.name), getattr(other, field.name)) for field in dataclasses.fields(one))
     if isinstance(one, Mapping) and isinstance(other, Mapping):

@@ -7,7 +7,7 @@ import math
 from learn2perturb.errors import CheckpointError
 from learn2perturb.evaluation.diagnostics.record import CHECKS, Check, Claim, Diagnosis, Measurement
 from learn2perturb.evaluation.diagnostics.verdict import conclude
-from learn2perturb.evaluation.intervals import Interval, accuracy_interval
+from learn2perturb.evaluation.intervals import accuracy_interval
 from learn2perturb.evaluation.significance import TWO_SIGMA, exceeds, holm
 
 _ROUNDING = 1e-9  # of an accuracy
@@ -46,7 +46,7 @@ def _check_measurement(one: Measurement, images: int, seed: int) -> None:
         raise CheckpointError(
             f"measurement {one.name!r} has accuracy {one.accuracy:.6g}, but its bits give {true:.6g}; {_MEND}"
         )
-    if not _same(one.interval, accuracy_interval(correct, seed=seed)):
+    if not one.interval.agrees(accuracy_interval(correct, seed=seed)):
         raise CheckpointError(f"the interval of measurement {one.name!r} is not that of its bits; {_MEND}")
 
 
@@ -77,10 +77,6 @@ def _check_curves(found: Diagnosis) -> None:
         for point in curve.points:
             if not point.interval.low - _ROUNDING <= point.accuracy <= point.interval.high + _ROUNDING:
                 raise CheckpointError(f"a point of the curve over {curve.axis} lies outside of its interval; {_MEND}")
-
-
-def _same(one: Interval, other: Interval) -> bool:
-    return _close(one.low, other.low) and _close(one.high, other.high)
 
 
 def _close(one: float, other: float) -> bool:
