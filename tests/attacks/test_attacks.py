@@ -375,7 +375,7 @@ def test_the_shared_caller_catches_an_attack_that_leaves_its_ball(batch):
 
 def test_nan_gradients_are_named(batch):
     with pytest.raises(InputError, match="NaN gradient"):
-        PGD(norm="l2")(lambda x: (x - x).flatten(1).sqrt(), *batch)
+        PGD(0.5, norm="l2")(lambda x: (x - x).flatten(1).sqrt(), *batch)
 
 
 BAD_SPECS = {

@@ -70,7 +70,7 @@ def test_squares_shrink_by_the_published_schedule():
     assert list(sides.values()) == [29, 20, 14, 10, 7, 5, 4, 3, 2, 1]
     assert Square(queries=1000)._side(101, x) == attack._side(1010, x) == 5
     assert Square(queries=1000, rescale=False)._side(101, x) == attack._side(101, x) == 14
-    assert Square(norm="l2", queries=10_000)._side(9000, x) == 3
+    assert Square(0.5, norm="l2", queries=10_000)._side(9000, x) == 3
 
 
 def test_a_broken_image_asks_no_more(trained):

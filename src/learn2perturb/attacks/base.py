@@ -25,6 +25,7 @@ from learn2perturb.engine.answers import ask, check_answer, check_finite, check_
 from learn2perturb.engine.modes import in_mode, one_image_explained, own_modes
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, InputError, Learn2PerturbError
+from learn2perturb.sizes import LINF_EPS, usual_eps
 
 Model = Callable[[Tensor], Tensor]
 Mode = Literal["eval", "train", "keep"]
@@ -90,7 +91,7 @@ class Attack(ABC):
     the ball, so that, as for every other attack, success is success inside the ball.
 
     Attributes:
-        eps: radius of the ball, [0, 1] pixel scale (8/255, not 8).
+        eps: radius of the ball, [0, 1] pixel scale (8/255, not 8). The default is one of l_inf; l2 has none.
         norm: ``"linf"`` or ``"l2"``.
         loss: ``"ce"``, ``"margin"`` or ``"dlr"`` (see :mod:`learn2perturb.attacks.losses`).
         targeted: ``y`` is the class to reach, instead of the one to leave.
@@ -104,7 +105,7 @@ class Attack(ABC):
         ConfigError: a setting is not allowed.
     """
 
-    eps: float = 8 / 255
+    eps: float = LINF_EPS
     norm: str = field(default="linf", kw_only=True)
     loss: str = field(default="ce", kw_only=True)
     targeted: bool = field(default=False, kw_only=True)
@@ -121,6 +122,8 @@ class Attack(ABC):
 
     def __post_init__(self) -> None:
         _check_choice("norm", self.norm, self.norms)
+        if self.eps is LINF_EPS:  # nobody gave one
+            usual_eps(self.norm)
         _check_choice("loss", self.loss, self.losses)
         _check_choice("eot_average", self.eot_average, AVERAGES)
         unbounded = self.minimum_norm and self.eps == math.inf

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from learn2perturb.attacks.base import Attack, Query
 from learn2perturb.checks import check_count, check_flag, check_size, check_step, fitting_step
-
-# Of the paper of Learn2Perturb.
-_STEP, _STEP_MADE_FOR = 0.01, 8 / 255
+from learn2perturb.sizes import usual_step
 
 
 @final
@@ -27,7 +25,7 @@ class PGD(Attack):
 
     Attributes:
         step_size: length of a step, [0, 1] pixel scale, at most ``2 eps``. NaN, the default, is 0.01, and where that is
-            more than ``eps`` as large a share of it as 0.01 is of 8/255.
+            more than ``eps``, or in l2, as large a share of it as 0.01 is of 8/255.
         steps, restarts: at least 1.
         random_start: start at a random point of the ball, else at ``x``.
     """
@@ -40,7 +38,7 @@ class PGD(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.step_size, float) and math.isnan(self.step_size):
-            object.__setattr__(self, "step_size", fitting_step(_STEP, _STEP_MADE_FOR, self.eps))
+            object.__setattr__(self, "step_size", usual_step(self.norm, self.eps))
         check_step("step_size", self.step_size, self.eps, norm=self.norm)
         check_count("steps", self.steps)
         check_count("restarts", self.restarts)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from learn2perturb.checks import check_choice
 from learn2perturb.cli.figures import check_folder, diagnosis_figures
 from learn2perturb.cli.options import add_json, print_json
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
@@ -49,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--quick", action="store_true", help="minutes on a CPU: up to 200 images (default)")
     budget.add_argument("--full", action="store_true", help="for a report: 1,000 images, 80 draws, 5,000 queries")
-    add("--eps", metavar="X", help="size of the ball, l_inf, [0, 1] pixel scale (default: the run's, else 8/255)")
+    add("--eps", metavar="X", help="radius of the ball, [0, 1] pixel scale (default in l_inf: the run's, else 8/255)")
+    add("--norm", default="linf", metavar="NAME", help="of the ball: linf (default) or l2, which needs --eps")
     add(
         "--source", action="append", default=[], metavar="NAME=RUN",
         help="network to transfer from: undefended, pgd_at (also the baseline of check 6), twin; may be repeated",
@@ -76,6 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
     named = _named_sources(arguments.source)
     figures = check_folder(arguments.figures)
     eps = None if arguments.eps is None else fraction(arguments.eps)
+    check_choice("norm", arguments.norm, ("linf", "l2"))
+    if eps is None and arguments.norm != "linf":
+        raise ConfigError(f"--norm {arguments.norm} needs --eps: that of a run is an l_inf radius; give --eps 0.5")
     if arguments.train_sources and is_factory(arguments.run):
         raise ConfigError(
             f"--train-sources trains as the run was trained, and {arguments.run} is no run; give --source"
@@ -95,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         sources |= _trained(subject, Path(arguments.run), sources, device)
     found = diagnose(
         subject.model, subject.data, budget="full" if arguments.full else defaults.BUDGET,
-        eps=subject.eps if eps is None else eps, sources=sources, noise_off=noise_off,
+        eps=subject.eps if eps is None else eps, norm=arguments.norm, sources=sources, noise_off=noise_off,
         stochastic=True if arguments.stochastic else None, seed=arguments.seed, limit=arguments.limit,
         batch_size=arguments.batch_size, engine=arguments.engine, name=subject.name,
     )  # fmt: skip

@@ -170,16 +170,14 @@ def build_attacks(specs: Mapping[str, tuple[str, dict[str, Any]]], eps: float = 
 
     attacks = {}
     for row, (name, settings) in specs.items():
-        if "step_size" in settings and "eps" not in settings:
+        if "step_size" in settings and "eps" not in settings and settings.get("norm", "linf") == "linf":
             # A step is judged by the radius that it is for; those of presets are for 8/255, and shrink with it.
             settings = settings | {"eps": max(eps, OWN_EPS)}
-        attack = build_attack(name, **converted(settings, kinds_of(ATTACKS.entry(name).load()), f"attack {row!r}: "))
-        if attack.sized and attack.norm != "linf" and "eps" not in specs[row][1]:
-            raise ConfigError(
-                f"attack {row!r} has norm {attack.norm} and no eps, and {eps:.4g} is an l_inf radius; give it one of "
-                f"its own: {row}{',' if ':' in row else ':'}eps=0.5"
-            )
-        attacks[row] = attack
+        values = converted(settings, kinds_of(ATTACKS.entry(name).load()), f"attack {row!r}: ")
+        try:
+            attacks[row] = build_attack(name, **values)
+        except ConfigError as error:
+            raise ConfigError(f"attack {row!r}: {error}") from None
     return attacks
 
 

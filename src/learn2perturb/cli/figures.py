@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from learn2perturb.evaluation.diagnostics import Diagnosis
 
 _AXES = {
-    "eps": "eps, in 255ths of the pixel range",
     "draws": "draws averaged in each gradient",
     "steps": "steps of the attack",
 }
+# norm -> label and scale of its radii
+_RADII = {"linf": ("eps, in 255ths of the pixel range", 255), "l2": ("l2 eps, [0, 1] pixel scale", 1)}
 
 
 def check_folder(folder: str | None) -> Path | None:
@@ -37,20 +38,20 @@ def diagnosis_figures(diagnosis: Diagnosis, folder: Path) -> list[Path]:
     """Draw accuracy against eps, draws and steps, each with its 95 % interval over images."""
     paths = []
     for curve in diagnosis.curves:
-        scale = 255 if curve.axis == "eps" else 1
+        label, scale = _RADII[diagnosis.norm] if curve.axis == "eps" else (_AXES[curve.axis], 1)
         at = [scale * point.at for point in curve.points]
         accuracy = [100 * point.accuracy for point in curve.points]
         low = [100 * point.interval.low for point in curve.points]
         high = [100 * point.interval.high for point in curve.points]
-        figure, axes = _axes(_AXES[curve.axis], f"{diagnosis.metadata.get('model')}, {curve.n} images")
+        figure, axes = _axes(label, f"{diagnosis.metadata.get('model')}, {curve.n} images")
         axes.plot(at, accuracy, marker="o")
         axes.fill_between(at, low, high, alpha=0.25)
         if curve.axis == "eps":
             axes.axhline(100 / diagnosis.num_classes, linestyle=":", color="grey")
-            axes.set_xscale("symlog", linthresh=2, base=2)
+            axes.set_xscale("symlog", linthresh=min(value for value in at if value > 0), base=2)
         elif len(at) > 1:
             axes.set_xscale("log", base=2)
-        axes.set_xticks(at, [f"{value:g}" for value in at], minor=False)
+        axes.set_xticks(at, [f"{value:.4g}" for value in at], minor=False)
         axes.minorticks_off()
         paths.append(_written(figure, folder / f"accuracy-against-{curve.axis}.png"))
     return paths

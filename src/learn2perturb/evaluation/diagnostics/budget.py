@@ -6,8 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from learn2perturb.errors import ConfigError, UnknownNameError
-
-EPS_GRID = tuple(steps / 255 for steps in (2, 4, 8, 16, 32, 64, 128))
+from learn2perturb.sizes import reach, sweep
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,8 @@ class Budget:
         unbounded_steps, unbounded_eot: of the attack with the whole box (check 3).
         samples, sample_draws: random points of the ball for each image, and draws that each is judged by (check 4).
         finalists, judge_draws: best points kept for each image, and fresh draws that judge them.
-        eps_grid: sizes, [0, 1] pixel scale (check 5).
+        eps_grid: radii of check 5, rising, in the norm that is diagnosed; empty: from a quarter of eps, each twice the
+            one before, until the grey image is in reach of every image. A grid that ends before is extended.
         draw_curve: numbers of draws in a gradient; the last is compared with the one a quarter of it (check 7).
         step_curve: numbers of steps; the last is compared with half of it (check 7).
         restarts: of check 8.
@@ -69,20 +69,20 @@ class Budget:
             curve = getattr(self, name)
             if list(curve) != sorted(set(curve)) or not curve or curve[-1] % part or curve[-1] // part not in curve:
                 raise ConfigError(f"{name} is {curve}; it must rise, and hold its last number divided by {part}")
-        if list(self.eps_grid) != sorted(set(self.eps_grid)) or not self.eps_grid or self.eps_grid[0] <= 0:
+        if list(self.eps_grid) != sorted(set(self.eps_grid)) or any(eps <= 0 for eps in self.eps_grid):
             raise ConfigError(f"eps_grid is {self.eps_grid}; it must rise from above 0, such as (2/255, 4/255)")
 
 
 # Sized for two CPU cores and a ResNet-V1(20) on 32 x 32 images, where an attack pass takes about 1 ms an image.
 QUICK = Budget(
     name="quick", images=200, some=100, scorings=10, eot=10, steps=20, sweep_eot=4, unbounded_steps=200,
-    unbounded_eot=1, samples=200, sample_draws=1, finalists=3, judge_draws=20, eps_grid=EPS_GRID,
+    unbounded_eot=1, samples=200, sample_draws=1, finalists=3, judge_draws=20, eps_grid=(),
     draw_curve=(1, 8, 32), step_curve=(5, 20, 50, 100), restarts=5, targets=1, square_queries=300, square_draws=4,
     slope_images=8, slope_repeats=24,
 )  # fmt: skip
 FULL = Budget(
     name="full", images=1000, some=1000, scorings=10, eot=20, steps=20, sweep_eot=20, unbounded_steps=200,
-    unbounded_eot=5, samples=10_000, sample_draws=2, finalists=5, judge_draws=100, eps_grid=EPS_GRID,
+    unbounded_eot=5, samples=10_000, sample_draws=2, finalists=5, judge_draws=100, eps_grid=(),
     draw_curve=(1, 5, 20, 80), step_curve=(5, 20, 50, 100, 200), restarts=5, targets=9, square_queries=5000,
     square_draws=20, slope_images=16, slope_repeats=48,
 )  # fmt: skip
@@ -108,6 +108,13 @@ def budget_of(budget: str | Budget, **changes: Any) -> Budget:
 def resized(budget: Budget, images: int) -> Budget:
     """Return the budget for ``images`` images, if there are fewer, or the user wants another number."""
     return replace(budget, images=images, some=min(budget.some, images))
+
+
+def with_grid(budget: Budget, norm: str, eps: float, pixels: int) -> Budget:
+    """Return the budget with the radii of check 5 for ``eps``: they go beyond it, and to where accuracy is chance."""
+    grid = budget.eps_grid or sweep(norm, eps, pixels)
+    last = reach(norm, eps, pixels)
+    return replace(budget, eps_grid=grid if grid[-1] >= last * (1 - 1e-9) else (*grid, last))
 
 
 def gradient_passes(budget: Budget, *, stochastic: bool, sources: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.attacks import PGD
-from learn2perturb.checks import check_count
+from learn2perturb.attacks.balls import BALLS
+from learn2perturb.checks import check_choice, check_count, check_size
 from learn2perturb.data import BatchSource, balanced_rows, check_labels, make_source, warn_of_subset
 from learn2perturb.engine import gears
 from learn2perturb.engine.identity import ImagesFingerprint
@@ -23,7 +25,7 @@ from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError, InputError
 from learn2perturb.evaluation import defaults
 from learn2perturb.evaluation.diagnostics import blackbox, draws, truth, whitebox
-from learn2perturb.evaluation.diagnostics.budget import Budget, budget_of, gradient_passes, resized
+from learn2perturb.evaluation.diagnostics.budget import Budget, budget_of, gradient_passes, resized, with_grid
 from learn2perturb.evaluation.diagnostics.measure import Bench, Subject
 from learn2perturb.evaluation.diagnostics.record import Curve, Diagnosis
 from learn2perturb.evaluation.diagnostics.verdict import Draft, conclude, judge
@@ -41,6 +43,7 @@ from learn2perturb.evaluation.result import format_eps
 from learn2perturb.noise import noise_modules
 from learn2perturb.progress import Progress, shown
 from learn2perturb.records import PackedIntegers, plain
+from learn2perturb.sizes import usual_eps, whole_box
 
 
 def diagnose(
@@ -49,6 +52,7 @@ def diagnose(
     *,
     budget: str | Budget = defaults.BUDGET,
     eps: float | None = None,
+    norm: str | None = None,
     attack: PGD | None = None,
     sources: Mapping[str, Model] | None = None,
     noise_off: Model | None = None,
@@ -71,7 +75,8 @@ def diagnose(
         data: what ``learn2perturb.data.make_source`` takes; ``budget.images`` of it are used, balanced over the
             classes (the first ones of a loader of yours).
         budget: ``quick`` (minutes on a CPU), ``full`` (a report), or a :class:`Budget`.
-        eps: size of the ball, [0, 1] pixel scale; that of ``attack``, by default 8/255.
+        eps: radius of the ball, [0, 1] pixel scale; that of ``attack``, by default 8/255 in l_inf; l2 has no default.
+        norm: of the ball, ``linf`` or ``l2``; that of ``attack``, by default ``linf``.
         attack: the reported attack, whose accuracy is in question; by default EOT-PGD-20 with steps of eps / 4.
         sources: networks that attacks are transferred from, by name: ``undefended``, ``pgd_at`` (also the baseline of
             check 6), ``twin`` (an independent training of the same defense), and any other. The own noise-off twin
@@ -105,7 +110,7 @@ def diagnose(
     if limit is not None:
         check_count("limit", limit)
         plan = resized(plan, limit)
-    attack = _reported(attack, eps, plan)
+    attack = _reported(attack, eps, norm, plan)
     for key, source in (sources or {}).items():
         if not callable(source):
             raise ConfigError(f"source {key!r} is a {type(source).__name__}, must be callable: a network or a function")
@@ -118,7 +123,7 @@ def diagnose(
     with shown(progress) as told, own_modes(), isolated_rng(), _all_in_eval_mode(everyone):
         images = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=plan.images)
         x, y = _images(images, place, seed, seen)
-        plan = resized(plan, len(x))
+        plan = with_grid(resized(plan, len(x)), attack.norm, attack.eps, _checked_pixels(attack, x))
         replay = replay_of(model, x, seed)
         if not replay or stochastic is False:
             findings += check_batches(model, x, seed)
@@ -232,13 +237,16 @@ def _given_twin(twin: Model, bench: Bench, seed: int) -> Subject:
     return Subject(twin, stochastic=False)
 
 
-def _reported(attack: PGD | None, eps: float | None, budget: Budget) -> PGD:
+def _reported(attack: PGD | None, eps: float | None, norm: str | None, budget: Budget) -> PGD:
     """Return the attack whose accuracy is in question."""
     if attack is None:
-        size = defaults.EPS if eps is None else eps
-        if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size <= 1:
-            raise ConfigError(f"eps is {size!r}, must be a number in (0, 1], [0, 1] pixel scale; write 8/255")
-        return PGD(size, size / 4, budget.steps, eot=budget.eot)
+        norm = "linf" if norm is None else norm
+        check_choice("norm", norm, tuple(BALLS))
+        size = usual_eps(norm) if eps is None else eps
+        if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size < math.inf:
+            raise ConfigError(f"eps is {size!r}, must be a number above 0, [0, 1] pixel scale; write 8/255")
+        check_size("eps", size, norm=norm)
+        return PGD(size, size / 4, budget.steps, norm=norm, eot=budget.eot)
     if not isinstance(attack, PGD):
         kind = attack.__name__ if isinstance(attack, type) else type(attack).__name__
         raise ConfigError(
@@ -246,9 +254,27 @@ def _reported(attack: PGD | None, eps: float | None, budget: Budget) -> PGD:
         )
     if eps is not None and eps != attack.eps:
         raise ConfigError(f"eps is {eps!r} and that of the attack {attack.eps!r}; give one of them")
+    if norm is not None and norm != attack.norm:
+        raise ConfigError(f"norm is {norm!r} and that of the attack {attack.norm!r}; give one of them")
     if attack.targeted or attack.eps == 0:
         raise ConfigError("the reported attack is targeted, or has eps 0; give an untargeted one with eps > 0")
     return attack
+
+
+def _checked_pixels(attack: PGD, x: Tensor) -> int:
+    """Return how many numbers an image has.
+
+    Raises:
+        ConfigError: the ball is larger than all images: the eps of an l2 attack is in other units.
+    """
+    pixels = x[0].numel()
+    whole = whole_box(attack.norm, pixels)
+    if attack.eps > whole:
+        raise ConfigError(
+            f"eps is {attack.eps:.6g} and the whole range of these images has {attack.norm} radius {whole:.6g}; eps is "
+            "in [0, 1] pixel scale, such as 0.5"
+        )
+    return pixels
 
 
 def _train_mode_finding(model: Model) -> list[str]:

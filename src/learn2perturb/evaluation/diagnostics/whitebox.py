@@ -16,6 +16,7 @@ from learn2perturb.evaluation.diagnostics.verdict import Draft, Statement, perce
 from learn2perturb.evaluation.intervals import accuracy_interval
 from learn2perturb.evaluation.result import format_eps
 from learn2perturb.evaluation.significance import beyond
+from learn2perturb.sizes import whole_box
 
 UNBOUNDED_LEFT = 0.01
 CONVERGED = 0.005
@@ -59,9 +60,8 @@ def unbounded(bench: Bench) -> Draft:
     """3: with the whole box to move in, nothing is left."""
     budget, attack = bench.budget, bench.attack
     steps = max(budget.unbounded_steps, 1)
-    # No random start: from random pixels many networks are wrong whatever their gradients say. In l2 the box is reached
-    # by a radius of its diagonal.
-    eps = 1.0 if attack.norm == "linf" else float(bench.x[0].numel() ** 0.5)
+    # No random start: from random pixels many networks are wrong whatever their gradients say.
+    eps = whole_box(attack.norm, bench.x[0].numel())
     whole = dataclasses.replace(
         attack, eps=eps, step_size=min(2.5 / steps, 1.0) * eps, steps=steps, random_start=False, restarts=1,
         eot=budget.unbounded_eot,
@@ -71,7 +71,7 @@ def unbounded(bench: Bench) -> Draft:
     text = f"with the whole range of pixels to move in, {steps} steps still leave {left} (allowed 1 %)"
     return Draft(
         3,
-        f"with eps = 1 and {steps} steps {left} are left",
+        f"with eps = {eps:.4g} and {steps} steps {left} are left",
         wrong=(f"{text}: the gradients do not lead where they must",) if beyond(found.accuracy, UNBOUNDED_LEFT) else (),
         evidence={"accuracy": found.accuracy},
     )
