@@ -164,7 +164,7 @@ def test_batch_size_changes_nothing_for_a_deterministic_model() -> None:
 
 def test_scoring_never_uses_a_draw_of_the_attack() -> None:
     seen: list[float] = []
-    stage: list[str] = []
+    of_attacks: set[int] = set()  # which of the passes
 
     @dataclasses.dataclass(frozen=True)
     class Watching(Attack):
@@ -172,7 +172,7 @@ def test_scoring_never_uses_a_draw_of_the_attack() -> None:
             start = len(seen)
             for _ in range(5):
                 query.logits(x)
-            stage.extend(map(str, seen[start:]))
+            of_attacks.update(range(start, len(seen)))
             return x
 
     def model(x: Tensor) -> Tensor:
@@ -181,9 +181,10 @@ def test_scoring_never_uses_a_draw_of_the_attack() -> None:
         return torch.stack([draw, 2 - draw], dim=1)
 
     evaluate(model, pixels([0.5] * 6), {"a": Watching(0.1), "b": Watching(0.1)}, eps=[0.1, 0.2], draws=5, batch_size=2)
-    attack = set(stage)
-    scored = [draw for draw in seen if str(draw) not in attack]
-    assert len(stage) == len(attack) == 2 * 2 * 3 * 5  # attacks, eps, batches, queries: none repeated
+    attack = [seen[number] for number in sorted(of_attacks)]
+    scored = [draw for number, draw in enumerate(seen) if number not in of_attacks]
+    assert len(attack) == len(set(attack)) == 2 * 2 * 3 * 5  # attacks, eps, batches, queries: none repeated
+    assert not set(attack) & set(scored)
     assert len(set(scored)) >= len(scored) - 1  # the first probe is drawn twice, nothing else is
     assert len(scored) >= (1 + 4) * 3 * 5
 

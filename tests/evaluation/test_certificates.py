@@ -17,7 +17,9 @@ from learn2perturb.evaluation.certificates import (
     vote_bounds,
 )
 
-PAIRS = [(0.99, 0.01), (0.9, 0.05), (0.7, 0.2), (0.55, 0.45), (0.4, 0.1), (0.999, 0.0), (1.0, 0.0)]
+# The two closest pairs have their best delta at the least one of the grid, and between two of its coarse steps.
+PAIRS = [(0.99, 0.01), (0.9, 0.05), (0.7, 0.2), (0.55, 0.45), (0.4, 0.1), (0.5015, 0.4985), (0.503, 0.497),
+         (0.999, 0.0), (1.0, 0.0)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("low", "high"), PAIRS[:-2])
@@ -59,6 +61,8 @@ def test_the_laplace_radius_is_its_formula_and_true_in_one_dimension():
         radius = laplace_radius(p, 1 - p, sigma=math.sqrt(2) * b)
         assert radius == pytest.approx(b / 2 * math.log(p / (1 - p)))
         assert 0 < radius <= x
+    # The noise is behind a map that stretches the image threefold, so the image may move a third as far.
+    assert laplace_radius(0.9, 0.2, sigma=math.sqrt(2) * b, sensitivity=3.0) == pytest.approx(b / 6 * math.log(4.5))
 
 
 def test_nothing_is_certified_where_the_bounds_cross():
@@ -66,7 +70,14 @@ def test_nothing_is_certified_where_the_bounds_cross():
         radii = pixeldp_radius([0.5, 0.4, 0.0, 1.0], [0.5, 0.6, 1.0, 1.0], sigma=1.0, rule=rule)
         assert radii.tolist() == [0, 0, 0, 0]
     assert laplace_radius([0.3], [0.4], sigma=1.0).tolist() == [0]
+    assert laplace_radius([0.3, 0.3, 0.0], [0.3, 0.0, 0.0], sigma=1.0).tolist() == [0, math.inf, 0]
     assert math.isinf(laplace_radius(1.0, 0.0, sigma=1.0))
+    assert math.isinf(gaussian_radius(1.0, 0.3, sigma=1.0))
+
+
+@pytest.mark.parametrize("radius", [pixeldp_radius, gaussian_radius, gaussian_dp_radius, laplace_radius])
+def test_noise_on_the_image_itself_has_a_sensitivity_of_one(radius):
+    assert radius(0.9, 0.05, sigma=0.5) == radius(0.9, 0.05, sigma=0.5, sensitivity=1.0) > 0
 
 
 def test_the_rule_and_mechanism_choose():
@@ -85,6 +96,8 @@ def test_vote_bounds_are_clopper_pearson_with_bonferroni():
         assert (low[0], high[0]) == pytest.approx((first.low, other.high))
         assert low[1] == pytest.approx(level ** (1 / 100))
         assert high[1] == pytest.approx(1 - level ** (1 / 100))
+    assert vote_bounds([[90, 8, 2]]) == vote_bounds([[90, 8, 2]], 0.05)
+    assert [float(bound[0]) for bound in vote_bounds([[0, 7]], top=[0])] == [0, 1]
     low, high = vote_bounds([[30, 70]], top=[0])  # chosen on other draws, outvoted here: nothing is certified
     assert low[0] < high[0]
 
@@ -108,9 +121,22 @@ def test_vote_bounds_fail_no_more_often_than_alpha():
         (lambda: pixeldp_radius(90, 10, sigma=1.0), "divide votes"),
         (lambda: pixeldp_radius(0.9, 0.1, sigma=1.0, rule="best"), "allowed: tight, dp"),
         (lambda: pixeldp_radius(0.9, 0.1, sigma=1.0, mechanism="uniform"), "gaussian, laplace"),
+        (lambda: gaussian_radius(0.9, 0.1, sigma=1.0, sensitivity=0.0), "sensitivity 0.0; both must be above 0"),
+        (lambda: gaussian_dp_radius(0.9, 0.1, sigma=-1.0), "sigma is -1.0"),
+        (lambda: laplace_radius(0.9, 0.1, sigma=math.nan), "sigma is nan"),
+        (lambda: gaussian_radius(1.1, 0.1, sigma=1.0), "must be probabilities"),
+        (lambda: gaussian_radius(-0.1, 0.1, sigma=1.0), "must be probabilities"),
+        (lambda: gaussian_radius(0.9, 1.1, sigma=1.0), "must be probabilities"),
+        (lambda: gaussian_radius(0.9, -0.1, sigma=1.0), "must be probabilities"),
+        (lambda: gaussian_radius([0.9, 0.9], [0.1, 1.1], sigma=1.0), "must be probabilities"),
         (lambda: vote_bounds([3, 4]), "classes >= 2"),
+        (lambda: vote_bounds([[3], [4]]), "classes >= 2"),
+        (lambda: vote_bounds([[3, -1]]), "classes >= 2"),
+        (lambda: vote_bounds([[[3, 4]]]), "classes >= 2"),
         (lambda: vote_bounds([[0, 0]]), "at least one"),
+        (lambda: vote_bounds([[3, 4], [0, 0]]), "at least one"),
         (lambda: vote_bounds([[3, 4]], 0.0), "alpha is 0.0"),
+        (lambda: vote_bounds([[3, 4]], 1.0), "alpha is 1.0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(call, message):

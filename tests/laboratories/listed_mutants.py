@@ -60,8 +60,9 @@ LISTED = (
            ("tests/evaluation/test_comparison.py",)),
     Listed("the first scoring on the attack's stream", "evaluation/accuracy.py",
            'seed_everything(self.seed, "score", self.name, eps, batch, draw)',
-           'seed_everything(self.seed, *(("score", self.name, eps, batch, draw) if draw else '
-           '("attack", self.name, eps, batch)))', ("tests/evaluation/test_accuracy.py",)),
+           'seed_everything(*((self.seed, "score", self.name, eps, batch, draw) if draw else '
+           '(derive_seed(self.seed, "attack", self.name, eps, batch), "attack")))',
+           ("tests/evaluation/test_accuracy.py",)),
     Listed("the twin of the same seed", "cli/diagnose.py", "seed=config.seed + 1", "seed=config.seed",
            ("tests/cli/test_diagnose.py",)),
     Listed("APGD's smallest window of 1", f"{_ATTACKS}/apgd.py", "int(0.06 * self.steps), 1)", "1, 1)",

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from learn2perturb.defenses.objectives import Losses
 from learn2perturb.engine.identity import fingerprint_of_weights
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.training import TrainConfig, load, lock, read_metrics, train
+from learn2perturb.training.alternating import Iteration
 from learn2perturb.training.checkpoint import (
     MODEL,
     RESUME,
@@ -433,6 +435,20 @@ def test_means_are_weighted_by_examples():
     again = Totals(torch.device("cpu"), totals.state())
     again.add({"loss": 0.0}, 130)
     assert again.means()["loss"] == pytest.approx(170 / 260)
+
+
+def test_of_an_iteration_losses_are_weighted_by_examples_and_slopes_are_not():
+    """A short last batch counts for its images in a loss, and as a step like any other in what theta feels."""
+    totals = Totals(torch.device("cpu"))
+    for loss, right, slope, examples in ((1.0, [True, False], 0.2, 2), (4.0, [True], 0.6, 1)):
+        losses = Losses(torch.tensor(loss), clean_correct=torch.tensor(right), extra={"part": torch.tensor(loss)})
+        totals.add_iteration(Iteration(losses, torch.tensor(slope), torch.tensor(0.1)), examples)
+    assert totals.means() == pytest.approx(
+        {
+            "loss": (2 * 1 + 4) / 3, "part": (2 * 1 + 4) / 3, "clean_accuracy": 2 / 3, "theta_loss_slope": 0.4,
+            "theta_regulariser_slope": 0.1, "theta_slope_ratio": 4.0,
+        }
+    )  # fmt: skip
 
 
 def test_what_is_monitored_is_the_test_set_and_not_the_training_set(tmp_path):

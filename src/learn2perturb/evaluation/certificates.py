@@ -111,7 +111,7 @@ def vote_bounds(counts: ArrayLike, alpha: float = 0.05, *, top: ArrayLike | None
     from scipy.stats import beta
 
     votes = np.asarray(counts, dtype=np.float64)
-    if votes.ndim != 2 or votes.shape[1] < 2 or (votes < 0).any() or (votes.sum(1, keepdims=True) == 0).any():
+    if votes.ndim != 2 or votes.shape[1] < 2 or (votes < 0).any() or (votes.sum(1) == 0).any():
         raise ConfigError(f"counts have shape {votes.shape}; give the votes (N, classes >= 2), at least one an image")
     if not 0 < alpha < 1:
         raise ConfigError(f"alpha is {alpha!r}; it must be between 0 and 1, such as 0.05")
