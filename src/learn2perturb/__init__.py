@@ -27,6 +27,7 @@ _HOMES = {
     "train": "learn2perturb.training",
     "TrainConfig": "learn2perturb.training",
     "load": "learn2perturb.training",
+    "black_box": "learn2perturb.evaluation",
     "evaluate": "learn2perturb.evaluation",
     "diagnose": "learn2perturb.evaluation",
     "certify": "learn2perturb.evaluation",
@@ -37,6 +38,7 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "attacks",
+    "black_box",
     "build_model",
     "certify",
     "diagnose",
@@ -61,7 +63,7 @@ if TYPE_CHECKING:
     from learn2perturb.attacks import list_attacks
     from learn2perturb.data import load_data
     from learn2perturb.defenses import list_defenses
-    from learn2perturb.evaluation import certify, diagnose, evaluate
+    from learn2perturb.evaluation import black_box, certify, diagnose, evaluate
     from learn2perturb.models import build_model, list_models
     from learn2perturb.noise import (
         fixed_noise,

@@ -17,7 +17,8 @@ from learn2perturb.training.loading import load
 TINY = dataclasses.replace(
     budget.QUICK, name="quick", images=16, some=8, scorings=2, eot=2, sweep_eot=1, steps=4, unbounded_steps=5,
     samples=3, judge_draws=2, eps_grid=(8 / 255, 128 / 255), draw_curve=(1, 4), step_curve=(2, 4), restarts=2,
-    square_queries=5, square_draws=1, slope_images=2, slope_repeats=4,
+    square_queries=5, square_draws=1, slope_images=2, slope_repeats=4, real_queries=8, descent_steps=2,
+    descent_directions=2, surrogate_queries=32,
 )  # fmt: skip
 TRAIN = (
     "train", "--dataset=digits", "--model=digits_cnn", "--recipe=fast", "--engine=plain", "--device=cpu", "--epochs=1",
@@ -81,6 +82,24 @@ def test_a_factory_is_diagnosed_and_certified(quick, capsys):
     assert (said["method"], said["sigma"], said["images"]) == ("smoothing", 0.25, 3)
     assert Certification.load(said["record"]).n == 50
     assert (quick / "figures" / "certified-accuracy.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("function", ["predict", "factory"])
+def test_a_function_of_arrays_is_diagnosed(function, quick, capsys):
+    (quick / "of_arrays.py").write_text(
+        "import numpy as np\n"
+        "weight = np.random.default_rng(0).normal(size=(64, 10))\n"
+        "def predict(images):\n    return (images.reshape(len(images), -1) @ weight).argmax(axis=1)\n"
+        "def factory():\n    return predict\n"
+    )
+    words = ["diagnose", f"of_arrays:{function}", "--black-box", "--dataset=digits", "--queries-per-second=1e6"]
+    assert main([*words, "--json"]) == 0
+    printed = capsys.readouterr()
+    said = json.loads(printed.out)
+    assert said["checks"][9]["sentence"] == "The model has no gradients."
+    assert "queries of the model" in printed.err
+    assert "at 1e+06 a second" in printed.err
+    assert Diagnosis.load(said["record"]).num_classes == 10
 
 
 def test_the_noise_of_a_factory_is_switched_off_by_another(quick, capsys):
@@ -150,6 +169,18 @@ BAD = {
     "figures over a file": (["diagnose", "RUN", "--figures", "file.txt"], "give a folder"),
     "record over a file": (["diagnose", "RUN", "--out", "file.txt"], "so that it is not lost"),
     "sources of a factory": (["diagnose", "json:loads", "--dataset=digits", "--train-sources"], "give --source"),
+    "black box of a run": (["diagnose", "RUN", "--black-box"], "give module:function"),
+    "rate of no black box": (["diagnose", "RUN", "--queries-per-second", "5"], "give --black-box too"),
+    "rate that is none": (
+        ["diagnose", "json:loads", "--dataset=digits", "--black-box", "--queries-per-second=fast"],
+        "is not a number",
+    ),
+    "rate of nothing": (
+        ["diagnose", "json:loads", "--dataset=digits", "--black-box", "--queries-per-second=0"],
+        "above 0",
+    ),
+    "black box of no arrays": (["diagnose", "os:getcwd", "--dataset=digits", "--black-box"], "must return the model"),
+    "black box that fails": (["diagnose", "json:loads", "--dataset=digits", "--black-box"], "retries are its own"),
     "eps": (["diagnose", "RUN", "--eps", "8"], "write 8/255"),
     "noise-off of nothing": (["diagnose", "RUN", "--noise-off", "nowhere"], "give a run folder"),
     "sigma": (["certify", "RUN", "--method", "smoothing"], "sigma is None"),

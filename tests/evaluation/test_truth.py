@@ -12,8 +12,9 @@ from learn2perturb.attacks import PGD
 from learn2perturb.engine import gears
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.evaluation.diagnostics import QUICK
+from learn2perturb.evaluation.diagnostics.estimated import Estimated
 from learn2perturb.evaluation.diagnostics.measure import Attacked, Bench, Subject
-from learn2perturb.evaluation.diagnostics.truth import Estimated, Ratios, ratios, true_gradient
+from learn2perturb.evaluation.diagnostics.truth import Ratios, ratios, true_gradient
 from learn2perturb.evaluation.diagnostics.verdict import judge
 from learn2perturb.evaluation.passes import Model
 
@@ -102,7 +103,7 @@ def diagnosed(model: Model, *, transfers: bool, left: float = 0.0):
     right = torch.zeros(2, 24, dtype=torch.bool).numpy()
     right[:, : round(24 * left)] = True
     reported = Attacked("reported", bench.x, right)
-    draft = true_gradient(bench, reported, {"twin": reported} if transfers else {})
+    draft = true_gradient(bench, ratios(bench), reported, reported, {"twin": reported} if transfers else {})
     return judge([draft], 0)[0], bench
 
 

@@ -66,7 +66,7 @@ def test_1_one_step_may_not_leave_less(left, fails):
 
 @pytest.mark.parametrize(("square", "transfer", "fails"), [(0.5, 0.5, False), (0.495, 0.5, True), (0.5, 0.495, True)])
 def test_2_nothing_without_gradients_may_leave_less(square, transfer, fails):
-    draft = blackbox.blackbox(Canned({"square": square}), measured(0.5), {"twin": measured(transfer)})
+    draft = blackbox.blackbox(Canned({}), measured(0.5), measured(square), {"twin": measured(transfer)})
     assert status(draft) == says(fails)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 import itertools
 import os
 import re
@@ -19,6 +20,7 @@ from learn2perturb.errors import CheckpointError, ConfigError, DataError
 from learn2perturb.evaluation import defaults
 from learn2perturb.reading import starts_with
 from learn2perturb.registry import DATASETS
+from learn2perturb.training.config import fraction
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +58,14 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     add(
         "run", metavar="RUN",
         help="run folder, .safetensors file, zoo:NAME, hf-hub:owner/name, or module:function of your model",
+    )  # fmt: skip
+    add(
+        "--black-box", action="store_true",
+        help="module:function is of numpy arrays: images (N, C, H, W) to logits, probabilities or labels",
+    )  # fmt: skip
+    add(
+        "--queries-per-second", metavar="X",
+        help="ask the black box about so many images a second at most, on average",
     )  # fmt: skip
     add_images(parser, seed="of all draws")
 
@@ -105,8 +115,13 @@ def check_subject(arguments: argparse.Namespace) -> None:
     """Refuse what can be refused before torch is imported.
 
     Raises:
-        ConfigError: an unknown split or data set, or a factory without a data set.
+        ConfigError: an unknown split or data set, a factory without a data set, or a black box that is none.
     """
+    black_box, rate = getattr(arguments, "black_box", False), getattr(arguments, "queries_per_second", None)
+    if black_box and not is_factory(arguments.run):
+        raise ConfigError(f"--black-box is for a function of arrays, and {arguments.run} is none; give module:function")
+    if rate is not None and not black_box:
+        raise ConfigError("--queries-per-second is for a function of arrays; give --black-box too")
     if arguments.split not in SPLITS:
         raise ConfigError(f"split is {arguments.split!r}; allowed: {', '.join(SPLITS)}")
     if arguments.dataset is not None:
@@ -130,10 +145,14 @@ def load_subject(arguments: argparse.Namespace) -> Subject:
 
     device = choose_device(arguments.device)
     if is_factory(arguments.run):
-        model = made_by(arguments.run)
+        data = images(arguments, {})
+        if getattr(arguments, "black_box", False):
+            model = _black_box(arguments.run, arguments.queries_per_second, data.num_classes)
+        else:
+            model = made_by(arguments.run)
         if hasattr(model, "to"):
             model = model.to(device)
-        return Subject(arguments.run, model, images(arguments, {}), OWN_EPS, {}, Path("evaluation"))
+        return Subject(arguments.run, model, data, OWN_EPS, {}, Path("evaluation"))
     header, config = read_run(arguments.run)
     model = load(arguments.run).to(device)
     data = fitting_images(arguments, header, config)
@@ -190,8 +209,18 @@ def fitting_images(arguments: argparse.Namespace, header: Mapping[str, Any], con
     return data
 
 
-def made_by(factory: str) -> Any:
+def _black_box(factory: str, rate: str | None, num_classes: int) -> Any:
+    """Return the function of arrays ``module:function``, or the one that this gives, as a model."""
+    from learn2perturb.evaluation import black_box
+
+    per_second = None if rate is None else fraction(rate)
+    return black_box(made_by(factory, itself=True), num_classes=num_classes, queries_per_second=per_second)
+
+
+def made_by(factory: str, *, itself: bool = False) -> Any:
     """Return what ``module:function`` gives, called without arguments; modules of the working folder are found.
+
+    ``itself``: a function that cannot be called without arguments is meant itself.
 
     Raises:
         ConfigError: there is no such module or function, it fails, or it gives no model.
@@ -200,7 +229,8 @@ def made_by(factory: str) -> Any:
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
-        made = getattr(importlib.import_module(module_name), function_name)()
+        function = getattr(importlib.import_module(module_name), function_name)
+        made = function if itself and _takes_arguments(function) else function()
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{factory}: {error}; run from the folder of the file, and write its name without .py"
@@ -216,6 +246,14 @@ def made_by(factory: str) -> Any:
     if not callable(made):
         raise ConfigError(f"{factory} returned a {type(made).__name__}; it must return the model, images to logits")
     return made
+
+
+def _takes_arguments(function: Any) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # compiled code does not say
+        return False
+    return any(one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in parameters)
 
 
 def images(arguments: argparse.Namespace, config: Mapping[str, Any]) -> ImageData:

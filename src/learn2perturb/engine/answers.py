@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,6 +73,8 @@ def check_answer(answer: object, images: int) -> None:
     """
     if not isinstance(answer, Tensor):
         first = " so that it gives its first element: lambda x: model(x)[0]" if isinstance(answer, tuple | list) else ""
+        if isinstance(answer, np.ndarray | np.generic):
+            first = ": l2p.black_box(function) for a function of numpy arrays"
         raise InputError(f"the model must return logits (N, K), got a {type(answer).__name__}; wrap it{first}")
     if not answer.is_floating_point():
         raise InputError(

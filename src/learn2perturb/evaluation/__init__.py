@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from learn2perturb.evaluation.accuracy import evaluate
+    from learn2perturb.evaluation.arrays import black_box
     from learn2perturb.evaluation.certification import Certification
     from learn2perturb.evaluation.comparison import Comparison, Difference, compare
     from learn2perturb.evaluation.diagnostics import Budget, Diagnosis, diagnose
@@ -29,6 +30,7 @@ __all__ = [
     "Predictor",
     "Row",
     "Unfinished",
+    "black_box",
     "bootstrap_mean",
     "certify",
     "compare",
@@ -46,6 +48,7 @@ _LAZY = {
     "PREDICTORS": "predictors",
     "Predictor": "predictors",
     "Unfinished": "keeping",
+    "black_box": "arrays",
     "evaluate": "accuracy",
     "Certification": "certification",
     "certify": "radii",

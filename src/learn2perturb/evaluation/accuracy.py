@@ -29,11 +29,12 @@ from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation import defaults
+from learn2perturb.evaluation.arrays import BlackBox, tell_queries
 from learn2perturb.evaluation.inputs import peculiarities
 from learn2perturb.evaluation.intervals import majority
 from learn2perturb.evaluation.keeping import Unfinished, taken
 from learn2perturb.evaluation.origin import origin, weights_of
-from learn2perturb.evaluation.pace import Pace
+from learn2perturb.evaluation.pace import Pace, guessed_passes
 from learn2perturb.evaluation.parts import attacked
 from learn2perturb.evaluation.passes import (
     PROBABILITIES,
@@ -145,6 +146,8 @@ def evaluate(
                 scored = _contained(model, x, seed)
                 findings = peculiarities(model, x, seed)
                 runs = _plan(scored, x, table, predictors, draws, members, noise_off, seed, gear)
+                if isinstance(model, BlackBox):
+                    tell_queries(told, model, expected * sum(run.queries for run in runs))
                 for run in runs:
                     run.compile_if_long(expected * math.prod(x.shape[2:]), rows=len(x))
                 # Of what is held here every row gets the same images, so that rows follow each other and a finished one
@@ -301,6 +304,12 @@ class _RowRun:
         attack = None if self.attack is None else (type(self.attack).__name__, _settings(self.attack))
         switches = self.noise, self.switched, self.stochastic
         return self.name, attack, switches, self.predictors, self.draws, self.members, repr(self.gear)
+
+    @property
+    def queries(self) -> float:
+        """About how many passes of an image the row takes."""
+        scorings = self.draws * self.members
+        return scorings if self.attack is None else scorings + guessed_passes(self.attack)
 
     @property
     def label(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -39,24 +40,38 @@ def transferred(bench: Bench, sources: Mapping[str, Subject], quiet: Subject | N
         # A source with noise costs a whole EOT attack; one without a twentieth of it.
         n = bench.budget.some if source.stochastic else bench.budget.images
         found[name] = bench.attacked(f"transfer from {name}", bench.attack, n, source=source, victim=bench.subject)
-        bench.rivals[f"transfer from {name}"] = found[name].accuracy
     return found
 
 
-def blackbox(bench: Bench, reported: Attacked, transfers: Mapping[str, Attacked]) -> Draft:
+def searched(bench: Bench, n: int) -> Attacked:
+    """Run Square on the first ``n`` images."""
+    budget, attack = bench.budget, bench.attack
+    square = Square(attack.eps, norm=attack.norm, queries=budget.square_queries, eot=budget.square_draws)
+    return bench.attacked("square", square, n)
+
+
+def descent(bench: Bench, name: str) -> Attacked:
+    """Descend along gradients that are estimated from values, whatever gradients the model has."""
+    budget, attack = bench.budget, bench.attack
+    # Every direction has draws of its own, so that no further EOT is needed. The margin is never saturated.
+    steps = budget.descent_steps
+    falling = dataclasses.replace(
+        attack, steps=steps, step_size=min(attack.eps, 4 * attack.eps / steps), loss="margin", eot=1, restarts=1
+    )
+    return bench.attacked(name, falling, budget.images, source=dataclasses.replace(bench.subject, gradient=False))
+
+
+def blackbox(bench: Bench, reported: Attacked, square: Attacked, transfers: Mapping[str, Attacked]) -> Draft:
     """2: no attack without the model's gradients leaves less than the white-box attack."""
-    budget = bench.budget
-    rivals = dict(transfers)
-    missing = [f"transfer from {name} ({what})" for name, what in SOURCES.items() if name not in transfers]
-    square = Square(bench.attack.eps, norm=bench.attack.norm, queries=budget.square_queries, eot=budget.square_draws)
-    rivals["Square"] = bench.attacked("square", square, budget.some)
+    rivals = {**transfers, "Square": square}
+    missing = missing_sources(transfers)
     claims = tuple(not_beaten(_of(name), rival, reported.first(len(rival.x))) for name, rival in rivals.items())
     lowest = min(rivals, key=lambda name: rivals[name].accuracy, default="")
     good = not_shown = ""
     if not transfers:
         not_shown = (
-            f"Square leaves {percent(rivals['Square'].accuracy)}, the white-box attack "
-            f"{percent(float(reported.first(budget.some).mean()))}; but no source to transfer from is there"
+            f"Square leaves {percent(square.accuracy)}, the white-box attack "
+            f"{percent(float(reported.first(len(square.x)).mean()))}; but no source to transfer from is there"
         )
     else:
         good = (
@@ -64,7 +79,12 @@ def blackbox(bench: Bench, reported: Attacked, transfers: Mapping[str, Attacked]
             f"{percent(rivals[lowest].accuracy)}"
         )
     evidence = {"white-box": reported.accuracy} | {_of(name): rival.accuracy for name, rival in rivals.items()}
-    return Draft(2, good, claims, missing=tuple(missing), not_shown=not_shown, evidence=evidence)
+    return Draft(2, good, claims, missing=missing, not_shown=not_shown, evidence=evidence)
+
+
+def missing_sources(transfers: Mapping[str, Attacked]) -> tuple[str, ...]:
+    """Return which of the usual sources were not given, in words."""
+    return tuple(f"transfer from {name} ({what})" for name, what in SOURCES.items() if name not in transfers)
 
 
 def not_beaten(name: str, rival: Attacked, own: NDArray[np.float64]) -> Statement:

@@ -32,6 +32,9 @@ class Budget:
         restarts: of check 8.
         targets: classes tried by the targeted attack, likeliest first.
         square_queries, square_draws: of Square, and draws averaged in each query.
+        real_queries: of Square where the gradients are not the function's, or there are none, if that is more.
+        descent_steps, descent_directions: of the descent along estimated gradients, and directions of each estimate.
+        surrogate_queries: images that the model is asked about to train a surrogate of it.
         slope_images, slope_repeats: images and repetitions from which the variance of gradients is told (check 9).
     """
 
@@ -57,6 +60,10 @@ class Budget:
     square_draws: int
     slope_images: int
     slope_repeats: int
+    real_queries: int = 1000
+    descent_steps: int = 40
+    descent_directions: int = 16
+    surrogate_queries: int = 10_000
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -84,7 +91,8 @@ FULL = Budget(
     name="full", images=1000, some=1000, scorings=10, eot=20, steps=20, sweep_eot=20, unbounded_steps=200,
     unbounded_eot=5, samples=10_000, sample_draws=2, finalists=5, judge_draws=100, eps_grid=(),
     draw_curve=(1, 5, 20, 80), step_curve=(5, 20, 50, 100, 200), restarts=5, targets=9, square_queries=5000,
-    square_draws=20, slope_images=16, slope_repeats=48,
+    square_draws=20, slope_images=16, slope_repeats=48, real_queries=5000,
+    descent_steps=100, descent_directions=32, surrogate_queries=50_000,
 )  # fmt: skip
 BUDGETS = {"quick": QUICK, "full": FULL}
 
@@ -115,6 +123,19 @@ def with_grid(budget: Budget, norm: str, eps: float, pixels: int) -> Budget:
     grid = budget.eps_grid or sweep(norm, eps, pixels)
     last = reach(norm, eps, pixels)
     return replace(budget, eps_grid=grid if grid[-1] >= last * (1 - 1e-9) else (*grid, last))
+
+
+def really_searched(budget: Budget) -> Budget:
+    """Return the budget for a model whose gradients tell little: Square is what decides, and gets queries for it."""
+    return replace(budget, square_queries=max(budget.square_queries, budget.real_queries))
+
+
+def value_queries(budget: Budget, *, stochastic: bool) -> int:
+    """Return about how many images a model without gradients is asked about, at most."""
+    draws, judged, scored = (budget.square_draws, budget.judge_draws, budget.scorings) if stochastic else (1, 1, 1)
+    each = budget.descent_steps * (1 + 2 * budget.descent_directions) + budget.square_queries * draws
+    searched = (budget.samples * budget.sample_draws if stochastic else budget.samples) + budget.finalists * judged
+    return budget.images * (each + searched + 8 * judged + 6 * scored) + budget.surrogate_queries * draws
 
 
 def gradient_passes(budget: Budget, *, stochastic: bool, sources: int) -> int:

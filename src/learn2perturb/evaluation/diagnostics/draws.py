@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,7 @@ SHARED = (
 # Parts of the passes, each left out once: enough to tell an error, few enough to keep the sums of each.
 _PARTS = 12
 _FEWEST_BLOCKS = 3
+_MORE = 4
 # Relative to a square: what is below is rounding.
 _NOTHING = 1e-12
 
@@ -65,14 +67,16 @@ def real(bench: Bench, *, claimed: bool, replay: str = "") -> Draft:
         seed_everything(bench.seed, "rows")
         rows_differ = _rows_differ(model, x)
         seed_everything(bench.seed, "gradient slope")
-        gradients = gradient_slope(model, x, y, COUNTS[-1] * budget.slope_repeats)
+        passes, values = COUNTS[-1] * budget.slope_repeats, not bench.subject.gradient
+        # Logits are fewer than pixels, so that their variance is told from more passes, which are cheap.
+        slope = value_slope(model, x, _MORE * passes) if values else gradient_slope(model, x, y, passes)
         seed_everything(bench.seed, "row slope")
         rows = row_slope(model, x, budget.slope_repeats) if rows_differ and budget.slope_repeats > 1 else None
-    return _told(gradients, rows, rows_differ=rows_differ)
+    return _told(slope, rows, rows_differ=rows_differ, of="logits" if values else "gradient")
 
 
-def _told(gradients: Slope | None, rows: Slope | None, *, rows_differ: bool) -> Draft:
-    """Return the check from what was measured."""
+def _told(slope: Slope | None, rows: Slope | None, *, rows_differ: bool, of: str = "gradient") -> Draft:
+    """Return the check from what was measured; ``of`` is what was averaged over passes."""
     evidence = {"calls differ": 1.0, "rows differ": float(rows_differ)}
     wrong, notes, told = [], [], ["two calls differ"]
     if not rows_differ:
@@ -85,15 +89,13 @@ def _told(gradients: Slope | None, rows: Slope | None, *, rows_differ: bool) -> 
         else:
             notes.append(f"the rows of a batch share a part of their draws ({falls}, not -1), {SHARED}")
     not_shown = ""
-    if gradients is None:
-        not_shown = (
-            "the gradient does not vary with the draws (or slope_repeats is below 3), so its slope tells nothing"
-        )
+    if slope is None:
+        not_shown = f"the {of} does not vary with the draws (or slope_repeats is below 3), so its slope tells nothing"
     else:
-        evidence |= {"slope of gradient": gradients.value, "its error, gradient": gradients.standard_error}
-        falls = f"the variance of the gradient averaged over K passes falls with slope {gradients}"
+        evidence |= {f"slope of {of}": slope.value, f"its error, {of}": slope.standard_error}
+        falls = f"the variance of the {of} averaged over K passes falls with slope {slope}"
         told.append(f"{falls} (-1 is independence)")
-        if not gradients.fits:
+        if not slope.fits:
             wrong.append(f"{falls}, not -1: draws come again, so passes are not independent")
     told.append("scoring has streams of draws that no attack sees")
     return Draft(9, "; ".join(told), (), tuple(wrong), not_shown=not_shown, notes=tuple(notes), evidence=evidence)
@@ -118,19 +120,31 @@ def gradient_slope(model: Model, x: Tensor, y: Tensor, passes: int) -> Slope | N
     def answers(images: Tensor) -> Tensor:
         return plain_logits(ask(model, images))
 
+    return _slope_over_passes(lambda: input_gradient(answers, margin, x, y), passes)
+
+
+def value_slope(model: Model, x: Tensor, passes: int) -> Slope | None:
+    """Return how the variance of the logits, averaged over K successive passes, falls with K: without a gradient."""
+    with torch.no_grad():
+        return _slope_over_passes(lambda: checked_logits(model, x), passes)
+
+
+def _slope_over_passes(once: Callable[[], Tensor], passes: int) -> Slope | None:
+    """Return how the variance of what a pass gives (n, ...), averaged over K of them, falls with K."""
     blocks = passes // COUNTS[-1]
     if blocks < _FEWEST_BLOCKS:
         return None
     parts = min(_PARTS, blocks)
-    sums = torch.zeros(parts, len(x), x[0].numel(), dtype=torch.float64, device=x.device)
-    squares = torch.zeros(len(COUNTS), parts, len(x), dtype=torch.float64, device=x.device)
-    held = torch.zeros(parts, dtype=torch.float64, device=x.device)
+    first = once().double().flatten(1)
+    sums = first.new_zeros(parts, *first.shape)
+    squares = first.new_zeros(len(COUNTS), parts, len(first))
+    held = first.new_zeros(parts)
     for block in range(blocks):
         part = block * parts // blocks
         held[part] += 1
-        running = torch.zeros(len(COUNTS), len(x), x[0].numel(), dtype=torch.float64, device=x.device)
+        running = first.new_zeros(len(COUNTS), *first.shape)
         for number in range(1, COUNTS[-1] + 1):
-            running += input_gradient(answers, margin, x, y).double().flatten(1)
+            running += once().double().flatten(1)
             for index, count in enumerate(COUNTS):
                 if number % count == 0:
                     squares[index, part] += (running[index] / count).square().sum(dim=1)

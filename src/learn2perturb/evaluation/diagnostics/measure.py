@@ -19,6 +19,7 @@ from learn2perturb.engine import gears
 from learn2perturb.engine.halving import Halving
 from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.evaluation.diagnostics.budget import Budget
+from learn2perturb.evaluation.diagnostics.estimated import Estimated
 from learn2perturb.evaluation.diagnostics.record import Measurement
 from learn2perturb.evaluation.intervals import accuracy_interval
 from learn2perturb.evaluation.parts import attacked
@@ -26,15 +27,23 @@ from learn2perturb.evaluation.passes import Model, checked_logits
 from learn2perturb.noise import noise_disabled
 from learn2perturb.progress import Progress
 from learn2perturb.records import PackedBits, plain
+from learn2perturb.sizes import whole_box
+
+# Of eps: the differences from which gradients are estimated look across what is flat, rounding for one.
+_REACH = 0.25
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to attack or to score: with its noise switched off or as it is; whether two passes of it differ."""
+    """A model to attack or to score: with its noise switched off or as it is; whether two passes of it differ.
+
+    ``gradient``: whether attacks may use its gradient. Where not, they get one that is estimated from its values.
+    """
 
     model: Model
     stochastic: bool
     quiet: bool = False
+    gradient: bool = True
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Model]:
@@ -119,6 +128,9 @@ class Bench:
         attack = source.suited(attack)
         parts, forwards, backwards, seconds = [], 0.0, 0.0, 0.0
         with source.ready() as model, gears.running(self.gear):
+            estimated = None
+            if attack.needs_gradient and not source.gradient:
+                model = estimated = Estimated(model, self._reach(attack), self.budget.descent_directions)
             for batch, rows in enumerate(self._batches(n)):
                 x = self.gear.place_images(self.x[rows])
                 y = self.y[rows] if targets is None else targets[rows]
@@ -131,12 +143,14 @@ class Bench:
                 self._passes += len(x) * max(result.backward_passes, result.forward_passes / 3)
                 if self.progress is not None:
                     self.progress(self._passes, max(self._expected, self._passes), name)
+        if estimated is not None:
+            forwards, backwards = forwards + estimated.queries, 0.0
         x_adv = torch.cat(parts)
         correct = self.score(name, x_adv, victim)
         parameters = plain(attack)
         parameters.pop("seed", None)
         self._keep(name, type(attack).__name__, parameters, correct, forwards / n, backwards / n, seconds)
-        if rival and source is self.subject and victim is self.subject:
+        if rival and victim is self.subject:
             self.rivals[name] = float(correct.mean())
         return Attacked(name, x_adv, correct)
 
@@ -188,6 +202,10 @@ class Bench:
                     total = total + value(checked_logits(model, x[rows]), rows)
                 parts.append(total / draws)
         return torch.cat(parts)
+
+    def _reach(self, attack: Attack) -> float:
+        """Return the change of a pixel over which gradients are estimated."""
+        return _REACH * attack.eps / whole_box(attack.norm, self.x[0].numel())
 
     def _batches(self, n: int) -> list[slice]:
         return [slice(start, min(start + self.batch_size, n)) for start in range(0, n, self.batch_size)]

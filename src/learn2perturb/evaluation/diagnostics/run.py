@@ -24,8 +24,17 @@ from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError, InputError
 from learn2perturb.evaluation import defaults
-from learn2perturb.evaluation.diagnostics import blackbox, draws, truth, whitebox
-from learn2perturb.evaluation.diagnostics.budget import Budget, budget_of, gradient_passes, resized, with_grid
+from learn2perturb.evaluation.arrays import BlackBox, tell_queries
+from learn2perturb.evaluation.diagnostics import blackbox, draws, gradientless, truth, whitebox
+from learn2perturb.evaluation.diagnostics.budget import (
+    Budget,
+    budget_of,
+    gradient_passes,
+    really_searched,
+    resized,
+    value_queries,
+    with_grid,
+)
 from learn2perturb.evaluation.diagnostics.measure import Bench, Subject
 from learn2perturb.evaluation.diagnostics.record import Curve, Diagnosis
 from learn2perturb.evaluation.diagnostics.verdict import Draft, conclude, judge
@@ -40,6 +49,7 @@ from learn2perturb.evaluation.origin import origin, weights_of
 from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of, passes_differ
 from learn2perturb.evaluation.replays import contained
 from learn2perturb.evaluation.result import format_eps
+from learn2perturb.evaluation.values import ValuesOnly, no_gradient
 from learn2perturb.noise import noise_modules
 from learn2perturb.progress import Progress, shown
 from learn2perturb.records import PackedIntegers, plain
@@ -124,44 +134,56 @@ def diagnose(
         images = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=plan.images)
         x, y = _images(images, place, seed, seen)
         plan = with_grid(resized(plan, len(x)), attack.norm, attack.eps, _checked_pixels(attack, x))
+        given_model = model
+        classes = images.num_classes or max(2, int(y.max()) + 1)
+        model, blind = _askable(model, x, classes)
+        if blind:
+            plan = really_searched(plan)
         replay = replay_of(model, x, seed)
         if not replay or stochastic is False:
             findings += check_batches(model, x, seed)
-        findings += warn_of_probabilities(model, x, seed)
+        if not blind:
+            findings += warn_of_probabilities(model, x, seed)
         modules = noise_modules(model) if isinstance(model, nn.Module) else []
         draws_noise = passes_differ(model, x[:8], seed)
         said = bool(replay) if stochastic is None else stochastic
         claimed = said or draws_noise or any(module.enabled for module in modules)
-        work = gradient_passes(plan, stochastic=draws_noise, sources=len(sources or {}))
-        gear = gears.select(engine, place, pixels=work * x.shape[2] * x.shape[3])
+        work: float = gradient_passes(plan, stochastic=draws_noise, sources=len(sources or {}))
+        if blind:
+            queries = value_queries(plan, stochastic=draws_noise)
+            tell_queries(told, given_model, queries)
+            work = queries / 3  # as the bench counts passes without a gradient
+        gear = gears.select(engine, place, pixels=int(work) * x.shape[2] * x.shape[3])
         with torch.no_grad():
             num_classes = checked_logits(model, x[:1]).shape[1]
         check_labels(y, num_classes)
         findings += warn_of_subset(images, y, num_classes)
+        subject = Subject(contained(model, x[:8], seed), draws_noise, gradient=not blind)
         bench = Bench(
-            Subject(contained(model, x[:8], seed), draws_noise), x, y, attack, plan, seed=seed, gear=gear,
-            batch_size=batch_size, expected_passes=work, progress=told,
+            subject, x, y, attack, plan, seed=seed, gear=gear, batch_size=batch_size, expected_passes=work,
+            progress=told,
         )  # fmt: skip
-        given = {key: _source(source, x, seed) for key, source in (sources or {}).items()}
+        given = {key: _source(source, x, seed, classes) for key, source in (sources or {}).items()}
         quiet = None
         if noise_off is not None:
-            quiet = _given_twin(noise_off, bench, seed)
+            quiet = _given_twin(noise_off, bench, seed, classes)
         elif modules:
             quiet = _own_twin(bench)
-        drafts, curves = _checks(bench, given, quiet, claimed=claimed, replay=replay)
+        drafts, curves = _checks(bench, given, quiet if claimed else None, claimed=claimed, replay=replay, blind=blind)
     checks = judge(drafts, seed)
     lowest = min(bench.rivals, key=lambda key: bench.rivals[key])
     verdict, summary = conclude(
         checks, lowest=lowest, accuracy=bench.rivals[lowest], n=len(x), eps=f"{attack.norm} {format_eps(attack.eps)}"
     )
     metadata = {
-        **origin(model, data, name, weights=weights, seen=seen),
-        "attack": f"{whitebox.title(attack, stochastic=draws_noise)}",
+        **origin(given_model, data, name, weights=weights, seen=seen),
+        "attack": truth.DESCENT if blind else whitebox.title(attack, stochastic=draws_noise),
         "parameters": {key: value for key, value in plain(attack).items() if key != "seed"},
         "sources": sorted(given),
         "noise_off": "given" if noise_off is not None else "own" if modules else "none",
         "date": started,
         "seconds": time.perf_counter() - clock,
+        **({"queries": given_model.queries} if isinstance(given_model, BlackBox) else {}),
         "batch_size": batch_size,
         **circumstances(place, gear),
     }
@@ -179,23 +201,30 @@ def diagnose(
         eps=float(attack.eps),
         norm=attack.norm,
         seed=seed,
-        budget=plain(plan),
+        budget=plain(bench.budget),
         metadata=metadata,
     )
 
 
 def _checks(
-    bench: Bench, sources: Mapping[str, Subject], quiet: Subject | None, *, claimed: bool, replay: str
+    bench: Bench, sources: Mapping[str, Subject], quiet: Subject | None, *, claimed: bool, replay: str, blind: str
 ) -> tuple[list[Draft], list[Curve]]:
-    """Run the checks; return their drafts, in order, and the curves."""
+    """Run the checks; return their drafts, in order, and the curves. ``blind``: why there are no gradients."""
+    if blind:
+        transfers = blackbox.transferred(bench, sources, quiet)
+        return gradientless.checks(bench, transfers, blind, claimed=claimed, replay=replay), []
     clean = bench.scored("clean", bench.x, kind="none")
+    ratios = truth.ratios(bench)
+    if not ratios.near:
+        bench.budget = really_searched(bench.budget)
     reported = bench.attacked("reported", bench.attack, bench.budget.images)
-    transfers = blackbox.transferred(bench, sources, quiet if claimed else None)
+    square = blackbox.searched(bench, bench.budget.some)
+    transfers = blackbox.transferred(bench, sources, quiet)
     fifth, sizes = whitebox.distortion(bench, clean)
     seventh, curves = whitebox.converged(bench, reported)
     drafts = [
         whitebox.iterative(bench, reported),
-        blackbox.blackbox(bench, reported, transfers),
+        blackbox.blackbox(bench, reported, square, transfers),
         whitebox.unbounded(bench),
         blackbox.random_search(bench, reported),
         fifth,
@@ -205,13 +234,20 @@ def _checks(
         seventh,
         whitebox.losses(bench, reported),
         draws.real(bench, claimed=claimed, replay=replay),
-        truth.true_gradient(bench, reported, transfers),
+        truth.true_gradient(bench, ratios, reported, square, transfers),
     ]
     return drafts, [sizes, *curves]
 
 
-def _source(model: Model, x: Tensor, seed: int) -> Subject:
-    return Subject(contained(model, x[:8], seed), passes_differ(model, x[:8], seed))
+def _askable(model: Model, x: Tensor, classes: int) -> tuple[Model, str]:
+    """Return the model, and why it has no gradients: then as one that is asked for values only."""
+    reason = no_gradient(model, x[:1])
+    return (ValuesOnly(model, classes), reason) if reason else (model, "")
+
+
+def _source(model: Model, x: Tensor, seed: int, classes: int) -> Subject:
+    model, blind = _askable(model, x, classes)
+    return Subject(contained(model, x[:8], seed), passes_differ(model, x[:8], seed), gradient=not blind)
 
 
 def _own_twin(bench: Bench) -> Subject:
@@ -221,20 +257,21 @@ def _own_twin(bench: Bench) -> Subject:
         return replace(quiet, stochastic=passes_differ(model, bench.x[:8], bench.seed))
 
 
-def _given_twin(twin: Model, bench: Bench, seed: int) -> Subject:
+def _given_twin(twin: Model, bench: Bench, seed: int, classes: int) -> Subject:
     """Return the twin that was given, after checking that it has no noise and the same classes.
 
     Raises:
         InputError: it has noise, other classes, or is no fixed function of an image.
     """
+    twin, blind = _askable(twin, bench.x, classes)
     check_fixed(twin, bench.x, seed)
     with torch.no_grad():
-        classes = checked_logits(twin, bench.x[:1]).shape[1]
-    if classes != bench.num_classes:
-        raise InputError(f"noise_off gives {classes} classes and the model {bench.num_classes}; give the same network")
+        own = checked_logits(twin, bench.x[:1]).shape[1]
+    if own != bench.num_classes:
+        raise InputError(f"noise_off gives {own} classes and the model {bench.num_classes}; give the same network")
     if passes_differ(twin, bench.x[:8], seed):
         raise InputError("noise_off still draws noise: two passes of it differ; give the network with its noise off")
-    return Subject(twin, stochastic=False)
+    return Subject(twin, stochastic=False, gradient=not blind)
 
 
 def _reported(attack: PGD | None, eps: float | None, norm: str | None, budget: Budget) -> PGD:
