@@ -85,6 +85,12 @@ def test_the_bound_of_large_images_is_the_root_of_row_and_column_sums_rounded_up
     assert first_noise(net, X).exact  # the limit itself is still exact
 
 
+@pytest.mark.parametrize("limit", [10, 81])
+def test_one_image_is_enough(limit, monkeypatch):
+    monkeypatch.setattr(rules, "EXACT_PIXELS", limit)
+    assert first_noise(network(), X[:1]) == first_noise(network(), X)
+
+
 def test_the_limit_is_as_documented():
     assert rules.EXACT_PIXELS == 4096
 
@@ -115,35 +121,67 @@ def test_large_images_refuse_weights_that_are_computed(monkeypatch):
         first_noise(net, X)
 
 
-@pytest.mark.parametrize(("size", "refused"), [(0.0, False), (1e-9, False), (1e-5, True)])
-def test_what_is_affine_up_to_rounding_is_affine(size, refused):
-    """Rounding explains less than 1e-7 of the features, and the error of a square of this size is more."""
-    net = network(lambda h, x: h + size * h * h, site="late")
+@pytest.mark.parametrize(("error", "refused"), [(0.95e-6, False), (1.05e-6, True)])
+def test_what_is_affine_up_to_rounding_is_affine(error, refused):
+    """Features are 9 at most, and rounding explains 1e-7 of one more than that."""
+    calls: list[int] = []
+
+    def between(h: Tensor, x: Tensor) -> Tensor:
+        calls.extend([len(x)] * (len(x) == len(X) + 7))  # the chords: two ends, and the point between
+        return 9 + 0 * h + (error if len(calls) == 3 else 0)
+
+    net = network(between, site="late")
     if refused:
-        with pytest.raises(NoiseError, match=r"at 'late', is not affine in the image \(off by "):
+        with pytest.raises(NoiseError, match=r"at 'late', is not affine in the image \(off by 1e-06\)"):
+            check_first_noise(net, X)
+    else:
+        assert check_first_noise(net, X)[1] == "late"
+    assert len(calls) == 3
+
+
+def test_an_activation_before_the_noise_is_not_affine():
+    with pytest.raises(NoiseError, match="at 'late', is not affine in the image"):
+        first_noise(network(lambda h, x: torch.relu(h), site="late"), X)
+
+
+@pytest.mark.parametrize(("factor", "refused"), [(1.0, False), (1 + 1e-6, True), (1.5, True)])
+def test_large_images_refuse_more_than_the_absolute_weights_give(factor, refused, monkeypatch):
+    class Otherwise(Net):
+        """It answers more weakly where all its weights are positive."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.conv(x) * (1.0 if bool((self.conv.weight >= 0).all()) else factor)
+            return self.out(torch.relu(self.late(h)).flatten(1))
+
+    monkeypatch.setattr(rules, "EXACT_PIXELS", 10)
+    torch.manual_seed(0)
+    net = Otherwise().eval()
+    net.conv.bias.data.zero_()
+    perturb(net, input_shape=SHAPE, sites="late", init=0.5).eval()
+    if refused:
+        with pytest.raises(NoiseError, match="S cannot be bounded: what comes before the first noise, at 'late'"):
             first_noise(net, X)
     else:
-        assert first_noise(net, X).site == "late"
+        assert not first_noise(net, X).exact
 
 
-def _around(size: float) -> nn.Module:
-    """A path around the noise that no gradient shows, in steps of ``size``."""
+@pytest.mark.parametrize(("size", "refused"), [(0.95e-8, False), (1.05e-8, True)])
+def test_a_path_around_the_noise_is_seen_where_it_is_more_than_rounding(size, refused):
+    """Logits are 9 at most, and rounding explains 1e-9 of one more than that. No gradient shows a path of steps."""
 
     class Around(Net):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + size * x.flatten(1)[:, :3].round().detach()
 
     torch.manual_seed(0)
-    return perturb(Around().eval(), input_shape=SHAPE, sites="norm", init=0.5).eval()
-
-
-@pytest.mark.parametrize(("size", "refused"), [(1e-12, False), (1e-6, True)])
-def test_a_path_around_the_noise_is_seen_where_it_is_more_than_rounding(size, refused):
+    net = perturb(Around().eval(), input_shape=SHAPE, sites="norm", init=0.5).eval()
+    net.out.weight.data.zero_()
+    net.out.bias.data.fill_(9.0)
     if refused:
         with pytest.raises(NoiseError, match="goes around the first noise, at 'norm'"):
-            first_noise(_around(size), X)
+            check_first_noise(net, X)
     else:
-        assert first_noise(_around(size), X).exact
+        assert check_first_noise(net, X)[1] == "norm"
 
 
 def test_a_path_around_the_noise_is_seen_by_its_gradient_however_small():

@@ -58,6 +58,8 @@ def _places(node: ast.AST) -> Iterator[ast.expr]:
         return
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
         return
+    if isinstance(node, ast.keyword) and node.arg == "strict":
+        return  # of zip: a guard against what the code around it rules out
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "bases", "type_params"):
             continue
