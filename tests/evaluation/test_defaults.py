@@ -100,20 +100,23 @@ PRESETS = {
         "images": 200, "some": 100, "scorings": 10, "eot": 10, "steps": 20, "sweep_eot": 4, "unbounded_steps": 200,
         "unbounded_eot": 1, "samples": 200, "sample_draws": 1, "finalists": 3, "judge_draws": 20, "eps_grid": (),
         "draw_curve": (1, 8, 32), "step_curve": (5, 20, 50, 100), "restarts": 5, "targets": 1, "square_queries": 300,
-        "square_draws": 4, "slope_images": 8, "slope_repeats": 24,
+        "square_draws": 4, "slope_images": 8, "slope_repeats": 24, "real_queries": 1000, "descent_steps": 40,
+        "descent_directions": 16, "surrogate_queries": 10_000,
     },
     "full": {
         "images": 1000, "some": 1000, "scorings": 10, "eot": 20, "steps": 20, "sweep_eot": 20, "unbounded_steps": 200,
         "unbounded_eot": 5, "samples": 10_000, "sample_draws": 2, "finalists": 5, "judge_draws": 100, "eps_grid": (),
         "draw_curve": (1, 5, 20, 80), "step_curve": (5, 20, 50, 100, 200), "restarts": 5, "targets": 9,
-        "square_queries": 5000, "square_draws": 20, "slope_images": 16, "slope_repeats": 48,
+        "square_queries": 5000, "square_draws": 20, "slope_images": 16, "slope_repeats": 48, "real_queries": 5000,
+        "descent_steps": 100, "descent_directions": 32, "surrogate_queries": 50_000,
     },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_numbers_of_a_budget(name):
-    assert dataclasses.asdict(BUDGETS[name]) == {"name": name} | PRESETS[name]
+    found = dataclasses.asdict(BUDGETS[name])
+    assert {key: found[key] for key in ("name", *PRESETS[name])} == {"name": name} | PRESETS[name]
     assert {"quick": QUICK, "full": FULL} == BUDGETS
 
 
