@@ -88,5 +88,20 @@ LISTED = (
            "        if self.replay is not None and self.training:\n", ("tests/noise",)),
 )  # fmt: skip
 
-# (path, line of the source as text, after) -> why nobody can see the difference
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+# (path, line of the source without its indent, before, after) -> why nobody can see the difference
+EQUIVALENT: dict[tuple[str, str, str, str], str] = {
+    ("attacks/square.py", "return (x + eps * _signs(x, x.shape[1], 1, x.shape[3])).clamp_(0.0, 1.0)",
+     "eps * _signs(x, x.shape[1], 1, x.shape[3])", "(eps) / (_signs(x, x.shape[1], 1, x.shape[3]))"): "1 / +-1 is +-1",
+    ("attacks/square.py", "return torch.where(inside, (x + eps * _signs(x, x.shape[1], 1, 1)).clamp_(0.0, 1.0), best)",
+     "eps * _signs(x, x.shape[1], 1, 1)", "(eps) / (_signs(x, x.shape[1], 1, 1))"): "1 / +-1 is +-1",
+    ("attacks/square.py", "bump = _bump(side, x) * _signs(x, x.shape[1], 1, 1)",
+     "_bump(side, x) * _signs(x, x.shape[1], 1, 1)", "(_bump(side, x)) / (_signs(x, x.shape[1], 1, 1))"):
+        "1 / +-1 is +-1",
+    ("attacks/square.py", "bump = _bump(side, x) * _signs(x, channels, 1, 1)",
+     "_bump(side, x) * _signs(x, channels, 1, 1)", "(_bump(side, x)) / (_signs(x, channels, 1, 1))"): "1 / +-1 is +-1",
+    ("attacks/square.py", "weights = torch.tensor([1.0 / (k + 1) ** 2 for k in range(last + 1)])", "1.0", "2.0"):
+        "the pyramid is divided by its norm",
+    ("attacks/square.py", "return torch.where(torch.rand((), device=like.device) > 0.5, bump.T, bump)",
+     "torch.rand((), device=like.device) > 0.5", "(torch.rand((), device=like.device)) >= (0.5)"):
+        "one number in 2^24 is 0.5",
+}  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -38,9 +39,19 @@ def sample(n: int, seed: int) -> list[Mutant]:
         for folder in FOLDERS
         for path in sorted((SOURCE / folder).rglob("*.py"))
         for mutant in mutants(SOURCE, path.relative_to(SOURCE).as_posix())
-        if (mutant.path, mutant.before, mutant.after) not in EQUIVALENT
+        if (mutant.path, line_of(mutant), mutant.before, mutant.after) not in EQUIVALENT
     ]
     return random.Random(seed).sample(every, min(n, len(every)))
+
+
+@functools.cache
+def _lines(path: str) -> list[str]:
+    return (SOURCE / path).read_text(encoding="utf-8").splitlines()
+
+
+def line_of(mutant: Mutant) -> str:
+    """Return the line of the source that a mutant begins on, without its indent."""
+    return _lines(mutant.path)[mutant.line - 1].strip()
 
 
 def tests_of(mutant: Mutant) -> tuple[str, ...]:

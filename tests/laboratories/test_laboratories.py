@@ -16,7 +16,7 @@ from learn2perturb.records import atomic_write
 from tests.laboratories import cases, crash, damage, hostile, mutants, mutate, mutations
 from tests.laboratories.cases import Case, Outcome
 from tests.laboratories.disk import Disk, Operation, after
-from tests.laboratories.listed_mutants import LISTED
+from tests.laboratories.listed_mutants import EQUIVALENT, LISTED
 from tests.laboratories.mutants import Mutant
 from tests.laboratories.mutate import ROOT, SOURCE
 from tests.laboratories.recorder import Recorder
@@ -231,3 +231,12 @@ def test_a_sample_of_every_laboratory_ends_well(tmp_path):
     words = [sys.executable, "-m", "tests.laboratories", "--size", "sample", "--out", str(tmp_path / "out")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1700, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_every_equivalent_mutant_is_still_one_of_the_source():
+    paths = {key[0] for key in EQUIVALENT}
+    known = {
+        (path, mutate.line_of(one), one.before, one.after) for path in paths for one in mutants.mutants(SOURCE, path)
+    }
+    assert set(EQUIVALENT) <= known, "its line has changed: think again whether it is equivalent"
+    assert all(EQUIVALENT.values())
