@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.attacks import APGD
+from learn2perturb.attacks.apgd import _State
+from learn2perturb.attacks.balls import BALLS
+from learn2perturb.attacks.gradients import Values
 from learn2perturb.attacks.losses import targeted_margin
 from learn2perturb.errors import ConfigError
 
@@ -106,13 +109,20 @@ def test_equals_the_paper(norm, steps, loss):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_random_start_is_a_point_of_the_ball(norm):
     network, x = rugged(), torch.rand(3, *SHAPE, dtype=torch.float64)
+    x[:, :, 0], x[:, :, 1] = 0.0, 1.0
     seen = []
 
     def watched(images):
         seen.append(images.detach().clone())
         return network(images)
 
-    APGD(0.1, 1, norm=norm, early_stop=False, seed=0)(watched, x, torch.zeros(3, dtype=torch.int64))
+    torch.manual_seed(3)
+    wanted = x + BALLS[norm].random(x, 0.1)
+    assert wanted.max() > 1  # the box binds
+    assert wanted.min() < 0
+    torch.manual_seed(3)
+    APGD(0.1, 1, norm=norm, early_stop=False)(watched, x, torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(seen[0], wanted.clamp(0, 1))
     away = (seen[0] - x).flatten(1)
     size = away.abs().amax(dim=1) if norm == "linf" else away.norm(dim=1)
     assert (size > 0).all()
@@ -139,14 +149,59 @@ def test_only_what_is_broken_in_a_single_pass_drops_out(eot):
 
 
 def test_a_target_is_approached_on_the_way_from_the_label():
-    """One step from x along the gradient of ``z_t - z_y``, by hand, for the likeliest wrong class."""
+    """One step from x along the gradient of ``z_t - z_y``, by hand, for each of the likeliest wrong classes."""
     network, x = rugged(), 0.4 + 0.2 * torch.rand(4, *SHAPE, dtype=torch.float64)
     y = network(x).argmax(dim=1)
-    target = network(x).scatter(1, y[:, None], -math.inf).argmax(dim=1)
-    leaf = x.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(targeted_margin(network(leaf), y, target).sum(), leaf)
-    found = APGD(0.001, 1, targets=1, loss="margin", random_start=False, early_stop=False)(network, x, y)
-    torch.testing.assert_close(found, x + 0.001 * slope.sign(), atol=1e-9, rtol=0)
+    order = network(x).scatter(1, y[:, None], -math.inf).argsort(dim=1, descending=True)
+    seen = []
+
+    def watched(images):
+        seen.append(images.detach().clone())
+        return network(images)
+
+    APGD(0.001, 1, targets=3, loss="margin", random_start=False, early_stop=False)(watched, x, y)
+    assert len(seen) == 1 + 3 * 3 + 1  # who is likely; of each run its start, its end, a judgement; the verification
+    for run in range(3):
+        leaf = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(targeted_margin(network(leaf), y, order[:, run]).sum(), leaf)
+        torch.testing.assert_close(seen[2 + 3 * run], x + 0.001 * slope.sign(), atol=1e-9, rtol=0)
+
+
+def test_what_one_run_breaks_needs_no_other():
+    network, x = rugged(), torch.rand(6, *SHAPE, dtype=torch.float64)
+    y = network(x).argmax(dim=1)
+    once, often = (APGD(0.9, 20, restarts=runs, seed=0).run(network, x, y) for runs in (1, 3))
+    assert once.success.all()
+    assert often.backward_passes == once.backward_passes
+
+
+def seen_by(state, loss, margin, gradient):
+    values = Values(torch.tensor(loss), torch.tensor(margin), torch.zeros(len(loss), 2))
+    state.see(values, torch.full_like(state.x, gradient))
+
+
+def test_a_tie_is_no_rise_and_no_better_point():
+    x = torch.zeros(3, 1, 1, 1)
+    state = _State.at(x, x, torch.zeros(3, dtype=torch.int64), None, 0.2)
+    assert state.rises.tolist() == [0, 0, 0]
+    seen_by(state, [1.0, 1.0, 1.0], [-1.0, -1.0, -1.0], 1.0)
+    assert state.rises.tolist() == [0, 0, 0]  # there was nothing before
+    state.point = x + 1
+    seen_by(state, [1.0, 2.0, 0.5], [-1.0, 0.0, 0.0], 2.0)
+    assert state.rises.tolist() == [0, 1, 0]
+    assert state.best.flatten().tolist() == [0, 1, 0]
+    assert state.best_gradient.flatten().tolist() == [1, 2, 1]
+    assert state.best_loss.tolist() == [1, 2, 1]
+    assert state.found.flatten().tolist() == [0, 1, 0]  # a margin of 0 is no success
+    assert state.found_wrong.tolist() == [False] * 3
+    state.point = x + 2
+    seen_by(state, [0.1, 0.1, 0.1], [0.5, -0.5, 0.5], 3.0)
+    assert state.found.flatten().tolist() == [2, 1, 2]  # wrong before right, whatever the loss
+    assert state.best.flatten().tolist() == [0, 1, 0]
+    state.point = x + 3
+    seen_by(state, [0.2, 9.0, 0.1], [0.5, -0.1, 0.5], 4.0)
+    assert state.found.flatten().tolist() == [3, 3, 2]
+    assert state.found_wrong.tolist() == [True, False, True]
 
 
 def test_targets_of_ones_own_and_one_target_exclude_each_other():

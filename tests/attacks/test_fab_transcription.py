@@ -181,6 +181,55 @@ def test_an_infinite_radius_and_early_stop_exclude_each_other():
             FAB(**{name: lowest - 1})
 
 
+def test_a_margin_of_0_is_not_wrong_and_an_equal_distance_is_not_nearer():
+    """Where both logits are equal everywhere nothing is ever wrong, so nothing is returned but the images."""
+    x, y = torch.rand(3, *SHAPE), torch.zeros(3, dtype=torch.int64)
+
+    def even(images):
+        z = images.flatten(1).sum(dim=1)
+        return torch.stack([z, z], dim=1) * torch.tensor([1.0, 1.0])
+
+    result = FAB(steps=3, targets=0).run(even, x, y)
+    assert torch.equal(result.x_adv, x)
+    assert result.linf.max() == 0
+
+
+def test_each_target_is_approached_by_its_own_gradient():
+    model = network()
+    x, y = batch(model)
+    order = model(x).scatter(1, y[:, None], -math.inf).argsort(dim=1, descending=True)
+    seen = []
+
+    def watched(images):
+        seen.append(images.detach().clone())
+        return model(images)
+
+    FAB(steps=1, targets=3)(watched, x, y)
+    for run in range(3):
+        leaf, target = x.clone().requires_grad_(), order[:, run : run + 1]
+        gap = (model(leaf).gather(1, target) - model(leaf).gather(1, y[:, None])).squeeze(1)
+        (w,) = torch.autograd.grad(gap.sum(), leaf)
+        wanted = x + 1.05 * to_plane(x.flatten(1), w.flatten(1), -gap.detach(), "linf").view_as(x)
+        # Two passes before the first run: the images' margins, and who is likely.
+        torch.testing.assert_close(seen[3 + 2 * run], wanted.clamp(0, 1), atol=1e-9, rtol=0)
+
+
+def test_an_image_at_the_radius_counts_as_broken():
+    x, y = torch.full((2, *SHAPE), 0.5), torch.zeros(2, dtype=torch.int64)
+
+    def linear(images):
+        z = images.flatten(1).sum(dim=1) - 18 * 0.5 - 18 * 0.1
+        return torch.stack([torch.zeros_like(z), z], dim=1)
+
+    # One step lands at 1.05 * 0.1, which is the radius.
+    landed = FAB(steps=1, targets=0).run(linear, x, y)
+    assert landed.success.all()
+    calls = []
+    attack = FAB(0.2, steps=1, targets=0, restarts=3, early_stop=True)
+    attack(lambda images: (calls.append(len(images)), linear(images))[1], x, y)
+    assert sum(calls[8:]) == 2 + 2 * 2 + 2  # the margin at x, one step, the verification: no second run
+
+
 # --- the step onto the plane
 
 

@@ -42,6 +42,14 @@ def test_the_share_is_halved_just_after_each_published_query(number, p_init):
     assert attack._side(number, x) == min(by_hand(number, 100, 160, p_init), 99)
 
 
+def test_the_schedule_is_stretched_to_the_queries():
+    x = torch.empty(1).expand(1, 3, 100, 160)
+    attack = Square(queries=20_000)
+    sides = [attack._side(number, x) for number in (16_000, 16_001, 16_002, 19_999)]
+    assert sides == [7, 7, 5, 5]  # the last limit is 8,000 of 10,000
+    assert Square(queries=20_000, rescale=False)._side(8001, x) == 5
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (9, 1), (2, 2), (3, 8), (8, 3), (4, 4), (9, 9)])
 def test_a_square_is_smaller_than_the_image_where_it_can_be(height, width, norm):
@@ -100,6 +108,40 @@ def test_a_square_is_side_by_side_and_one_corner_of_the_ball(side):
         torch.testing.assert_close(inside, inside[:, :1].expand_as(inside))  # one sign a channel
     signs = (moved - x)[changed].view(-1)
     assert 0.3 < (signs > 0).double().mean() < 0.7
+
+
+def signs_of(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 2, shape) * 2.0 - 1
+
+
+def test_a_seed_gives_the_same_signs_in_every_version():
+    """0 is -1, 1 is +1: results of a seed that are written down can be had again."""
+    x = middle(4)
+    torch.manual_seed(1)
+    found = [stripes(x, 0.1), bumps(x, 0.2), recoloured(x, x, 0.1, 3)]
+    torch.manual_seed(1)
+    torch.testing.assert_close(found[0], x + 0.1 * signs_of(4, 3, 1, 20).double())
+    for row in range(1, 16, 3):
+        for column in range(1, 19, 3):
+            lying = torch.rand(()) > 0.5
+            bump = torch.tensor(pair(3).T if lying else pair(3))
+            wanted = bump * signs_of(4, 3, 1, 1) * 0.2 / math.sqrt(3 * 30)
+            tile = (slice(None), slice(None), slice(row, row + 3), slice(column, column + 3))
+            torch.testing.assert_close((found[1] - x)[tile], wanted, atol=1e-6, rtol=0)
+    rows, columns = torch.randint(0, 15, (4, 1)), torch.randint(0, 18, (4, 1))
+    signs = signs_of(4, 3, 1, 1).double()
+    for image in range(4):
+        delta = (found[2] - x)[image, :, rows[image], columns[image]]
+        torch.testing.assert_close(delta, 0.1 * signs[image, :, :, 0], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_no_proposal_leaves_the_box(value):
+    x = torch.full((3, *SHAPE), value, dtype=torch.float64)
+    for point in (stripes(x, 0.1), bumps(x, 2.0), recoloured(x, x, 0.1, 3), redistributed(bumps(x, 2.0), x, 2.0, 5)):
+        assert point.min() >= 0
+        assert point.max() <= 1
+        assert not torch.equal(point, x)
 
 
 def test_squares_start_anywhere_with_equal_chance():
@@ -231,22 +273,47 @@ class Counted:
 
 
 @pytest.mark.parametrize(
-    ("noise", "eot", "restarts", "scores"),
+    ("noise", "eot", "restarts", "queries", "scores"),
     [
-        (0.0, 1, 1, 12),  # deterministic: no score of an incumbent
-        (0.01, 1, 1, 12 + 1),  # one in ten besides
-        (0.0, 3, 1, 3 * (12 + 1)),  # draws are asked for: taken at its word
-        (0.0, 1, 2, 2 * 12 + 2),  # and each run is judged
-        (0.01, 2, 3, 3 * (2 * (12 + 1) + 2)),
+        (0.0, 1, 1, 12, 12),  # deterministic: no score of an incumbent
+        (0.01, 1, 1, 9, 9),
+        (0.01, 1, 1, 10, 10 + 1),  # after the tenth, its incumbent's
+        (0.01, 1, 1, 12, 12 + 1),
+        (0.0, 3, 1, 12, 3 * (12 + 1)),  # draws are asked for: taken at its word
+        (0.0, 1, 2, 12, 2 * 12 + 2),  # and each run is judged
+        (0.01, 2, 3, 12, 3 * (2 * (12 + 1) + 2)),
     ],
 )
-def test_what_a_search_costs(noise, eot, restarts, scores):
+def test_what_a_search_costs(noise, eot, restarts, queries, scores):
     model, x = Counted(noise), torch.rand(2, 1, 4, 4)
     y = torch.zeros(2, dtype=torch.int64)
-    result = Square(0.05, queries=12, eot=eot, restarts=restarts, seed=0).run(model, x, y)
+    result = Square(0.05, queries=queries, eot=eot, restarts=restarts, seed=0).run(model, x, y)
     probes = 8 if eot == 1 else 0  # whether it is random
     clean = 1 if noise == 0 and eot == 1 else 0  # whether images are wrong as they are
     assert result.forward_passes == scores + probes + clean == len(model.sizes) - 1
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_first_query_is_the_stripes_or_the_bumps(norm):
+    x, model = middle(3).float(), Linear(SHAPE, bias=-1000.0)
+    torch.manual_seed(2)
+    wanted = stripes(x, 0.1) if norm == "linf" else bumps(x, 0.1)
+    torch.manual_seed(2)
+    found = Square(0.1, norm=norm, queries=1)(model, x, torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_what_one_run_breaks_needs_no_other():
+    x, y = middle(4, (1, 4, 4)).float(), torch.zeros(4, dtype=torch.int64)
+
+    def near(images):
+        moved = (images[:, None] - x).flatten(2).abs().amax(dim=2).amin(dim=1) > 1e-3
+        return two_logits(moved.float() - 0.5)
+
+    once, often = (Square(0.1, queries=5, restarts=runs, seed=0).run(near, x, y) for runs in (1, 4))
+    assert once.success.all()
+    assert often.success.all()
+    assert often.forward_passes == once.forward_passes + 1  # the first run is judged; there is no second
 
 
 @pytest.mark.parametrize("eps", [0.05, 0.3])

@@ -104,4 +104,5 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ("attacks/square.py", "return torch.where(torch.rand((), device=like.device) > 0.5, bump.T, bump)",
      "torch.rand((), device=like.device) > 0.5", "(torch.rand((), device=like.device)) >= (0.5)"):
         "one number in 2^24 is 0.5",
+    ("attacks/square.py", "side = max(side, 3) | 1  # odd, so that a bump has a centre", "3", "2"): "2 | 1 is 3, too",
 }  # fmt: skip
