@@ -178,8 +178,8 @@ class Defense(ABC):
         """
         kind = type(self).__name__
         # Who overrides the loss and says nothing has one of his own: better refused than silently left out.
-        silent = type(self).loss is not Defense.loss and type(self).objectives is Defense.objectives
-        known = () if silent else self.objectives
+        speaker = next(one for one in type(self).__mro__ if "loss" in vars(one) or "objectives" in vars(one))
+        known = self.objectives if "objectives" in vars(speaker) else ()
         if settings.objective not in (known or OBJECTIVES[:1]):
             raise ConfigError(
                 f"objective is {settings.objective!r}, but {kind} trains on "

@@ -1,0 +1,260 @@
+"""What settings and options may be: every bound from both sides, and the words of each refusal."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from learn2perturb.defenses import Clock, build_defense
+from learn2perturb.defenses.rse import RSE
+from learn2perturb.defenses.settings import Settings, number
+from learn2perturb.errors import ConfigError
+
+# name -> lowest, highest, whether a refusal speaks of pixels
+NUMBERS = {
+    "lr": (0.0, math.inf, False),
+    "momentum": (0.0, 1.0, False),
+    "weight_decay": (0.0, math.inf, False),
+    "decay": (0.0, 1.0, False),
+    "alpha": (0.0, math.inf, False),
+    "beta": (0.0, math.inf, False),
+    "eps": (0.0, 1.0, True),
+    "attack_step_size": (0.0, 1.0, True),
+    "trades_beta": (0.0, math.inf, False),
+    "awp": (0.0, 1.0, False),
+    "weight_average": (0.0, 1.0, False),
+}
+COUNTS = {"epochs": 0, "batch_size": 1, "attack_steps": 1, "attack_eot": 1, "adversarial_delay": 0}
+CHOICES = {
+    "schedule": ("step", "one_cycle", "cosine", "constant"),
+    "objective": ("mixed", "trades"),
+    "attack_labels": ("predicted", "true"),
+    "attack_mode": ("eval", "train"),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_reach_from_bound_to_bound(name):
+    low, high, pixels = NUMBERS[name]
+    if name not in ("weight_average", "attack_step_size"):  # whose bounds make no sense for other reasons
+        Settings(**{name: low}).check()
+        Settings(**{name: min(high, 1e9)}).check()
+    number(name, low, low, high)
+    number(name, None, low, high)
+    between = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
+    for value in (low - 1e-9, *([high + 1e-9] if high < math.inf else []), math.nan, True, "1", [1.0]):
+        with pytest.raises(ConfigError) as caught:
+            Settings(**{name: value}).check()
+        told = f"{name} is {value!r}; it must be a number {between}"
+        hint = "; it is in [0, 1] pixel scale: write 8/255 for eight grey levels" if pixels else ""
+        assert str(caught.value) == told + hint
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_begin_at_their_lowest(name):
+    lowest = COUNTS[name]
+    Settings(**{name: lowest}).check()
+    for value in (lowest - 1, 1.5, True, "2"):
+        with pytest.raises(ConfigError, match=f"{name} must be a whole number of at least {lowest}, got"):
+            Settings(**{name: value}).check()
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_are_these(name):
+    for value in CHOICES[name]:
+        Settings(**{name: value}).check()
+    with pytest.raises(ConfigError, match=f"{name} is 'other'; allowed: {', '.join(CHOICES[name])}"):
+        Settings(**{name: "other"}).check()
+
+
+@pytest.mark.parametrize("name", ["nesterov", "attack_random_start"])
+def test_flags_are_flags(name):
+    Settings(**{name: False}).check()
+    with pytest.raises(ConfigError, match=f"{name} must be True or False, got 1"):
+        Settings(**{name: 1}).check()
+
+
+def test_milestones_are_epochs():
+    for value in ([], [0], (3, 5)):
+        Settings(milestones=value).check()
+    with pytest.raises(ConfigError, match=r"milestones is 5; it must be a list of epochs, such as \[150, 250\]"):
+        Settings(milestones=5).check()
+    with pytest.raises(ConfigError, match="an epoch of milestones must be a whole number of at least 0, got -1"):
+        Settings(milestones=[3, -1]).check()
+
+
+TOGETHER = [
+    (
+        {"alpha": 0, "beta": 0},
+        "alpha and beta are both 0",
+        [{"alpha": 0, "beta": 1}, {"alpha": 1, "beta": 0}, {"alpha": 0}, {"beta": 0}],
+    ),
+    (
+        {"objective": "trades", "trades_beta": 0},
+        "trades_beta is 0, so objective 'trades' has no adversary",
+        [{"objective": "mixed", "trades_beta": 0}, {"objective": "trades", "trades_beta": 6}, {"objective": "trades"}],
+    ),
+    (
+        {"weight_average": 1},
+        "weight_average is 1, so the average never moves",
+        [{"weight_average": 0.999}, {"weight_average": 0}],
+    ),
+    (
+        {"attack_step_size": 0},
+        "attack_step_size is 0, so the adversary stands still",
+        [{"attack_step_size": 0, "eps": 0}],
+    ),
+    ({"attack_step_size": 0, "eps": 0.1}, "attack_step_size is 0", [{"attack_step_size": 0.1, "eps": 0.1}]),
+    (
+        {"attack_step_size": 0.3, "eps": 0.1},
+        "more than twice eps",
+        [{"attack_step_size": 0.2, "eps": 0.1}, {"attack_step_size": 0.3, "eps": 0}, {"attack_step_size": 0.3}],
+    ),
+    (
+        {"nesterov": True, "momentum": 0},
+        "nesterov needs momentum above 0",
+        [{"nesterov": True, "momentum": 0.9}, {"nesterov": False, "momentum": 0}, {"nesterov": True}],
+    ),
+]
+
+
+@pytest.mark.parametrize(("refused", "message", "allowed"), TOGETHER, ids=lambda value: str(value)[:40])
+def test_settings_that_do_not_go_together(refused, message, allowed):
+    with pytest.raises(ConfigError, match=message):
+        Settings(**refused).check()
+    for settings in allowed:
+        Settings(**settings).check()
+
+
+# defense, option, allowed, refused, words
+OPTIONS = [
+    ("learn2perturb", "gamma", [0, 1e-4, 5.0], [-1e-9, True, "1"], "gamma is .*; it must be a number at least 0"),
+    ("learn2perturb", "theta_lr", [0, 7.0], [-1e-9], "theta_lr is .*; it must be a number at least 0"),
+    ("learn2perturb", "noise_delay", [0, 20], [-1, 1.5], "noise_delay must be a whole number of at least 0"),
+    ("learn2perturb", "weight_steps", [1], [0], "weight_steps must be a whole number of at least 1"),
+    ("learn2perturb", "noise_steps", [1], [0], "noise_steps must be a whole number of at least 1"),
+    ("learn2perturb", "noise_target", [None, 0.01, 0.5], [0.0099], "noise_target is 0.0099, but theta is projected to"),
+    ("learn2perturb", "minimum", [1e-9, 0.25], [0, 0.0], "minimum is 0.*; with gamma above 0 it must be above 0"),
+    ("learn2perturb", "init", [0.01, 3.0], [0.0099, -1], "allowed: 0 <= minimum <= init"),
+    ("adv_bnn", "prior", [1e-9, 2.0], [0, 0.0], "prior is 0; it is a standard deviation and must be above 0"),
+    ("adv_bnn", "init", [1e-9], [0], "init is 0; it is a standard deviation and must be above 0"),
+    ("adv_bnn", "kl_weight", [0, 1.0], [-1], "kl_weight is -1; it must be a number at least 0"),
+    ("adv_bnn", "stage_lengths", [(), [1], (80, 60)], [5, "ab"], "stage_lengths is .*; it must be a list such as"),
+    (
+        "adv_bnn",
+        "stage_lengths",
+        [[1]],
+        [[0], [2, 0]],
+        "a length of stage_lengths must be a whole number of at least 1",
+    ),
+    ("rse", "sigma_init", [0, 0.2], [-1e-9, True], "sigma_init is .*; it must be a number at least 0"),
+    ("rse", "sigma_inner", [0, 0.2], [-1e-9, "1"], "sigma_inner is .*; it must be a number at least 0"),
+    ("rse", "adversarial", [True], [1], "adversarial must be True or False, got 1"),
+    ("rse", "restarts", [True], [1], "restarts must be True or False, got 1"),
+    ("pni", "init", [0, 0.25], [-1e-9], "init is .*; it must be a number at least 0"),
+    ("pixeldp", "epsilon", [1e-9, 5.0], [0, 0.0], "epsilon must be above 0, delta between 0 and 1"),
+    ("pixeldp", "delta", [1e-9, 0.999], [0, 1, 1.0], "epsilon must be above 0, delta between 0 and 1"),
+    ("pixeldp", "bound", [0, 3.0], [-1e-9], "bound is .*; it must be a number at least 0"),
+    ("pixeldp", "parseval_step", [0, 1], [-1e-9, 1.001], "parseval_step is .*; it must be a number between 0 and 1"),
+    ("pixeldp", "parseval_loops", [0, 10], [-1], "parseval_loops must be a whole number of at least 0"),
+    ("pixeldp", "ramp", [False], [1], "ramp must be True or False, got 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "option", "allowed", "refused", "message"), OPTIONS)
+def test_options_reach_from_bound_to_bound(name, option, allowed, refused, message):
+    for value in allowed:
+        assert getattr(build_defense(name, {option: value}), option) == value
+    for value in refused:
+        with pytest.raises(ConfigError, match=message):
+            build_defense(name, {option: value})
+
+
+SEQUENTIAL = {"theta_step": "sequential"}
+TARGET = {"noise_target": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("refused", "message", "allowed"),
+    [
+        ({"weight_steps": 2}, "2 : 1, but theta_step 'combined' makes one", SEQUENTIAL | {"weight_steps": 2}),
+        ({"noise_steps": 3}, "1 : 3, but theta_step 'combined' makes one", SEQUENTIAL | {"noise_steps": 3}),
+        (TARGET | {"gamma": 0}, "gamma is 0, so nothing holds theta to it", TARGET | {"gamma": 1e-2}),
+        (TARGET | {"tau": "released"}, "tau is 'released', which only the paper's", {"tau": "released"}),
+        ({"minimum": 0}, "minimum is 0; with gamma above 0", {"minimum": 0, "gamma": 0}),
+        ({"minimum": 0.3}, "theta init is 0.25 and minimum is 0.3", {"minimum": 0.25}),
+    ],
+)  # fmt: skip
+def test_options_of_learned_noise_that_do_not_go_together(refused, message, allowed):
+    with pytest.raises(ConfigError, match=message):
+        build_defense("learn2perturb", refused)
+    build_defense("learn2perturb", allowed)
+
+
+CHECKS = [
+    ("none", {"objective": "trades"}, "objective is 'trades', but NoDefense trains on a loss of its own; leave it out"),
+    ("none", {"awp": 0.01}, "awp is 0.01, but NoDefense has a loss of its own that takes none; leave it out"),
+    ("trades", {"objective": "mixed"}, "objective is 'mixed', but Trades trains on 'trades'; leave it out"),
+    ("madry", {"objective": "trades"}, "objective is 'trades', but Madry trains on 'mixed'; leave it out"),
+    ("madry", {"alpha": 0.5}, "alpha is 0.5, but Madry's training has no clean loss; set alpha 0, or take 'pgd_at'"),
+    (
+        "pgd_at",
+        {"awp": 0.01, "beta": 0},
+        "awp is 0.01, but beta is 0: there is no adversarial loss; set beta or drop awp",
+    ),
+    ("rse", {"objective": "trades"}, "objective is 'trades' and awp 0.0, but RSE trains on clean images"),
+    ("rse", {"awp": 0.01}, "objective is 'mixed' and awp 0.01, but RSE trains on clean images"),
+]
+ALLOWED = [
+    ("none", {}), ("trades", {"objective": "trades"}), ("trades", {"objective": "trades", "awp": 0.01, "beta": 0}),
+    ("madry", {"alpha": 0}), ("pgd_at", {"awp": 0.01}), ("pgd_at", {"beta": 0}), ("pgd_at", {"objective": "trades"}),
+    ("rse", {}), ("adv_bnn", {"objective": "trades"}), ("adv_bnn", {"awp": 0.01}),
+    ("rse_at", {"objective": "trades"}), ("rse_at", {"awp": 0.01}),
+]  # fmt: skip
+
+
+def settings_of(values: dict) -> Settings:
+    return Settings(**{"objective": "mixed", "awp": 0.0, "alpha": 0.0, "beta": 0.5, **values})
+
+
+@pytest.mark.parametrize(("name", "values", "message"), CHECKS)
+def test_a_defense_refuses_settings_that_it_does_not_follow(name, values, message):
+    with pytest.raises(ConfigError, match=message):
+        build_defense(name).check(settings_of(values))
+
+
+@pytest.mark.parametrize(("name", "values"), ALLOWED)
+def test_a_defense_takes_settings_that_it_follows(name, values):
+    build_defense(name).check(settings_of(values))
+
+
+def test_a_loss_of_ones_own_has_the_objectives_that_are_declared_with_it_or_after_it():
+    def loss(self, model, x, y, clock, settings):
+        raise NotImplementedError
+
+    silent = type("Silent", (RSE,), {"loss": loss})
+    told = type("Told", (silent,), {"objectives": ("mixed", "trades")})
+    plain = type("Plain", (RSE,), {})
+    for kind in (told, plain):
+        kind(adversarial=True).check(settings_of({"objective": "trades"}))
+    with pytest.raises(ConfigError, match="Silent trains on a loss of its own"):
+        silent(adversarial=True).check(settings_of({"objective": "trades"}))
+
+
+@pytest.mark.parametrize("name", ["rse_at", "adv_bnn"])
+def test_noise_of_other_papers_trains_on_trades_and_at_perturbed_weights(name):
+    defense = build_defense(name)
+    network = defense.prepare(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)), (1, 4, 4))
+    x, y = torch.rand(4, 1, 4, 4), torch.arange(4) % 3
+    settings = settings_of({
+        "objective": "trades", "trades_beta": 6.0, "awp": 0.01, "eps": 0.1, "attack_step_size": 0.05, "attack_steps": 1,
+        "adversarial_delay": 0,
+    })  # fmt: skip
+    defense.check(settings)
+    losses = defense.loss(network.train(), x, y, Clock(0, 0, 1), settings)
+    losses.total.backward()
+    assert losses.total > losses.clean  # the divergence beside it
+    assert losses.adversarial is not None
