@@ -76,7 +76,6 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
 NUMBERS: dict[str, dict[str, Any]] = {
     "base": {"TOLERANCE": 1e-6},
     "gradients": {"_LARGEST_WEIGHT": 1e30},
-    "pgd": {"_STEP": 0.01, "_STEP_MADE_FOR": 8 / 255},  # Learn2Perturb, section 4
     "apgd": {"_MOMENTUM": 0.75, "_RHO": 0.75},  # algorithm 1: alpha and rho
     "auto_attack": {"VERSIONS": ("standard", "rand")},
     "fab": {  # section 3: alpha_max, eta, beta, and the final search

@@ -206,6 +206,15 @@ def test_of_a_broken_population_the_widest_margin_is_painted():
     assert torch.equal(found.flatten(1).sum(dim=1), torch.tensor([0.0, 0.9, 0.0]))
 
 
+@pytest.mark.parametrize(("margin", "attacked"), [(-0.5, True), (0.0, True), (0.5, False), (1.5, False)])
+def test_only_images_that_are_right_are_attacked_and_a_tie_is_right(margin, attacked):
+    x, y = torch.rand(2, 1, 3, 3), torch.zeros(2, dtype=torch.int64)
+    result = FewPixel(population=4, generations=1).run(
+        lambda images: two_logits(torch.full((len(images),), margin)), x, y
+    )
+    assert result.forward_passes == 8 + 1 + (8 if attacked else 0)
+
+
 # --- settings
 
 

@@ -54,7 +54,7 @@ def test_the_schedule_is_stretched_to_the_queries():
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (9, 1), (2, 2), (3, 8), (8, 3), (4, 4), (9, 9)])
 def test_a_square_is_smaller_than_the_image_where_it_can_be(height, width, norm):
     x = torch.empty(1, 3, height, width)
-    attack = Square(norm=norm, queries=10_000, p_init=1.0)
+    attack = Square(0.5, norm=norm, queries=10_000, p_init=1.0)
     first, last = attack._side(1, x), attack._side(9999, x)
     assert first == max(min(height, width) - 1, 1)
     assert last == (1 if norm == "linf" else max(min(3, height - 1, width - 1), 1))
@@ -62,7 +62,7 @@ def test_a_square_is_smaller_than_the_image_where_it_can_be(height, width, norm)
 
 def test_bumps_have_an_odd_side_of_at_least_3():
     x = torch.empty(1).expand(1, 3, 100, 100)
-    wide, odd = (Square(norm=norm, queries=10_000) for norm in ("linf", "l2"))
+    wide, odd = (Square(0.5, norm=norm, queries=10_000) for norm in ("linf", "l2"))
     for number in (1, 11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001):
         side = wide._side(number, x)
         assert odd._side(number, x) == max(side + (side % 2 == 0), 3)
