@@ -360,7 +360,9 @@ def from_json(text: str | bytes, cls: type[R], *, source: str = "record") -> R:
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise CheckpointError(f"{source} is damaged: version {_short(version)} is no positive integer; {mend}")
     fields = {key: value for key, value in payload.items() if key not in ("format", "version", _SUM)}
+    upgraded = getattr(cls, "upgraded", None)
     try:
+        fields = fields if upgraded is None else upgraded(fields, version)
         record = typing.cast(R, _decode(fields, cls, "record"))
     except Exception as error:  # also what the classes of the fields raise for values that they never write
         raise CheckpointError(f"{source} is damaged: {_short(error)}; {mend}") from error

@@ -96,7 +96,9 @@ def test_a_pgd_trained_network_passes(honest):
     assert failed(honest) == set()
     statuses = {check.number: check.status for check in honest.checks}
     assert statuses == {**dict.fromkeys(CHECKS, "passed"), 6: "does not apply", 9: "does not apply"}
-    assert honest.verdict == "stands"
+    assert honest.verdict == "trusted"
+    assert honest.claim is None
+    assert "stand" not in honest.summary  # a word for claims, of which there is none
     assert "no proof" in honest.summary
     assert honest.check(2).missing == ("transfer from pgd_at (a PGD-trained network)",)
     lowest = honest.measurement(honest.lowest)
@@ -114,7 +116,10 @@ def test_the_curves_fall(honest):
 def test_a_diagnosis_is_kept_and_read_back(honest, tmp_path):
     path = honest.save(tmp_path / "diagnosis.json")
     assert Diagnosis.load(path) == honest
-    assert all(f"{number}. {name}: " in str(honest) for number, name in CHECKS.items())
+    lines = str(honest).splitlines()
+    assert lines[0].startswith("GRADIENTS CAN BE TRUSTED")
+    assert all(f"{number}".ljust(4) + name in lines[number + 3] for number, name in CHECKS.items())
+    assert all(f"{check.number}. {check.sentence}" in lines for check in honest.checks)
     bits = honest.measurement("reported").correct.unpack()
     assert bits.shape == (1, TINY.images)
     assert bits.mean() == honest.measurement("reported").accuracy
@@ -122,7 +127,7 @@ def test_a_diagnosis_is_kept_and_read_back(honest, tmp_path):
     del older["checksum"]
     assert [check.pop("notes") for check in older["checks"]] == [[]] * 10  # a record from before there were notes
     assert records.from_json(json.dumps(older), Diagnosis) == honest
-    path.write_text(path.read_text().replace('"verdict": "stands"', '"verdict": "maybe"'))
+    path.write_text(path.read_text().replace('"verdict": "trusted"', '"verdict": "maybe"'))
     with pytest.raises(CheckpointError, match="verdict"):
         Diagnosis.load(path)
 
@@ -178,8 +183,8 @@ def _forged(found: Diagnosis, what: str) -> Diagnosis:
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("status", "the verdict is 'stands', and its checks give 'does not stand'"),
-        ("verdict", "the verdict is 'not shown', and its checks give 'stands'"),
+        ("status", "the verdict is 'trusted', and its checks give 'not trusted'"),
+        ("verdict", "the verdict is 'not shown', and its checks give 'trusted'"),
         ("holds", "is not judged as its p-value says"),
         ("adjusted", "is not judged as its p-value says"),
         ("broken", "is not that of its difference"),
@@ -225,7 +230,8 @@ class Saturated(nn.Module):
 def test_non_differentiable_preprocessing_is_caught(networks, digits):
     found = examined(Quantised(networks["undefended"]).eval(), digits, {"undefended": networks["undefended"]})
     assert {2, 3, 5} <= failed(found)
-    assert found.verdict == "does not stand"
+    assert found.verdict == "not trusted"
+    assert found.summary.startswith("GRADIENTS CANNOT BE TRUSTED: check 2 (")
     assert "worth less than none" in found.check(2).sentence
     black_box = found.check(2).evidence
     assert black_box["white-box"] > 0.9 > 0.5 > black_box["transfer from undefended"]
@@ -305,7 +311,8 @@ def seeded(network: nn.Module, kind: str):
 def test_a_forward_that_seeds_fails_for_the_right_reason(networks, digits, kind):
     found = diagnose(seeded(networks["undefended"], kind), digits, budget=FEW, eps=EPS, engine="plain")
     assert found.check(9).status == "failed"
-    assert found.verdict == "does not stand"
+    assert found.verdict == "not trusted"
+    assert found.summary.startswith("THE DRAWS CANNOT BE TRUSTED")
     reason = "the row of the batch" if kind == "its own" else "forward() seeds the random generators"
     assert reason in found.check(9).sentence.replace("Forward", "forward")
     assert "replayed" in found.check(9).sentence
@@ -463,7 +470,7 @@ def test_honest_models_seldom_fail_by_chance():
 def test_few_images_pass_nothing():
     checks = judge([claim(np.zeros(50))], 0)
     assert conclude(checks, lowest="x", accuracy=0.5, n=99, eps="linf 8/255")[0] == "not shown"
-    assert conclude(checks, lowest="x", accuracy=0.5, n=100, eps="linf 8/255")[0] == "stands"
+    assert conclude(checks, lowest="x", accuracy=0.5, n=100, eps="linf 8/255")[0] == "trusted"
 
 
 def test_a_check_that_was_not_run_is_not_shown(networks, digits):

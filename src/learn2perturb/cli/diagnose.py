@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +27,16 @@ from learn2perturb.evaluation import defaults
 from learn2perturb.training.config import TrainConfig, fraction
 
 if TYPE_CHECKING:
-    from learn2perturb.evaluation.diagnostics import Diagnosis
+    from learn2perturb.evaluation.diagnostics import Claim, Diagnosis
 
 DESCRIPTION = (
     "Check whether the robustness of a network is real: ten checks for masked gradients and faked randomness,\n"
     "each with a verdict and its evidence. RUN is a run, or any model of yours as module:function.\n"
-    "Exits 0 when the diagnosis was made, whatever it says; with --strict 1 unless every check that applies passed."
+    "--claim states an accuracy, which is then refuted, not refuted, or not shown.\n"
+    "Exits 0 when the diagnosis was made, whatever it says; with --strict 1 unless the claim is not refuted, or,\n"
+    "without a claim, unless every check that applies passed."
 )
-EXAMPLE = "learn2perturb diagnose runs/digits --quick --source pgd_at=runs/digits-pgd_at"
+EXAMPLE = "learn2perturb diagnose runs/digits --claim '51 % under pgd20' --source pgd_at=runs/digits-pgd_at"
 # source -> how its training differs from that of the run
 _TRAININGS: dict[str, dict[str, Any]] = {
     "undefended": {"defense": "none", "options": {}},
@@ -50,8 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--quick", action="store_true", help="minutes on a CPU: up to 200 images (default)")
     budget.add_argument("--full", action="store_true", help="for a report: 1,000 images, 80 draws, 5,000 queries")
+    add(
+        "--claim", metavar="TEXT",
+        help="accuracy that is claimed: '51 %% under pgd20', '51 %% under l2 0.5 by vote of 10 of 99 images'",
+    )  # fmt: skip
     add("--eps", metavar="X", help="radius of the ball, [0, 1] pixel scale (default in l_inf: the run's, else 8/255)")
-    add("--norm", default="linf", metavar="NAME", help="of the ball: linf (default) or l2, which needs --eps")
+    add("--norm", metavar="NAME", help="of the ball: linf (default) or l2, which needs --eps")
     add(
         "--source", action="append", default=[], metavar="NAME=RUN",
         help="network to transfer from: undefended, pgd_at (also the baseline of check 6), twin; may be repeated",
@@ -67,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stochastic", action="store_true", help="the model is said to be random: catch one that is not")
     add_passes(parser, defaults.DIAGNOSE_BATCH_SIZE)
     add("--figures", metavar="DIR", help="write the curves there, as PNG files")
-    add("--strict", action="store_true", help="exit 1 unless the verdict is that the claim stands")
+    add("--strict", action="store_true", help="exit 1 unless the claim is not refuted, or all checks passed")
     add("--out", metavar="FILE", help="the record (default RUN/evaluation/NAME-diagnosis-SPLIT-seedN.json)")
     add_json(parser)
 
@@ -78,9 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
     named = _named_sources(arguments.source)
     figures = check_folder(arguments.figures)
     eps = None if arguments.eps is None else fraction(arguments.eps)
-    check_choice("norm", arguments.norm, ("linf", "l2"))
-    if eps is None and arguments.norm != "linf":
-        raise ConfigError(f"--norm {arguments.norm} needs --eps: that of a run is an l_inf radius; give --eps 0.5")
+    claim = None if arguments.claim is None else stated(arguments.claim)
+    check_choice("norm", arguments.norm, ("linf", "l2"), optional=True)
+    if eps is None and arguments.norm == "l2" and (claim is None or claim.eps is None):
+        raise ConfigError("--norm l2 needs --eps: that of a run is an l_inf radius; give --eps 0.5")
     if arguments.train_sources and is_factory(arguments.run):
         raise ConfigError(
             f"--train-sources trains as the run was trained, and {arguments.run} is no run; give --source"
@@ -100,10 +107,12 @@ def run(arguments: argparse.Namespace) -> int:
         sources |= _trained(subject, Path(arguments.run), sources, device)
     found = diagnose(
         subject.model, subject.data, budget="full" if arguments.full else defaults.BUDGET,
-        eps=subject.eps if eps is None else eps, norm=arguments.norm, sources=sources, noise_off=noise_off,
+        eps=_own_eps(subject, claim) if eps is None else eps, norm=arguments.norm, claim=claim, sources=sources,
+        noise_off=noise_off,
         stochastic=True if arguments.stochastic else None, seed=arguments.seed, limit=arguments.limit,
         batch_size=arguments.batch_size, engine=arguments.engine, name=subject.name,
     )  # fmt: skip
+    found = replace(found, metadata=found.metadata | _origin(arguments))
     record = saved(lambda: save_record(found, arguments, subject.folder, "diagnosis"))
     drawn = [] if figures is None else diagnosis_figures(found, figures)
     if arguments.json:
@@ -114,11 +123,46 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"figure: {path}")
         if record is not None:
             print(f"\nrecord: {record}")
-    return FAILURE if record is None or (arguments.strict and found.verdict != "stands") else SUCCESS
+    return (
+        FAILURE if record is None or (arguments.strict and found.verdict not in ("not refuted", "trusted")) else SUCCESS
+    )
+
+
+def stated(text: str) -> Claim:
+    """Read a claim; a bare share is one, too."""
+    from learn2perturb.evaluation.diagnostics.claim import Claim
+
+    return Claim.of(text)
+
+
+def _own_eps(subject: Subject, claim: Claim | None) -> float | None:
+    """Return the size that the network was trained for, unless the claim names one, or a norm that has another."""
+    return subject.eps if claim is None or (claim.eps is None and claim.norm != "l2") else None
+
+
+def _origin(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the record says of the command: so that it can be repeated, or extended."""
+    given = {
+        "--dataset": arguments.dataset, "--data-dir": arguments.data_dir, "--claim": arguments.claim,
+        "--eps": arguments.eps, "--norm": arguments.norm, "--noise-off": arguments.noise_off,
+        "--limit": arguments.limit, "--seed": arguments.seed, "--batch-size": arguments.batch_size,
+    }  # fmt: skip
+    left_out = {"--batch-size": defaults.DIAGNOSE_BATCH_SIZE}
+    words = ["learn2perturb", "diagnose", arguments.run, "--full" if arguments.full else "--quick"]
+    words += ["--split", arguments.split] if arguments.split != "test" else []
+    for name, value in given.items():
+        words += [] if value is None or left_out.get(name) == value else [name, str(value)]
+    for source in arguments.source:
+        words += ["--source", source]
+    words += [name for name in ("--train-sources", "--stochastic") if getattr(arguments, name[2:].replace("-", "_"))]
+    return {"command": words, "run": not is_factory(arguments.run)}
 
 
 def summary(found: Diagnosis) -> dict[str, Any]:
     """Return what a program reads: verdicts, evidence and curves, without the raw bits, which are in the record."""
+    from learn2perturb.evaluation.diagnostics.layout import advice
+
+    lowest = found.measurement(found.lowest)
     return {
         "model": found.metadata["model"],
         "verdict": found.verdict,
@@ -128,7 +172,12 @@ def summary(found: Diagnosis) -> dict[str, Any]:
         "norm": found.norm,
         "budget": found.budget["name"],
         "stochastic": found.stochastic,
-        "lowest": {"attack": found.lowest, "accuracy": found.measurement(found.lowest).accuracy},
+        "claim": _claimed(found),
+        "lowest": {
+            "attack": found.lowest, "accuracy": lowest.accuracy, "n": lowest.n,
+            "interval": [lowest.interval.low, lowest.interval.high],
+        },
+        "advice": advice(found),
         "checks": [
             {
                 "number": check.number, "name": check.name, "status": check.status, "sentence": check.sentence,
@@ -141,6 +190,26 @@ def summary(found: Diagnosis) -> dict[str, Any]:
             for curve in found.curves
         },
         "seconds": found.metadata["seconds"],
+    }  # fmt: skip
+
+
+def _claimed(found: Diagnosis) -> dict[str, Any] | None:
+    """Return the claim and what came of it."""
+    from learn2perturb.evaluation.diagnostics.advice import described
+
+    claim, trial = found.claim, found.trial
+    if claim is None or trial is None:
+        return None
+    by = found.measurement(trial.found)
+    return asdict(claim) | {
+        "text": str(claim),
+        "found": {
+            "attack": by.name, "accuracy": by.accuracy, "n": by.n, "interval": [by.interval.low, by.interval.high],
+            "how": described(by),
+        },
+        "p_value": trial.adjusted,
+        "tried": list(trial.tried),
+        "drop_seen": trial.drop,
     }  # fmt: skip
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from learn2perturb.evaluation.diagnostics.budget import BUDGETS, FULL, QUICK, Budget
-from learn2perturb.evaluation.diagnostics.record import CHECKS, Check, Claim, Curve, Diagnosis, Measurement, Point
+from learn2perturb.evaluation.diagnostics.claim import Claim
+from learn2perturb.evaluation.diagnostics.record import CHECKS, Check, Curve, Diagnosis, Judged, Measurement, Point
+from learn2perturb.evaluation.diagnostics.trial import Trial
 
 if TYPE_CHECKING:
     from learn2perturb.evaluation.diagnostics.blackbox import SOURCES
@@ -22,8 +24,10 @@ __all__ = [
     "Claim",
     "Curve",
     "Diagnosis",
+    "Judged",
     "Measurement",
     "Point",
+    "Trial",
     "diagnose",
 ]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from learn2perturb.errors import CheckpointError
-from learn2perturb.evaluation.diagnostics.record import CHECKS, Check, Claim, Diagnosis, Measurement
+from learn2perturb.evaluation.diagnostics.record import CHECKS, Check, Diagnosis, Judged, Measurement
+from learn2perturb.evaluation.diagnostics.trial import p_value
 from learn2perturb.evaluation.diagnostics.verdict import conclude
 from learn2perturb.evaluation.intervals import accuracy_interval
 from learn2perturb.evaluation.significance import TWO_SIGMA, exceeds, holm
@@ -32,7 +33,11 @@ def check_consistency(found: Diagnosis) -> None:
         _check_status(check)
     _check_curves(found)
     accuracy = found.measurement(found.lowest).accuracy
-    verdict, _ = conclude(found.checks, lowest=found.lowest, accuracy=accuracy, n=len(labels), eps="")
+    _check_trial(found)
+    verdict, _ = conclude(
+        found.checks, lowest=found.lowest, accuracy=accuracy, n=len(labels), eps="", claim=found.claim,
+        trial=found.trial, measured={one.name: one for one in found.measurements},
+    )  # fmt: skip
     if verdict != found.verdict:
         raise CheckpointError(f"the verdict is {found.verdict!r}, and its checks give {verdict!r}; {_MEND}")
 
@@ -60,7 +65,7 @@ def _check_claims(found: Diagnosis) -> None:
             raise CheckpointError(f"the claim {claim.text!r} is not judged as its p-value says; {_MEND}")
 
 
-def _p_values(claim: Claim) -> tuple[float, float]:
+def _p_values(claim: Judged) -> tuple[float, float]:
     """Return the p-values of a claim on the difference and on its size: the record does not say which it is."""
     size = exceeds(abs(claim.difference), claim.allowed, claim.standard_error)
     return exceeds(claim.difference, claim.allowed, claim.standard_error), min(1.0, 2 * size)
@@ -70,6 +75,22 @@ def _check_status(check: Check) -> None:
     """Check what the claims decide; what else fails a check is in its sentence only."""
     if any(not claim.holds for claim in check.claims) and check.status != "failed":
         raise CheckpointError(f"check {check.number} {check.status!r}, though a claim of it does not hold; {_MEND}")
+
+
+def _check_trial(found: Diagnosis) -> None:
+    """Check the trial of the claim against the measurements that it is of."""
+    claim, trial = found.claim, found.trial
+    if claim is None or trial is None:
+        if claim is not None or trial is not None:
+            raise CheckpointError(f"there is a claim without its trial, or a trial without its claim; {_MEND}")
+        return
+    if (claim.norm, claim.eps) != (found.norm, found.eps):
+        raise CheckpointError(f"the claim is of another ball than the diagnosis; {_MEND}")
+    if trial.found not in trial.p_values or len(trial.tried) < len(trial.p_values):
+        raise CheckpointError(f"the trial of the claim lacks {trial.found!r}; {_MEND}")
+    for name, value in trial.p_values.items():
+        if not _close(value, p_value(found.measurement(name), claim.accuracy)):
+            raise CheckpointError(f"the p-value of {name!r} is not that of its accuracy and the claim; {_MEND}")
 
 
 def _check_curves(found: Diagnosis) -> None:

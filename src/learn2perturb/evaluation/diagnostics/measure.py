@@ -32,6 +32,8 @@ from learn2perturb.sizes import whole_box
 # Of eps: the differences from which gradients are estimated look across what is flat, rounding for one.
 _REACH = 0.25
 
+_KEPT = 8  # attacks whose images are kept to the end
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -104,6 +106,8 @@ class Bench:
         self._fits = Halving()
         self.measurements: list[Measurement] = []
         self.rivals: dict[str, float] = {}
+        # The images of the strongest of them, to be scored again.
+        self.kept: dict[str, Tensor] = {}
         self._passes, self._expected = 0.0, expected_passes
         with torch.no_grad(), subject.ready() as model:
             self.num_classes = checked_logits(model, x[:1]).shape[1]
@@ -131,7 +135,7 @@ class Bench:
             estimated = None
             if attack.needs_gradient and not source.gradient:
                 model = estimated = Estimated(model, self._reach(attack), self.budget.descent_directions)
-            for batch, rows in enumerate(self._batches(n)):
+            for batch, rows in enumerate(self.batches(n)):
                 x = self.gear.place_images(self.x[rows])
                 y = self.y[rows] if targets is None else targets[rows]
                 own = dataclasses.replace(attack, seed=derive_seed(self.seed, "diagnose", name, batch))
@@ -149,9 +153,14 @@ class Bench:
         correct = self.score(name, x_adv, victim)
         parameters = plain(attack)
         parameters.pop("seed", None)
-        self._keep(name, type(attack).__name__, parameters, correct, forwards / n, backwards / n, seconds)
+        alone = source is self.subject and victim is self.subject and targets is None and source.gradient
+        self._keep(
+            name, type(attack).__name__, parameters, correct, forwards / n, backwards / n, seconds, by_itself=alone
+        )
         if rival and victim is self.subject:
             self.rivals[name] = float(correct.mean())
+        if victim is self.subject and (attack.norm, attack.eps) == (self.attack.norm, self.attack.eps):
+            self._keep_images(name, x_adv)
         return Attacked(name, x_adv, correct)
 
     def scored(self, name: str, x: Tensor, *, kind: str, rival: bool = False) -> Attacked:
@@ -160,7 +169,27 @@ class Bench:
         self._keep(name, kind, {}, correct, 0.0, 0.0, 0.0)
         if rival:
             self.rivals[name] = float(correct.mean())
+            self._keep_images(name, x)
         return Attacked(name, x, correct)
+
+    def measured(self, name: str) -> Measurement:
+        """Return the measurement of that name."""
+        return next(one for one in self.measurements if one.name == name)
+
+    def record(self, name: str, of: str, correct: NDArray[np.bool_]) -> None:
+        """Keep another scoring of the images of the measurement ``of``."""
+        one = self.measured(of)
+        self._keep(
+            name, one.attack, one.parameters, correct, one.forward_passes, one.backward_passes, one.seconds,
+            by_itself=one.by_itself,
+        )  # fmt: skip
+
+    def _keep_images(self, name: str, x: Tensor) -> None:
+        """Keep images, unless those of enough stronger attacks are there: all of them would be much memory."""
+        self.kept[name] = x
+        accuracy = {one.name: one.accuracy for one in self.measurements}
+        for weakest in sorted(self.kept, key=lambda key: accuracy[key])[_KEPT:]:
+            del self.kept[weakest]
 
     def score(self, name: str, x: Tensor, victim: Subject) -> NDArray[np.bool_]:
         """Return which images were classified rightly in each scoring, (S, n): fresh draws from a stream of its own."""
@@ -168,7 +197,7 @@ class Bench:
         with torch.no_grad(), victim.ready() as model:
             for draw in range(self.budget.scorings if victim.stochastic else 1):
                 right = []
-                for batch, rows in enumerate(self._batches(len(x))):
+                for batch, rows in enumerate(self.batches(len(x))):
                     seed_everything(self.seed, "score", name, batch, draw)
                     right.append(checked_logits(model, x[rows]).argmax(dim=1) == self.y[rows])
                 scorings.append(torch.cat(right).cpu().numpy())
@@ -195,7 +224,7 @@ class Bench:
         draws = draws if self.subject.stochastic else 1
         parts = []
         with torch.no_grad(), self.subject.ready() as model:
-            for batch, rows in enumerate(self._batches(len(x))):
+            for batch, rows in enumerate(self.batches(len(x))):
                 seed_everything(self.seed, purpose, batch)
                 total = value(checked_logits(model, x[rows]), rows)
                 for _ in range(draws - 1):
@@ -207,7 +236,8 @@ class Bench:
         """Return the change of a pixel over which gradients are estimated."""
         return _REACH * attack.eps / whole_box(attack.norm, self.x[0].numel())
 
-    def _batches(self, n: int) -> list[slice]:
+    def batches(self, n: int) -> list[slice]:
+        """Return the rows of each pass over the first ``n`` images."""
         return [slice(start, min(start + self.batch_size, n)) for start in range(0, n, self.batch_size)]
 
     def _keep(
@@ -219,6 +249,7 @@ class Bench:
         forwards: float,
         backwards: float,
         seconds: float,
+        by_itself: bool = False,
     ) -> None:
         self.measurements.append(
             Measurement(
@@ -232,5 +263,6 @@ class Bench:
                 forward_passes=forwards,
                 backward_passes=backwards,
                 seconds=seconds,
+                by_itself=by_itself,
             )
         )

@@ -7,12 +7,14 @@ from typing import Any, ClassVar, Literal
 
 from learn2perturb import records
 from learn2perturb.errors import UnknownNameError
+from learn2perturb.evaluation.diagnostics.claim import Claim
+from learn2perturb.evaluation.diagnostics.trial import Trial
 from learn2perturb.evaluation.intervals import Interval
-from learn2perturb.evaluation.result import format_eps
 from learn2perturb.records import PackedBits, PackedIntegers
 
 Status = Literal["passed", "failed", "not shown", "does not apply"]
-Verdict = Literal["stands", "does not stand", "not shown"]
+# Of a claim: refuted, not refuted. Without one, of the gradients and the attack: trusted, not trusted.
+Verdict = Literal["refuted", "not refuted", "trusted", "not trusted", "not shown"]
 
 CHECKS = {
     1: "iterative beats one-step",
@@ -28,19 +30,27 @@ CHECKS = {
 }
 NO_PROOF = "Passing is no proof: a stochastic counter-example is known (Popovic et al. 2022)."
 
+# What the first version of the record said -> what this one says
+_FIRST = {"stands": "trusted", "does not stand": "not trusted"}
+_FIRST_WORDS = {
+    "THE CLAIM STANDS": "GRADIENTS CAN BE TRUSTED",
+    "THE CLAIM DOES NOT STAND as it is": "GRADIENTS CANNOT BE TRUSTED",
+    "speaks against the claim": "speaks against the gradients",
+}
+
 
 @dataclass(frozen=True)
-class Claim:
+class Judged:
     """One statistical statement: a difference of accuracies is no more than ``allowed``.
 
     Attributes:
-        text: what is claimed.
+        text: the statement.
         difference: paired over ``n`` images.
         allowed: the threshold.
         standard_error: of the difference, bootstrap over images.
-        p_value: one-sided, of the claim.
-        adjusted: the same after Holm's correction over all claims of the diagnosis.
-        holds: whether the claim was not refuted.
+        p_value: one-sided, of the statement.
+        adjusted: the same after Holm's correction over all statements of the diagnosis.
+        holds: whether it was not refuted.
     """
 
     text: str
@@ -62,7 +72,7 @@ class Check:
     status: Status
     sentence: str
     evidence: dict[str, float] = field(default_factory=dict)
-    claims: tuple[Claim, ...] = ()
+    claims: tuple[Judged, ...] = ()
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -87,7 +97,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One attack and its scores on the first ``n`` images: raw bits (scorings, n), and what the attack cost."""
+    """One attack and its scores on the first ``n`` images: raw bits (scorings, n), and what the attack cost.
+
+    ``by_itself``: whether the attack and its parameters say all, so that it can be run by itself: not so for images of
+    another network, for chosen classes, or for the best of several attacks.
+    """
 
     name: str
     attack: str
@@ -99,6 +113,7 @@ class Measurement:
     forward_passes: float
     backward_passes: float
     seconds: float
+    by_itself: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,14 +121,18 @@ class Diagnosis(records.Saved):
     """The checks of one model, and what they come to.
 
     Attributes:
-        verdict: ``stands`` (all checks that apply passed), ``does not stand`` (one failed), ``not shown`` (else).
-        summary: the verdict in plain words.
+        verdict: of a claim, ``refuted`` (an attack left less), ``not refuted`` (none did, and all checks that apply
+            passed) or ``not shown`` (else). Without a claim, ``trusted`` (all checks that apply passed), ``not
+            trusted`` (one failed) or ``not shown``.
+        summary: the verdict in plain words, the first line in one sentence.
         findings: what was odd about the model before any check was run.
-        lowest: name of the measurement with the lowest accuracy at ``eps`` on all images.
+        lowest: name of the measurement with the lowest accuracy at ``eps``, by draws that did not choose it.
+        claim: what was claimed, with what it did not say filled in.
+        trial: the claim against what the attacks left.
     """
 
     FORMAT: ClassVar[str] = "learn2perturb.diagnosis"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     verdict: Verdict
     summary: str
@@ -130,6 +149,8 @@ class Diagnosis(records.Saved):
     seed: int
     budget: dict[str, Any]
     metadata: dict[str, Any] = field(default_factory=dict)
+    claim: Claim | None = None
+    trial: Trial | None = None
 
     def check(self, number: int) -> Check:
         """Return check ``number``, 1 to 10 (to 9 in records from before there was the last).
@@ -159,16 +180,20 @@ class Diagnosis(records.Saved):
 
         check_consistency(self)
 
+    @classmethod
+    def upgraded(cls, fields: dict[str, Any], version: int) -> dict[str, Any]:
+        """Return the fields of a record of an earlier version as this one has them."""
+        if version > 1:
+            return fields
+        # Version 1 said of a claim that was never stated whether it stands.
+        verdict = fields.get("verdict")
+        verdict = _FIRST.get(verdict, verdict) if isinstance(verdict, str) else verdict
+        summary = fields.get("summary")
+        for said, now in _FIRST_WORDS.items():
+            summary = summary.replace(said, now, 1) if isinstance(summary, str) else summary
+        return fields | {"verdict": verdict, "summary": summary}
+
     def __str__(self) -> str:
-        eps = f"{self.norm} {format_eps(self.eps)}"
-        clean = self.measurement("clean")
-        what = f"{self.metadata.get('model', 'model')}: {clean.n} images, {eps}, budget {self.budget.get('name')}"
-        lines = [f"{what}, clean {100 * clean.accuracy:.1f} %", ""]
-        lines += [f"warning: {finding}" for finding in self.findings]
-        for one in self.checks:
-            lines.append(f"{one.number}. {one.name}: {one.status.upper()}")
-            lines.append(f"   {one.sentence}")
-            lines += [f"   missing: {item}" for item in one.missing]
-            lines += [f"   note: {item}" for item in one.notes]
-        lines += ["", self.summary]
-        return "\n".join(lines)
+        from learn2perturb.evaluation.diagnostics.layout import laid_out
+
+        return laid_out(self)

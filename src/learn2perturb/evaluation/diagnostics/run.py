@@ -25,7 +25,7 @@ from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError, InputError
 from learn2perturb.evaluation import defaults
 from learn2perturb.evaluation.arrays import BlackBox, tell_queries
-from learn2perturb.evaluation.diagnostics import blackbox, draws, gradientless, truth, whitebox
+from learn2perturb.evaluation.diagnostics import blackbox, decision, draws, gradientless, truth, whitebox
 from learn2perturb.evaluation.diagnostics.budget import (
     Budget,
     budget_of,
@@ -35,6 +35,7 @@ from learn2perturb.evaluation.diagnostics.budget import (
     value_queries,
     with_grid,
 )
+from learn2perturb.evaluation.diagnostics.claim import Claim
 from learn2perturb.evaluation.diagnostics.measure import Bench, Subject
 from learn2perturb.evaluation.diagnostics.record import Curve, Diagnosis
 from learn2perturb.evaluation.diagnostics.verdict import Draft, conclude, judge
@@ -64,6 +65,7 @@ def diagnose(
     eps: float | None = None,
     norm: str | None = None,
     attack: PGD | None = None,
+    claim: Claim | str | float | None = None,
     sources: Mapping[str, Model] | None = None,
     noise_off: Model | None = None,
     stochastic: bool | None = None,
@@ -88,6 +90,8 @@ def diagnose(
         eps: radius of the ball, [0, 1] pixel scale; that of ``attack``, by default 8/255 in l_inf; l2 has no default.
         norm: of the ball, ``linf`` or ``l2``; that of ``attack``, by default ``linf``.
         attack: the reported attack, whose accuracy is in question; by default EOT-PGD-20 with steps of eps / 4.
+        claim: an accuracy that is claimed, to be confirmed or refuted: a share, a :class:`Claim`, or a text such as
+            ``51 % under pgd20 with 8/255``. Its attack, norm, eps and images are taken where no others are given.
         sources: networks that attacks are transferred from, by name: ``undefended``, ``pgd_at`` (also the baseline of
             check 6), ``twin`` (an independent training of the same defense), and any other. The own noise-off twin
             needs none. One that is not given is named as missing.
@@ -117,10 +121,12 @@ def diagnose(
         raise ConfigError(f"seed is {seed!r}, must be a whole number >= 0; 0 is the default")
     check_count("batch_size", batch_size)
     plan = budget_of(budget)
+    stated = None if claim is None else Claim.of(claim)
+    limit = decision.limit_of(stated, limit)
     if limit is not None:
         check_count("limit", limit)
         plan = resized(plan, limit)
-    attack = _reported(attack, eps, norm, plan)
+    attack = _reported(*decision.asked(stated, attack, eps, norm, plan), plan)
     for key, source in (sources or {}).items():
         if not callable(source):
             raise ConfigError(f"source {key!r} is a {type(source).__name__}, must be callable: a network or a function")
@@ -133,6 +139,7 @@ def diagnose(
     with shown(progress) as told, own_modes(), isolated_rng(), _all_in_eval_mode(everyone):
         images = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=plan.images)
         x, y = _images(images, place, seed, seen)
+        decision.check_images(stated, len(x))
         plan = with_grid(resized(plan, len(x)), attack.norm, attack.eps, _checked_pixels(attack, x))
         given_model = model
         classes = images.num_classes or max(2, int(y.max()) + 1)
@@ -170,11 +177,13 @@ def diagnose(
         elif modules:
             quiet = _own_twin(bench)
         drafts, curves = _checks(bench, given, quiet if claimed else None, claimed=claimed, replay=replay, blind=blind)
+        decided = decision.decide(bench, stated)
     checks = judge(drafts, seed)
-    lowest = min(bench.rivals, key=lambda key: bench.rivals[key])
     verdict, summary = conclude(
-        checks, lowest=lowest, accuracy=bench.rivals[lowest], n=len(x), eps=f"{attack.norm} {format_eps(attack.eps)}"
-    )
+        checks, lowest=decided.lowest, accuracy=bench.measured(decided.lowest).accuracy, n=len(x),
+        eps=f"{attack.norm} {format_eps(attack.eps)}", claim=decided.claim, trial=decided.trial,
+        measured={one.name: one for one in bench.measurements},
+    )  # fmt: skip
     metadata = {
         **origin(given_model, data, name, weights=weights, seen=seen),
         "attack": truth.DESCENT if blind else whitebox.title(attack, stochastic=draws_noise),
@@ -194,7 +203,7 @@ def diagnose(
         curves=tuple(curves),
         measurements=tuple(bench.measurements),
         findings=tuple(findings),
-        lowest=lowest,
+        lowest=decided.lowest,
         labels=PackedIntegers.pack(y.cpu().numpy()),
         num_classes=bench.num_classes,
         stochastic=draws_noise,
@@ -203,6 +212,8 @@ def diagnose(
         seed=seed,
         budget=plain(bench.budget),
         metadata=metadata,
+        claim=decided.claim,
+        trial=decided.trial,
     )
 
 

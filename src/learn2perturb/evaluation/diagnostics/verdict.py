@@ -1,17 +1,26 @@
-"""From comparisons to verdicts: standard errors, Holm's correction over all claims, and plain words."""
+"""From comparisons to verdicts: standard errors, Holm's correction over all statements, and plain words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from learn2perturb.evaluation.diagnostics.record import CHECKS, NO_PROOF, Check, Claim, Status, Verdict
+from learn2perturb.evaluation.diagnostics.claim import ANY, Claim
+from learn2perturb.evaluation.diagnostics.record import CHECKS, NO_PROOF, Check, Judged, Measurement, Status, Verdict
+from learn2perturb.evaluation.diagnostics.trial import Trial
 from learn2perturb.evaluation.intervals import paired_bootstrap
 from learn2perturb.evaluation.significance import TWO_SIGMA, beyond, exceeds, holm
 
+# Checks -> what is not to be trusted if one of them failed; the first that fits is said.
+_USELESS = (
+    ((1, 2, 3, 4, 5, 10), "GRADIENTS CANNOT BE TRUSTED"),
+    ((9,), "THE DRAWS CANNOT BE TRUSTED, nor averages over them"),
+    ((6,), "THE NOISE HIDES GRADIENTS, attacks on it show little"),
+    (tuple(CHECKS), "THE REPORTED ATTACK IS TOO WEAK, report the lowest accuracy"),
+)
 # Below this, two standard errors are more than 10 points, and nearly everything passes.
 FEWEST_IMAGES = 100
 
@@ -71,7 +80,7 @@ def judge(drafts: Sequence[Draft], seed: int) -> tuple[Check, ...]:
         else:
             p_values.append(exceeds(estimate.mean, one.allowed, estimate.standard_error))
     judged = [
-        Claim(
+        Judged(
             text=one.text,
             difference=estimate.mean,
             allowed=one.allowed,
@@ -87,7 +96,7 @@ def judge(drafts: Sequence[Draft], seed: int) -> tuple[Check, ...]:
     return tuple(_check(draft, tuple(next(remaining) for _ in draft.claims)) for draft in drafts)
 
 
-def _check(draft: Draft, claims: tuple[Claim, ...]) -> Check:
+def _check(draft: Draft, claims: tuple[Judged, ...]) -> Check:
     told = [
         f"{statement.broken} ({points(claim.difference)} +- {100 * claim.standard_error:.1f} points, allowed "
         f"{100 * claim.allowed:g})"
@@ -112,33 +121,111 @@ def _check(draft: Draft, claims: tuple[Claim, ...]) -> Check:
     return Check(draft.number, CHECKS[draft.number], status, text, draft.evidence, claims, draft.missing, draft.notes)
 
 
-def conclude(checks: Sequence[Check], *, lowest: str, accuracy: float, n: int, eps: str) -> tuple[Verdict, str]:
-    """Return the overall verdict, and the same in plain words."""
+def conclude(
+    checks: Sequence[Check],
+    *,
+    lowest: str,
+    accuracy: float,
+    n: int,
+    eps: str,
+    claim: Claim | None = None,
+    trial: Trial | None = None,
+    measured: Mapping[str, Measurement] | None = None,
+) -> tuple[Verdict, str]:
+    """Return the overall verdict, and the same in plain words: the first line in short, then what else is to be known.
+
+    Args:
+        checks: all of them.
+        lowest: what reached the lowest accuracy.
+        accuracy: that accuracy.
+        n: images.
+        eps: the ball, as it is to be written.
+        claim: what is claimed, if anything is.
+        trial: of the claim.
+        measured: measurements by name, for the figures of the claim.
+    """
     failed = [check for check in checks if check.status == "failed"]
     unseen = [check for check in checks if check.status == "not shown"]
-    most = max((claim.standard_error for check in checks for claim in check.claims), default=0.0)
-    resolution = (
-        f"{n} images: differences below about {200 * most:.0f} points cannot be seen everywhere." if most > 0 else ""
+    known = measured or {}
+    low = figure(known[lowest]) if lowest in known else f"{percent(accuracy)} ({lowest})"
+    at = f"The lowest accuracy that any attack here reached at {eps} is {low}."
+    if claim is None or trial is None:
+        verdict, head = _of_gradients(checks, failed, unseen, n)
+        lines = [f"{head} {at}", *_seen(checks, n), *([NO_PROOF] if verdict == "trusted" else [])]
+        return verdict, "\n".join(lines)
+    found = known[trial.found]
+    chance = f"p = {trial.adjusted:.2g} after Holm's correction over {len(trial.tried)} attacks"
+    _, of_gradients = _of_gradients(checks, failed, unseen, n)
+    if trial.refuted:
+        head = f"REFUTED: claimed {claim}; found {figure(found)}."
+        return "refuted", "\n".join([head, f"Less than claimed: {chance}.", *_by_itself(claim, known), of_gradients])
+    power = (
+        f"Power: on {found.n} images an attack that leaves {100 * trial.drop:.1f} points less than claimed is seen in "
+        f"80 % of cases ({len(trial.tried)} attacks, corrected)."
+        if trial.drop < claim.accuracy
+        else f"Power: on {found.n} images no attack is sure to be seen, whatever it leaves; use more images."
     )
-    figure = f"The lowest accuracy that any attack here reached at {eps} is {percent(accuracy)} ({lowest})."
+    below = [f"The lowest is less than claimed, but it may be chance: {chance}."] if accuracy < claim.accuracy else []
+    tried = f"Tried: {', '.join(trial.tried)}."
+    rest = [*_by_itself(claim, known), *below, tried, power]
+    if failed or unseen or n < FEWEST_IMAGES:
+        head = f"NOT SHOWN: claimed {claim}; no attack refutes it, but {_why(failed, unseen, n)}."
+        return "not shown", "\n".join([head, at, *rest])
+    return "not refuted", "\n".join([f"NOT REFUTED: claimed {claim}. {at}", *rest, NO_PROOF])
+
+
+def _of_gradients(
+    checks: Sequence[Check], failed: Sequence[Check], unseen: Sequence[Check], n: int
+) -> tuple[Verdict, str]:
+    """Return of what use the gradients and the attacks by them are."""
+    none = any(check.number == 10 and check.status == "does not apply" for check in checks)
+    what = "NO GRADIENTS, so attacks from values decide" if none else "GRADIENTS CAN BE TRUSTED"
     if failed:
-        names = ", ".join(f"{check.number} ({check.name})" for check in failed)
-        verdict: Verdict = "does not stand"
-        text = f"THE CLAIM DOES NOT STAND as it is: check {names} failed. {figure} Robustness beyond that is not shown"
-        text += "." if not unseen else f", nor were checks {_numbers(unseen)}."
-    elif n < FEWEST_IMAGES:
-        verdict = "not shown"
-        text = f"NOT SHOWN: {n} images are too few to pass anything (at least {FEWEST_IMAGES}); none failed. {figure}"
-    elif unseen:
-        verdict = "not shown"
-        text = (
-            f"NOT SHOWN: nothing that was run speaks against the claim, but checks {_numbers(unseen)} were not shown."
-        )
-        text += f" {figure}"
-    else:
-        verdict = "stands"
-        text = f"THE CLAIM STANDS: every check that applies passed. {figure} {NO_PROOF}"
-    return verdict, f"{text} {resolution}".strip()
+        wrong = next(text for numbers, text in _USELESS if any(check.number in numbers for check in failed))
+        more = f" Checks {_numbers(unseen)} were not shown." if unseen else ""
+        return "not trusted", f"{wrong}: check {_named(failed)} failed.{more}"
+    if n < FEWEST_IMAGES:
+        few = f"{n} images are too few to pass anything (at least {FEWEST_IMAGES}); none failed."
+        return "not shown", f"NOT SHOWN whether attacks can be trusted here: {few}"
+    if unseen:
+        why = f"nothing that was run speaks against them, but checks {_numbers(unseen)} were not shown."
+        return "not shown", f"NOT SHOWN whether attacks can be trusted here: {why}"
+    return "trusted", f"{what}: every check that applies passed."
+
+
+def _why(failed: Sequence[Check], unseen: Sequence[Check], n: int) -> str:
+    """Say why a claim that no attack refutes is not shown."""
+    reasons = [f"check {_named(failed)} failed"] if failed else []
+    reasons += [f"check {_named(unseen)} was not shown"] if unseen else []
+    reasons += [f"{n} images are too few (at least {FEWEST_IMAGES})"] if n < FEWEST_IMAGES else []
+    return ", and ".join(reasons)
+
+
+def _by_itself(claim: Claim, measured: Mapping[str, Measurement]) -> list[str]:
+    """Say what the attack that the claim names leaves."""
+    if claim.attack == ANY:
+        return []
+    afresh = f", {claim.predicted if claim.ensemble else 'fresh draws'}"
+    names = [f"{claim.attack}{afresh}", claim.attack, f"reported{afresh}", "reported"]
+    own = next((measured[name] for name in names if name in measured), None)
+    return [] if own is None else [f"{claim.attack} itself leaves {figure(own)}."]
+
+
+def _seen(checks: Sequence[Check], n: int) -> list[str]:
+    most = max((claim.standard_error for check in checks for claim in check.claims), default=0.0)
+    if most <= 0:
+        return []
+    return [f"{n} images: differences below about {200 * most:.0f} points cannot be seen everywhere."]
+
+
+def _named(checks: Sequence[Check]) -> str:
+    return ", ".join(f"{check.number} ({check.name})" for check in checks)
+
+
+def figure(measured: Measurement) -> str:
+    """``41.3 % [34.6, 48.2] of 200 images (loss margin)``."""
+    interval = f"[{100 * measured.interval.low:.1f}, {100 * measured.interval.high:.1f}]"
+    return f"{percent(measured.accuracy)} {interval} of {measured.n} images ({measured.name})"
 
 
 def _numbers(checks: Sequence[Check]) -> str:
