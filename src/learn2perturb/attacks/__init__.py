@@ -16,6 +16,7 @@ from learn2perturb.attacks.fgsm import FGSM
 from learn2perturb.attacks.foreign import from_adv_lib, from_art, from_foolbox, from_function, from_torchattacks
 from learn2perturb.attacks.pgd import PGD
 from learn2perturb.attacks.square import Square
+from learn2perturb.attacks.surrogate import distil
 from learn2perturb.attacks.transfer import Source, Transfer
 from learn2perturb.errors import ConfigError
 from learn2perturb.registry import ATTACKS
@@ -36,6 +37,7 @@ __all__ = [
     "Transfer",
     "auto_attack_report",
     "build_attack",
+    "distil",
     "list_attacks",
     "from_adv_lib",
     "from_art",

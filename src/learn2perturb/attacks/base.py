@@ -397,6 +397,12 @@ def _check_choice(name: str, value: Any, allowed: Any) -> None:
 
 def check_images(model: Any, x: Any, y: Any) -> None:
     """Raise InputError unless ``model`` is callable and ``x`` and ``y`` are what attacks want."""
+    check_pixels(model, x)
+    _check_labels(x, y)
+
+
+def check_pixels(model: Any, x: Any) -> None:
+    """Raise InputError unless ``model`` is callable and ``x`` are images."""
     if not callable(model):
         raise InputError(f"model must be callable, mapping images to logits, got {type(model).__name__}")
     if not isinstance(x, Tensor):
@@ -416,6 +422,9 @@ def check_images(model: Any, x: Any, y: Any) -> None:
             f"x must be in [0, 1], got values from {lowest:.4g} to {highest:.4g}; divide bytes by 255 and put the "
             "normalisation into the model"
         )
+
+
+def _check_labels(x: Tensor, y: Any) -> None:
     if not isinstance(y, Tensor):
         raise InputError(f"y must be a torch.Tensor, got {type(y).__name__}; use torch.as_tensor(y)")
     if y.dtype != torch.int64:
