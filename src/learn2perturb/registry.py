@@ -216,6 +216,21 @@ ATTACKS.register(
     year=2020,
 )
 ATTACKS.register(
+    "spsa",
+    "learn2perturb.attacks.spsa:SPSA",
+    "PGD along a gradient estimated from values at random signs; reads logits only",
+    paper="Uesato et al., Adversarial Risk and the Dangers of Evaluating Against Weak Attacks",
+    year=2018,
+)
+ATTACKS.register(
+    "nes",
+    "learn2perturb.attacks.spsa:SPSA",
+    "the same with Gaussian directions in antithetic pairs: natural evolution strategies",
+    paper="Ilyas et al., Black-box Adversarial Attacks with Limited Queries and Information",
+    year=2018,
+    arguments={"sampling": "gaussian"},
+)
+ATTACKS.register(
     "autoattack",
     "learn2perturb.attacks.auto_attack:AutoAttack",
     "APGD-CE, APGD-T, FAB-T and Square; each image's worst",
@@ -249,6 +264,14 @@ ATTACKS.register(
     paper="Papernot et al., Transferability in machine learning",
     year=2016,
     needs=("attack", "source"),
+)
+ATTACKS.register(
+    "bpda",
+    "learn2perturb.attacks.bpda:BPDA",
+    "an attack with the gradient of chosen submodules replaced by that of the identity or a surrogate",
+    paper="Athalye et al., Obfuscated Gradients Give a False Sense of Security",
+    year=2018,
+    needs=("attack", "modules"),
 )
 
 DEFENSES.register(

@@ -26,10 +26,12 @@ ABLE: dict[str, tuple[bool, bool, bool, tuple[str, ...], tuple[str, ...]]] = {
     "APGD": (True, False, True, BOTH, EVERY),
     "FAB": (True, True, True, BOTH, ("margin",)),
     "Square": (False, False, True, BOTH, ("margin", "ce")),
+    "SPSA": (False, False, True, BOTH, EVERY),
     "AutoAttack": (True, False, False, BOTH, ("margin",)),
     "CW": (True, True, True, ("l2",), ("margin",)),
     "FewPixel": (False, False, True, ("l0",), EVERY),
     "Transfer": (True, False, True, BOTH, EVERY),
+    "BPDA": (True, True, True, BOTH, EVERY),
 }
 OWN: dict[str, dict[str, Any]] = {
     "FGSM": {},
@@ -41,6 +43,11 @@ OWN: dict[str, dict[str, Any]] = {
     "FAB": {"eps": math.inf, "loss": "margin", "steps": 100, "targets": 9, "restarts": 1, "early_stop": False},
     # The same: 5000 queries; p = 0.8 as in AutoAttack.
     "Square": {"loss": "margin", "queries": 5000, "p_init": 0.8, "rescale": True, "restarts": 1},
+    # Ours: a tenth of the radius a step (NaN); the running mean as in Ilyas et al. 2018.
+    "SPSA": {
+        "loss": "margin", "step_size": math.nan, "steps": 100, "directions": 32, "size": None, "momentum": 0.9,
+        "sampling": "signs",
+    },
     "AutoAttack": {
         "loss": "margin", "version": "standard", "steps": 100, "targets": 9, "queries": 5000, "draws": 20,
     },
@@ -55,6 +62,8 @@ OWN: dict[str, dict[str, Any]] = {
         "strategy": "best1bin", "chunk": None,
     },
     "Transfer": {"eps": math.nan, "attack": None, "source": None},
+    # NaN, 0 and "" are those of the attack inside.
+    "BPDA": {"eps": math.nan, "eot": 0, "eot_average": "", "attack": None, "modules": "", "surrogate": None},
 }  # fmt: skip
 
 # Of what else is public.
@@ -62,6 +71,8 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "attacks.auto_attack_report": {"draws": 20, "batch_size": 256},
     "attacks.Attack.craft": {"mode": "eval"},
     "attacks.Source": {"name": None},
+    "attacks.distil": {"draws": 1, "network": None, "progress": None, "eps": 8 / 255, "norm": "linf"},
+    "attacks.bpda": {"surrogate": None},
     "attacks.list_attacks": {"pattern": "*"},
     "attacks.from_torchattacks": {"eps": None, "norm": "linf"},
     "attacks.from_adv_lib": {"eps": None, "norm": "linf"},
@@ -83,6 +94,8 @@ NUMBERS: dict[str, dict[str, Any]] = {
     },
     # The paper's schedule, section 5 and its code.
     "square": {"_HALVED_AFTER": (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000), "_RESCORE_EVERY": 10},
+    "spsa": {"SAMPLINGS": ("signs", "gaussian"), "_ROWS": 256},
+    "surrogate": {"_BATCH": 128, "_EPOCHS": 8, "_UPDATES": 50, "_LR": 2e-3, "_GAP": 4.0, "_STEPS": 3},  # ours
     "cw": {  # Kingma, Ba 2015 (Adam); the published code: a tenth of the steps, and 0.9999
         "_BETAS": (0.9, 0.999), "_TINY": 1e-8, "_INSIDE": 1 - 1e-6, "_CHECKS": 10, "_STUCK": 0.9999, "_PATIENCE": 3,
         "_JUDGEMENTS": 20, "_CONFIRMATION": 5, "_SMOOTHING": 0.9,
@@ -95,7 +108,11 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "foreign": {"_RADIUS_NAMES": ("eps", "ε", "epsilon"), "_OURS": ("targeted", "eot", "eot_average", "seed")},
 }  # fmt: skip
 # What a registered name sets.
-ARGUMENTS = {"apgd_t": {"loss": "dlr", "targets": 9}, "autoattack_rand": {"version": "rand", "eot": 20}}
+ARGUMENTS = {
+    "apgd_t": {"loss": "dlr", "targets": 9},
+    "autoattack_rand": {"version": "rand", "eot": 20},
+    "nes": {"sampling": "gaussian"},
+}
 
 
 def defaults(call: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from learn2perturb.attacks.apgd import APGD
 from learn2perturb.attacks.auto_attack import AutoAttack, AutoAttackReport, auto_attack_report
 from learn2perturb.attacks.base import Attack, AttackResult
+from learn2perturb.attacks.bpda import BPDA, bpda
 from learn2perturb.attacks.cw import CW
 from learn2perturb.attacks.export import to_adv_lib, to_art, to_foolbox, to_torchattacks
 from learn2perturb.attacks.fab import FAB
@@ -15,6 +16,7 @@ from learn2perturb.attacks.few_pixel import FewPixel
 from learn2perturb.attacks.fgsm import FGSM
 from learn2perturb.attacks.foreign import from_adv_lib, from_art, from_foolbox, from_function, from_torchattacks
 from learn2perturb.attacks.pgd import PGD
+from learn2perturb.attacks.spsa import SPSA
 from learn2perturb.attacks.square import Square
 from learn2perturb.attacks.surrogate import distil
 from learn2perturb.attacks.transfer import Source, Transfer
@@ -23,10 +25,12 @@ from learn2perturb.registry import ATTACKS
 
 __all__ = [
     "APGD",
+    "BPDA",
     "CW",
     "FAB",
     "FGSM",
     "PGD",
+    "SPSA",
     "Attack",
     "AttackResult",
     "AutoAttack",
@@ -36,6 +40,7 @@ __all__ = [
     "Square",
     "Transfer",
     "auto_attack_report",
+    "bpda",
     "build_attack",
     "distil",
     "list_attacks",

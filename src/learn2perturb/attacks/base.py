@@ -248,7 +248,7 @@ class Query:
         self.backwards = 0
         self.watch = Watch()
         self._listener = listener()
-        self._model = model
+        self.model = model
         self._attack = attack
         self._loss = LOSSES[attack.loss]
         self._labels = y
@@ -259,7 +259,7 @@ class Query:
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits (N, K) of one forward pass, at least float32."""
-        logits = ask(self._model, x)
+        logits = ask(self.model, x)
         if not self._checked:
             check_answer(logits, len(x))
             if self._strict:
@@ -350,7 +350,7 @@ class Query:
     @contextlib.contextmanager
     def part(self, attack: Attack) -> Iterator[Query]:
         """Give the query of ``attack``, a part of this one, to call its :meth:`Attack.perturb` with; add its passes."""
-        part = Query(self._model, attack, self._labels, strict=self._strict)
+        part = Query(self.model, attack, self._labels, strict=self._strict)
         part._checked, part._deterministic, part.watch = self._checked, self._deterministic, self.watch
         try:
             yield part
