@@ -22,7 +22,7 @@ import yaml
 from learn2perturb.errors import Learn2PerturbError
 from learn2perturb.records import atomic_write
 from learn2perturb.training import read_metrics
-from learn2perturb.training.metrics import NOISE_SCALES
+from learn2perturb.training.metrics import noise_scales
 
 HEAD = ("run", "defense", "network", "scale", "epoch", "mean", "regulariser_only", "spread", "minimum", "maximum")
 
@@ -64,7 +64,7 @@ def read_curve(run: Path) -> Curve:
     lines = read_metrics(run)
     if not lines:
         raise Learn2PerturbError(f"{run} has no finished epoch in metrics.jsonl; give a run folder that has trained")
-    scale = next((name for name in NOISE_SCALES if f"{name}_mean" in lines[-1]), None)
+    scale = next(iter(noise_scales(lines[-1])), None)
     if scale is None:
         raise Learn2PerturbError(f"the noise of {run} is not learned; give runs of learn2perturb and pni")
     lines = [line for line in lines if f"{scale}_mean" in line]

@@ -142,7 +142,7 @@ def _theta(plan: Plan, state: State, out: Path) -> list[str]:
     curves = []
     for run in plan.runs:
         lines = read_metrics(state.run(run))
-        if lines and any(f"{name}_mean" in lines[-1] for name in figure4.NOISE_SCALES):
+        if lines and figure4.noise_scales(lines[-1]):
             curves.append(figure4.read_curve(state.run(run)))
     if not curves:
         return [MISSING]

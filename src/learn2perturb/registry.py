@@ -90,6 +90,7 @@ MODELS = Registry("network")
 DATASETS = Registry("data set")
 ATTACKS = Registry("attack")
 DEFENSES = Registry("defense")
+NOISES = Registry("noise")
 
 _RESNET: dict[str, Any] = {"paper": "He et al., Deep Residual Learning for Image Recognition", "year": 2016}
 # The output of each block before its last ReLU, and of the stem: Learn2Perturb, appendix A.1. Adding noise to the
@@ -274,10 +275,39 @@ ATTACKS.register(
     needs=("attack", "modules"),
 )
 
+NOISES.register(
+    "feature",
+    "learn2perturb.noise.laws:Perturbation",
+    "additive, of a learned or fixed size: v + theta eps",
+    paper="Jeddi et al., Learn2Perturb",
+    year=2020,
+)
+NOISES.register(
+    "weight",
+    "learn2perturb.noise.laws:WeightPerturbation",
+    "in units of the spread of the whole value: v + alpha std(v) eps",
+    paper="He et al., Parametric Noise Injection",
+    year=2019,
+)
+NOISES.register(
+    "variational",
+    "learn2perturb.noise.laws:VariationalWeight",
+    "a Gaussian posterior with a deviation for each element: mu + exp(s) eps",
+    paper="Liu et al., Adv-BNN: Improved Adversarial Defense through Robust Bayesian Neural Network",
+    year=2018,
+)
+NOISES.register(
+    "multiplicative",
+    "learn2perturb.noise.laws:Multiplicative",
+    "in proportion to each element: v (1 + sigma eps)",
+    paper="Kingma, Salimans, Welling, Variational Dropout and the Local Reparameterization Trick",
+    year=2015,
+)
 DEFENSES.register(
     "none",
     "learn2perturb.defenses.none:NoDefense",
     "plain training on clean images: the undefended network",
+    recordable=True,
 )
 DEFENSES.register(
     "pgd_at",
@@ -286,6 +316,7 @@ DEFENSES.register(
     paper="Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks",
     year=2018,
     aliases=("vanilla",),
+    recordable=True,
 )
 DEFENSES.register(
     "madry",
@@ -293,6 +324,7 @@ DEFENSES.register(
     "PGD adversarial training as first proposed, on adversarial examples only",
     paper="Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks",
     year=2018,
+    recordable=True,
 )
 DEFENSES.register(
     "trades",
@@ -300,6 +332,7 @@ DEFENSES.register(
     "clean loss and stability: the KL between the predictions for x and for its worst neighbour",
     paper="Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy",
     year=2019,
+    recordable=True,
 )
 DEFENSES.register(
     "learn2perturb",
@@ -307,6 +340,7 @@ DEFENSES.register(
     "learned feature noise by alternating back-propagation, with PGD adversarial training",
     paper="Jeddi et al., Learn2Perturb",
     year=2020,
+    recordable=True,
 )
 DEFENSES.register(
     "learn2perturb_r",
@@ -315,6 +349,7 @@ DEFENSES.register(
     paper="Jeddi et al., Learn2Perturb, section 4.1",
     year=2020,
     arguments={"noise_from_loss": False},
+    recordable=True,
 )
 DEFENSES.register(
     "pni",
@@ -322,6 +357,7 @@ DEFENSES.register(
     "learned noise of the size of the weights (or of layer outputs or inputs), with PGD adversarial training",
     paper="He et al., Parametric Noise Injection",
     year=2019,
+    recordable=True,
 )
 DEFENSES.register(
     "adv_bnn",
@@ -329,6 +365,7 @@ DEFENSES.register(
     "variational weights by Adam on adversarial examples, mean softmax over draws",
     paper="Liu et al., Adv-BNN: Improved Adversarial Defense through Robust Bayesian Neural Network",
     year=2018,
+    recordable=True,
 )
 for _name, _how, _adversarial in (("rse", "clean training", False), ("rse_at", "PGD adversarial training", True)):
     DEFENSES.register(
@@ -338,6 +375,7 @@ for _name, _how, _adversarial in (("rse", "clean training", False), ("rse_at", "
         paper="Liu et al., Towards Robust Neural Networks via Random Self-ensemble",
         year=2018,
         arguments={"adversarial": _adversarial},
+        recordable=True,
     )
 DEFENSES.register(
     "pixeldp",

@@ -97,7 +97,7 @@ class Transcription:
 def test_three_steps_equal_a_transcription(monkeypatch):
     streams = [torch.Generator().manual_seed(7) for _ in range(2)]  # the same draws, in the same order, for both
     monkeypatch.setattr(
-        "learn2perturb.noise.weight.draw",
+        "learn2perturb.noise.base.draw",
         lambda name, shape, device, channels_last=False: torch.randn(tuple(shape), generator=streams[0]),
     )
     settings = TrainConfig(
@@ -209,7 +209,7 @@ def test_a_run_over_stages_is_saved_loaded_and_measured(tmp_path):
     assert [line["lr"] for line in run.metrics] == pytest.approx([0.01, 0.01, 0.001, 1e-4])
     last = run.metrics[-1]
     sigmas = {
-        f"{module.site}.{module.tensor}": module.log_std.exp().mean().item() for module in noise_modules(run.model)
+        f"{module.site}.{module.place}": module.log_std.exp().mean().item() for module in noise_modules(run.model)
     }
     assert {site: values["mean"] for site, values in last["sigma"].items()} == pytest.approx(sigmas)
     assert last["sigma_mean"] == pytest.approx(sum(sigmas.values()) / len(sigmas))

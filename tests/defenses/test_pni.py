@@ -113,11 +113,10 @@ class Transcription:
 @pytest.mark.parametrize("variant", ["weight", "output", "input"])
 def test_two_steps_equal_a_transcription(variant, granularity, monkeypatch):
     streams = [torch.Generator().manual_seed(7) for _ in range(2)]  # the same draws, in the same order, for both
-    for place in ("weight", "feature"):
-        monkeypatch.setattr(
-            f"learn2perturb.noise.{place}.draw",
-            lambda name, shape, device, channels_last=False: torch.randn(tuple(shape), generator=streams[0]),
-        )
+    monkeypatch.setattr(
+        "learn2perturb.noise.base.draw",
+        lambda name, shape, device, channels_last=False: torch.randn(tuple(shape), generator=streams[0]),
+    )
     network, start, x, y = trained(config(variant=variant, granularity=granularity), 2)
     by_hand = Transcription(start, x, y, lambda shape: torch.randn(shape, generator=streams[1]), variant)
     for batch in range(2):

@@ -10,21 +10,27 @@ import pytest
 from torch import nn
 
 from learn2perturb import noise
+from learn2perturb.noise.laws import noise_law
 from learn2perturb.noise.sites import CONVOLUTIONS, NORMS, SELECTORS
+from learn2perturb.registry import NOISES
 
 # Learn2Perturb: theta starts at 0.25 and stays above 0.01 (its released code), one theta an element, a draw an example.
-LEARNED: dict[str, Any] = {
-    "place": "output", "granularity": "element", "sharing": "per_example", "distribution": "gaussian", "init": 0.25,
-    "minimum": 0.01, "learned": True, "relative": False,
-}  # fmt: skip
+THETA: dict[str, Any] = {"init": 0.25, "minimum": 0.01, "learned": True, "relative": False}
+DRAWS: dict[str, Any] = {"place": "output", "sharing": "per_example", "distribution": "gaussian"}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "feature.Perturbation": {**LEARNED, "channel_dim": 0},
-    "inject.perturb": {**LEARNED, "input_shape": (3, 32, 32), "sites": None},
+    # None is the granularity of the law: an element, but of PNI's.
+    "base.NoiseModule": {**DRAWS, "granularity": None, "channel_dim": 0},
+    "laws.Perturbation": THETA,
+    "inject.add_noise": {"place": "output", "input_shape": (3, 32, 32), "sites": None},
+    "inject.perturb": {**THETA, **DRAWS, "granularity": "element", "input_shape": (3, 32, 32), "sites": None},
     # PNI: one alpha a layer, from 0.25.
-    "weight.WeightPerturbation": {"tensor": "weight", "granularity": "layer", "init": 0.25, "channel_dim": 0},
+    "laws.WeightPerturbation": {"place": "weight", "init": 0.25},
     "inject.perturb_weights": {"sites": None, "granularity": "layer", "init": 0.25},
     # Adv-BNN: sigma_0 and the first standard deviation 0.1.
-    "weight.VariationalWeight": {"tensor": "weight", "init": 0.1, "prior": 0.1},
+    "laws.VariationalWeight": {"place": "weight", "init": 0.1, "prior": 0.1},
+    # Gaussian dropout of rate 1/17: sigma^2 = p / (1 - p).
+    "laws.Multiplicative": {"init": 0.25},
+    "laws.register_noise": {"paper": "", "year": None},
     "inject.vary_weights": {"sites": None, "init": 0.1, "prior": 0.1},
     "inject.named_noise": {"every_name": False},
     "inject.fixed_noise": {"seed": 0},
@@ -34,9 +40,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 CHOICES = {
     "distributions.DISTRIBUTIONS": ("gaussian", "laplace", "uniform"),
-    "feature.GRANULARITIES": ("element", "channel", "layer"),
-    "feature.SHARINGS": ("per_example", "per_batch"),
-    "feature.PLACES": ("output", "input"),
+    "base.GRANULARITIES": ("element", "channel", "layer"),
+    "base.SHARINGS": ("per_example", "per_batch"),
+    "places.FEATURES": ("output", "input"),
     "sensitivity.NORMS": ("l1", "l2"),
 }
 
@@ -55,7 +61,13 @@ def test_defaults(name):
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices(name):
-    assert found(name) == CHOICES[name]
+    assert tuple(found(name)) == CHOICES[name]
+
+
+def test_granularity_of_each_law():
+    usual = {entry.name: noise_law(entry.name)((2,), site="a").granularity for entry in NOISES}
+    usual = {name: own for name, own in usual.items() if not name.startswith("own/")}
+    assert usual == {"feature": "element", "weight": "layer", "variational": "element", "multiplicative": "element"}
 
 
 def test_every_public_function_with_defaults_has_its_row():

@@ -215,7 +215,7 @@ def test_place_input_perturbs_what_the_site_is_given():
     with torch.no_grad():
         network[1].weight.fill_(10.0)
     perturb(network, input_shape=SHAPE, sites="1", place="input", init=0.1)
-    assert network[1].perturbation.feature_shape == SHAPE
+    assert network[1].perturbation.shape == SHAPE
     noise = network(torch.zeros(400, *SHAPE)).detach()
     assert noise.std().item() == pytest.approx(1.0, rel=0.05)  # 10 * 0.1
     plain = remove_noise(network)
@@ -305,7 +305,7 @@ def test_fixed_noise_does_not_touch_the_generator_nests_and_is_restored_after_fa
             raise ZeroDivisionError
         assert torch.equal(network(x), outer)
     assert is_stochastic(network)
-    assert all(module.replay is None and module._rows is None for module in noise_modules(network))
+    assert all(module.replay is None and module._kept is None for module in noise_modules(network))
 
 
 @pytest.mark.parametrize("sharing", ["per_example", "per_batch"])

@@ -33,7 +33,7 @@ from learn2perturb.noise import (
     remove_noise,
     vary_weights,
 )
-from learn2perturb.noise.weight import posteriors
+from learn2perturb.noise.laws import posteriors
 
 SHAPE = (1, 8, 8)
 KINDS = pytest.mark.parametrize("noisy", [perturb_weights, vary_weights])

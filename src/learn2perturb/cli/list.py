@@ -10,14 +10,18 @@ from typing import Any
 
 from learn2perturb.cli.options import add_json, field_help, print_json
 from learn2perturb.errors import UnknownNameError
-from learn2perturb.registry import ATTACKS, DATASETS, DEFENSES, MODELS, Entry, Registry
+from learn2perturb.registry import ATTACKS, DATASETS, DEFENSES, MODELS, NOISES, Entry, Registry
 
-DESCRIPTION = "Show what can be named: networks, attacks, defenses, data sets, recipes; with paper, year and options."
+DESCRIPTION = (
+    "Show what can be named: networks, attacks, defenses, noise laws, data sets, recipes; with paper, year, options."
+)
 EXAMPLE = "learn2perturb list defenses 'learn2perturb*'"
 
-KINDS: dict[str, Registry] = {"models": MODELS, "attacks": ATTACKS, "defenses": DEFENSES, "datasets": DATASETS}
+KINDS: dict[str, Registry] = {
+    "models": MODELS, "attacks": ATTACKS, "defenses": DEFENSES, "noises": NOISES, "datasets": DATASETS,
+}  # fmt: skip
 # Arguments of builders and loaders that the package gives itself.
-_GIVEN = ("num_classes", "input_shape", "split", "root", "download")
+_GIVEN = ("num_classes", "input_shape", "split", "root", "download", "shape", "place", "others")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -54,7 +54,6 @@ class AdvBNN(Defense):
     predictor: ClassVar[str] = "mean_probability"
     members: ClassVar[int] = 50
     objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
-    steady: ClassVar[bool] = True
 
     prior: float = 0.1
     init: float = 0.1
@@ -84,7 +83,7 @@ class AdvBNN(Defense):
 
     def stages(self, settings: Settings) -> tuple[Stage, ...]:
         """Return stages in the proportions of ``stage_lengths``, or one with the schedule of ``settings``."""
-        epochs = settings.epochs or 0
+        epochs = settings.epochs
         if not self.stage_lengths:
             return (Stage(epochs, _adam(settings), learning_rate_factor(settings, epochs)),)
         total = sum(self.stage_lengths)
@@ -111,7 +110,7 @@ def _adam(settings: Settings) -> Callable[[nn.Module], Optimizers]:
         if not means:
             raise ConfigError("the network has no parameter that requires a gradient; there is nothing to train")
         groups = {"weights": means, "noise": noise}
-        lr, decay = settings.lr or 0.0, settings.weight_decay or 0.0
+        lr, decay = settings.lr, settings.weight_decay
         return {
             name: torch.optim.Adam(group, lr=lr, weight_decay=decay if name == "weights" else 0.0)
             for name, group in groups.items()
@@ -128,12 +127,12 @@ def _reset_means(network: nn.Module) -> None:
             continue
         layer = network.get_submodule(site)
         means = {tensor: chain.original for tensor, chain in layer.parametrizations.items()}  # type: ignore[union-attr, operator]
-        if not means[noise.tensor].requires_grad:
+        if not means[noise.place].requires_grad:
             continue  # frozen by its owner
         if not isinstance(layer, NORMS):
             bound = 1 / math.sqrt(means["weight"][0].numel())
-            means[noise.tensor].uniform_(-bound, bound)
-        elif noise.tensor == "weight":
-            means[noise.tensor].uniform_(0, 1)
+            means[noise.place].uniform_(-bound, bound)
+        elif noise.place == "weight":
+            means[noise.place].uniform_(0, 1)
         else:
-            means[noise.tensor].zero_()
+            means[noise.place].zero_()

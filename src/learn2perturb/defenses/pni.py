@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 
 from learn2perturb.defenses.base import Defense, check_choice
 from learn2perturb.defenses.settings import number
 from learn2perturb.noise import perturb, perturb_weights
-from learn2perturb.noise.feature import GRANULARITIES
+from learn2perturb.noise.base import GRANULARITIES
 from learn2perturb.noise.inject import LAYERS
 
 VARIANTS = ("weight", "output", "input")
@@ -34,8 +33,6 @@ class PNI(Defense):
     Raises:
         ConfigError: a value is not allowed.
     """
-
-    steady: ClassVar[bool] = True
 
     variant: str = "weight"
     granularity: str = "layer"

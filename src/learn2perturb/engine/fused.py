@@ -45,9 +45,14 @@ def quantile_table(distribution: str) -> Tensor:
         from scipy import stats  # half a second, and only this path needs it
 
         values = getattr(stats, _SCIPY_NAMES[distribution]).ppf((np.arange(_LEVELS) + 0.5) / _LEVELS)
-        values = values - values.mean()
-        _tables[distribution] = torch.tensor(values / values.std(), dtype=torch.float32)
+        register_quantiles(distribution, values)
     return _tables[distribution]
+
+
+def register_quantiles(distribution: str, values: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+    """Keep the 65,536 quantiles of a distribution as its table, shifted and scaled to mean 0 and variance 1."""
+    values = values - values.mean()
+    _tables[distribution] = torch.tensor(values / values.std(), dtype=torch.float32)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """What perturbs: noise on features and on weights, and how it gets into any network."""
 
 from learn2perturb.noise.base import NoiseModule
-from learn2perturb.noise.distributions import DISTRIBUTIONS
-from learn2perturb.noise.feature import Perturbation
+from learn2perturb.noise.distributions import DISTRIBUTIONS, register_distribution
 from learn2perturb.noise.inject import (
+    add_noise,
     fixed_noise,
     insert,
     is_stochastic,
@@ -19,16 +19,25 @@ from learn2perturb.noise.inject import (
     set_noise,
     vary_weights,
 )
+from learn2perturb.noise.laws import (
+    Multiplicative,
+    Perturbation,
+    VariationalWeight,
+    WeightPerturbation,
+    kl_divergence,
+    register_noise,
+)
 from learn2perturb.noise.quiet import NoiseFree
-from learn2perturb.noise.weight import VariationalWeight, WeightPerturbation, kl_divergence
 
 __all__ = [
     "DISTRIBUTIONS",
+    "Multiplicative",
     "NoiseFree",
     "NoiseModule",
     "Perturbation",
     "VariationalWeight",
     "WeightPerturbation",
+    "add_noise",
     "fixed_noise",
     "insert",
     "is_stochastic",
@@ -41,6 +50,8 @@ __all__ = [
     "noise_spec",
     "perturb",
     "perturb_weights",
+    "register_distribution",
+    "register_noise",
     "remove_noise",
     "set_noise",
     "vary_weights",

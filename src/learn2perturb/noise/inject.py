@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,19 +12,17 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from learn2perturb.checks import check_choice
 from learn2perturb.engine.random import derive_seed
 from learn2perturb.engine.weights import maker, mend
-from learn2perturb.errors import NoiseError, SiteError
+from learn2perturb.errors import NoiseError, SiteError, UnknownNameError
 from learn2perturb.noise import sites as site_rules
 from learn2perturb.noise.base import NoiseModule
-from learn2perturb.noise.feature import Perturbation, drop_hook
-from learn2perturb.noise.weight import VariationalWeight, WeightPerturbation
-from learn2perturb.registry import MODELS
+from learn2perturb.noise.laws import Perturbation, VariationalWeight, WeightPerturbation, noise_law
+from learn2perturb.noise.places import FEATURES, drop_hook
+from learn2perturb.registry import MODELS, NOISES
 from learn2perturb.terminal import say
 
-KINDS: dict[str, type[NoiseModule]] = {
-    kind.kind: kind for kind in (Perturbation, WeightPerturbation, VariationalWeight)
-}
 LAYERS = (*site_rules.CONVOLUTIONS, nn.Linear)
 
 
@@ -46,6 +45,50 @@ def _is_compiled(network: nn.Module) -> bool:
         "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
         for module in network.modules()
     )
+
+
+def add_noise(
+    network: nn.Module,
+    law: str,
+    *,
+    place: str = "output",
+    input_shape: tuple[int, ...] = (3, 32, 32),
+    sites: site_rules.Sites | None = None,
+    **settings: Any,
+) -> nn.Module:
+    """Insert the noise law called ``law`` into ``network``, in place, and return it.
+
+    Args:
+        network: any module that maps images to logits; plain, not compiled.
+        law: a registered name, see :func:`register_noise`: ``feature`` (additive), ``weight`` (relative to the spread),
+            ``variational``, ``multiplicative``, or one of your own.
+        place: ``output`` or ``input`` of the sites, or the name of their parameter: ``weight``.
+        input_shape: shape of one image; for noise on features only.
+        sites: as for :func:`perturb`; on a parameter, by default every convolution and linear layer.
+        settings: what the law takes, such as ``init`` and ``granularity``.
+
+    Raises:
+        UnknownNameError: there is no such law, or it has no such setting.
+        SiteError: a site does not exist, is called other than once, has no such parameter, or is perturbed already.
+        InputError: the network does not take images of ``input_shape``.
+        ConfigError: a setting has a value that is not allowed.
+    """
+    kind = noise_law(law)
+    # A module built on values that are refused must be refused before anything is inserted.
+    known = {name for cls in kind.__mro__ for name in _arguments(cls)} - {"self", "shape", "site", "place"}
+    for name in settings:
+        if name not in known:
+            raise UnknownNameError.of(f"setting of noise {law!r}:", name, known)
+    kind((1,), site="", place=place, **settings)
+    if place in FEATURES:
+        return _insert_on_features(network, law, place, input_shape, sites, settings)
+    return _insert_on_weights(network, law, sites, LAYERS, (place,), settings)
+
+
+def _arguments(kind: type) -> list[str]:
+    """Return the names of the arguments that a class's own ``__init__`` spells out."""
+    own = vars(kind).get("__init__")
+    return list(inspect.signature(own).parameters) if own is not None and issubclass(kind, NoiseModule) else []
 
 
 def perturb(
@@ -84,15 +127,29 @@ def perturb(
         InputError: the network does not take images of ``input_shape``.
         ConfigError: another argument has a value that is not allowed.
     """
+    check_choice("place", place, FEATURES)
+    return add_noise(
+        network, Perturbation.kind, place=place, input_shape=input_shape, sites=sites, granularity=granularity,
+        sharing=sharing, distribution=distribution, init=init, minimum=minimum, learned=learned, relative=relative,
+    )  # fmt: skip
+
+
+def _insert_on_features(
+    network: nn.Module,
+    law: str,
+    place: str,
+    input_shape: tuple[int, ...],
+    sites: site_rules.Sites | None,
+    settings: dict[str, Any],
+) -> nn.Module:
+    """Insert noise on what the chosen submodules give, or take; by default those that the registry knows, else a guess.
+
+    One pass shows which submodules are called once and what shape their features have.
+    """
     if not isinstance(network, nn.Module):
         raise SiteError(f"network is a {type(network).__name__}; noise goes into a torch.nn.Module")
     if _is_compiled(network):
         raise NoiseError("the network is compiled, and hooks added now would go unnoticed; perturb it, then compile it")
-    # A module built on values that are refused must be refused before anything is inserted.
-    Perturbation(
-        (1,), site="", place=place, granularity=granularity, sharing=sharing, distribution=distribution, init=init,
-        minimum=minimum,
-    )  # fmt: skip
     with noise_disabled(network):
         seen = site_rules.probe(network, input_shape)
     registered = getattr(network, "registered_name", None)
@@ -104,18 +161,11 @@ def perturb(
         chosen = site_rules.guess(seen)
         say(f"perturb: no sites given; chose {len(chosen)}: {', '.join(chosen)}")
     shapes = {name: site_rules.check(name, seen, place) for name in chosen}
-    insert(
-        network,
-        [
-            {
-                "kind": Perturbation.kind, "feature_shape": shape, "site": name, "place": place,
-                "granularity": granularity, "sharing": sharing, "distribution": distribution, "init": init,
-                "minimum": minimum, "learned": learned, "channel_dim": channel_dim, "relative": relative,
-            }
-            for name, (shape, channel_dim) in shapes.items()
-        ],
-    )  # fmt: skip
-    return network
+    specs = [
+        {"kind": law, "feature_shape": shape, "site": name, "place": place, "channel_dim": channel_dim} | settings
+        for name, (shape, channel_dim) in shapes.items()
+    ]
+    return insert(network, specs)
 
 
 def perturb_weights(
@@ -133,8 +183,8 @@ def perturb_weights(
         SiteError: a site does not exist, has no weight, or is perturbed already.
         ConfigError: another argument has a value that is not allowed.
     """
-    arguments = {"granularity": granularity, "init": init}
-    return _insert_weight_noise(network, WeightPerturbation.kind, sites, LAYERS, ("weight",), arguments)
+    settings = {"granularity": granularity, "init": init}
+    return _insert_on_weights(network, WeightPerturbation.kind, sites, LAYERS, ("weight",), settings)
 
 
 def vary_weights(
@@ -152,19 +202,19 @@ def vary_weights(
         SiteError: a site does not exist, has no weight, or is perturbed already.
         ConfigError: another argument has a value that is not allowed.
     """
-    types, arguments = (*LAYERS, *site_rules.NORMS), {"init": init, "prior": prior}
-    return _insert_weight_noise(network, VariationalWeight.kind, sites, types, ("weight", "bias"), arguments)
+    types, settings = (*LAYERS, *site_rules.NORMS), {"init": init, "prior": prior}
+    return _insert_on_weights(network, VariationalWeight.kind, sites, types, ("weight", "bias"), settings)
 
 
-def _insert_weight_noise(
+def _insert_on_weights(
     network: nn.Module,
-    kind: str,
+    law: str,
     sites: site_rules.Sites | None,
     types: tuple[type[nn.Module], ...],
     tensors: tuple[str, ...],
-    arguments: dict[str, Any],
+    settings: dict[str, Any],
 ) -> nn.Module:
-    """Insert weight noise on ``tensors`` of the chosen layers: by default, of all layers of ``types`` that have any."""
+    """Insert noise on ``tensors`` of the chosen layers: by default, of all layers of ``types`` that have any."""
     _check_module(network)
     if _is_compiled(network):
         raise NoiseError("the network is compiled, and a weight perturbed now may go unnoticed; perturb, then compile")
@@ -184,14 +234,15 @@ def _insert_weight_noise(
         _check_own(name, layers[name], tensors)
         for tensor, parameter in own.items():
             other = first.setdefault(id(parameter), name)
-            if other != name and kind == VariationalWeight.kind:
+            if other != name and law == VariationalWeight.kind:
                 raise SiteError(
                     f"sites {other!r} and {name!r} share one {tensor}, and a posterior would be drawn twice and its KL "
                     "counted twice; untie them: layer.weight = torch.nn.Parameter(layer.weight.detach().clone())"
                 )
-        specs += [{"kind": kind, "site": name, "tensor": key, "shape": list(own[key].shape)} | arguments for key in own]
-        if kind == WeightPerturbation.kind and getattr(layers[name], "transposed", False):
-            specs[-1]["channel_dim"] = 1
+            spec = {"kind": law, "site": name, "tensor": tensor, "shape": list(parameter.shape)} | settings
+            if tensor == "weight" and getattr(layers[name], "transposed", False):
+                spec["channel_dim"] = 1
+            specs.append(spec)
     return insert(network, specs)
 
 
@@ -243,9 +294,12 @@ def insert(network: nn.Module, specs: list[dict[str, Any]]) -> nn.Module:
         if spec["site"] not in names:
             raise SiteError(f"the noise was made for a network with a submodule {spec['site']!r}, which this one lacks")
         kind = spec.get("kind")
-        if kind not in KINDS:
-            raise NoiseError(f"noise of kind {kind!r} is unknown; known: {', '.join(KINDS)}; update learn2perturb")
-        noise = KINDS[kind].from_spec({key: value for key, value in spec.items() if key not in ("kind", "enabled")})
+        if not isinstance(kind, str) or kind not in NOISES:
+            raise NoiseError(
+                f"noise of kind {kind!r} is unknown; known: {', '.join(NOISES.names('*'))}; import the module that "
+                "registers it, or update learn2perturb"
+            )
+        noise = noise_law(kind).from_spec({key: value for key, value in spec.items() if key not in ("kind", "enabled")})
         noise.enabled = spec.get("enabled", True)  # off in a checkpoint from before a noise delay had passed
         reason = noise.refusal(names[noise.site])
         if reason is not None:

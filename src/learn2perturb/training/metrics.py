@@ -18,7 +18,10 @@ from learn2perturb.reading import read_bytes, reading
 from learn2perturb.records import atomic_write
 from learn2perturb.training.alternating import Iteration
 
-NOISE_SCALES = ("theta", "alpha", "sigma")  # what defenses call the scale of their noise, as the lines of an epoch do
+
+def noise_scales(line: dict[str, Any]) -> list[str]:
+    """Return what the line of an epoch calls the scales of the noise: ``theta``, ``alpha``, a law's own name."""
+    return [key for key, value in line.items() if isinstance(value, dict) and f"{key}_mean" in line]
 
 
 class Totals:

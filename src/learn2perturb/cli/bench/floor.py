@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from learn2perturb.cli.bench.timing import synchronize
-from learn2perturb.noise import Perturbation, noise_modules
+from learn2perturb.noise import noise_modules
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _DRAWS_PER_WORD = 4  # 16 random bits are the least that a normal number with honest tails is made of
@@ -74,8 +74,7 @@ def one_pass(model: nn.Module, images: Tensor, *, weights: bool) -> Work:
 
 def noise_numbers(model: nn.Module) -> int:
     """Return how many normal numbers the noise of one row takes in one pass, over all sites of ``model``."""
-    modules = [module for module in noise_modules(model) if isinstance(module, Perturbation)]
-    return sum(math.prod(module.feature_shape) for module in modules)
+    return sum(math.prod(module.shape) for module in noise_modules(model) if module.where.of_features)
 
 
 @dataclass(frozen=True)
