@@ -10,10 +10,10 @@ import re
 import shlex
 
 import pytest
-import yaml
 
 from learn2perturb.defenses.settings import Settings
 from learn2perturb.registry import ATTACKS, DATASETS, DEFENSES, MODELS
+from learn2perturb.training.config import load_recipe
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -104,8 +104,7 @@ def test_the_table_of_recipes_is_that_of_the_files(recipe):
     rows = [[part.strip().replace("`", "") for part in line.strip("|").split("|")] for line in table if line[:1] == "|"]
     column = rows[0].index(recipe)
     written = {row[0]: row[column] for row in rows}
-    path = ROOT / "src" / "learn2perturb" / "training" / "recipes" / f"{recipe}.yaml"
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = load_recipe(recipe)
     settings = content["settings"]
     assert set(settings) <= set(Settings.__dataclass_fields__)
     special = content["defenses"]["learn2perturb"].get("options", {})

@@ -273,7 +273,8 @@ def test_tau_is_a_harmonic_number_and_never_zero(tau, expected):
 def test_the_regulariser_is_a_sum_of_square_roots():
     settings = config()
     defense, network, *_ = setting(settings)
-    value = defense.regulariser(network, Clock(1, 0, BATCHES)).item()
+    clock = Clock(1, 0, BATCHES)
+    value = (defense.regulariser_weight(clock) * defense.regulariser(network, clock)).item()
     assert value == pytest.approx(-GAMMA / 1.5 * 6 * math.sqrt(0.25))  # 6 elements; tau is H_2
 
 
@@ -338,7 +339,8 @@ def test_a_target_pulls_every_theta_alike_by_gamma_times_what_the_mean_is_off():
     theta = noise_parameters(network)[0]
     with torch.no_grad():
         theta.copy_(torch.linspace(0.1, 0.6, 6))
-    value = defense.regulariser(network, Clock(3, 0, BATCHES))
+    clock = Clock(3, 0, BATCHES)
+    value = defense.regulariser_weight(clock) * defense.regulariser(network, clock)
     assert value.item() == pytest.approx(GAMMA / 2 * 6 * (0.35 - 0.4) ** 2)
     (slope,) = torch.autograd.grad(value, theta)
     assert torch.allclose(slope, torch.full((6,), GAMMA * (0.35 - 0.4), dtype=slope.dtype))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learn2perturb.defenses import Clock, Settings, build_defense, trades_loss
+from learn2perturb.defenses import Clock, build_defense, trades_loss
 from learn2perturb.defenses.awp import against_weights
 from learn2perturb.defenses.objectives import TradesAdversary, kl_divergence
 from learn2perturb.errors import ConfigError
@@ -343,7 +343,7 @@ def test_a_loss_of_ones_own_takes_neither_trades_nor_weight_perturbation():
     Own().check(settings(defense="pgd_at"))
     for change in ({"objective": "trades"}, {"awp": 0.01}):
         with pytest.raises(ConfigError, match="Own"):
-            Own().check(Settings(**{"objective": "mixed", **change}))
+            Own().check(settings(defense="pgd_at", **change).closed())
 
 
 # --- probabilities that underflow

@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from learn2perturb.data import ImageData
-from learn2perturb.defenses import build_defense, list_defenses
 from learn2perturb.defenses.learn2perturb import Learn2Perturb
 from learn2perturb.engine import gears
 from learn2perturb.errors import NonFiniteError
 from learn2perturb.progress import Reporter
+from learn2perturb.registry import DEFENSES
 from learn2perturb.training import TrainConfig, recorded, state
 from learn2perturb.training.state import Training
 
@@ -81,7 +81,7 @@ class Tape:
 
 
 GEAR = gears.Gear("fast", folding=True, recording=True)
-STEADY = [name for name in list_defenses() if build_defense(name).kind_of_step(state.Clock(0, 0, 1)) is not None]
+STEADY = [entry.name for entry in DEFENSES if entry.facts.get("recordable")]
 
 
 @pytest.fixture
@@ -153,9 +153,13 @@ def test_a_delayed_adversary_is_another_kind_of_step(on_tape):
     assert_same(replayed, launched)
 
 
-def test_a_schedule_that_is_no_dial_goes_wrong(on_tape, monkeypatch):
-    """The parity above can fail: tau read from the clock, not from a dial, stays what it was when recorded."""
-    monkeypatch.setattr(Learn2Perturb, "dials", lambda *_: {})
+def test_a_schedule_that_is_not_in_the_weight_goes_wrong(on_tape, monkeypatch):
+    """The parity above can fail: tau within the regulariser, not in its weight, stays what it was when recorded."""
+    weight, bare = Learn2Perturb.regulariser_weight, Learn2Perturb.regulariser
+    monkeypatch.setattr(Learn2Perturb, "regulariser_weight", lambda *_: 1.0)
+    monkeypatch.setattr(
+        Learn2Perturb, "regulariser", lambda self, model, clock: weight(self, clock) * bare(self, model, clock)
+    )
     options = {"noise_delay": 0, "gamma": 1e-1}
     replayed, _ = trained("learn2perturb", recording=True, options=options)
     launched, _ = trained("learn2perturb", recording=False, options=options)

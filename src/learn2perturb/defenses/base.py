@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -84,8 +84,8 @@ def learning_rate_factor(settings: Settings, total_epochs: int) -> Callable[[Clo
 
     def factor(clock: Clock) -> float:
         if settings.schedule == "step":
-            passed = sum(clock.stage_epoch >= milestone for milestone in settings.milestones or ())
-            return float((0.1 if settings.decay is None else settings.decay) ** passed)
+            passed = sum(clock.stage_epoch >= milestone for milestone in settings.milestones)
+            return float(settings.decay**passed)
         done = (clock.stage_epoch + (clock.batch + 1) / clock.batches) / max(total_epochs, 1)
         if settings.schedule == "one_cycle":
             rise = 0.3
@@ -110,11 +110,9 @@ def sgd_optimizers(settings: Settings, *, noise_lr: float = 1.0) -> Callable[[nn
         if not weights:
             raise ConfigError("the network has no parameter that requires a gradient; there is nothing to train")
         common: dict[str, Any] = {
-            "lr": settings.lr or 0.0, "momentum": settings.momentum or 0.0, "nesterov": bool(settings.nesterov),
+            "lr": settings.lr, "momentum": settings.momentum, "nesterov": settings.nesterov,
         }  # fmt: skip
-        optimizers: Optimizers = {
-            "weights": torch.optim.SGD(weights, weight_decay=settings.weight_decay or 0.0, **common)
-        }
+        optimizers: Optimizers = {"weights": torch.optim.SGD(weights, weight_decay=settings.weight_decay, **common)}
         if noise:
             optimizers["noise"] = torch.optim.SGD(noise, weight_decay=0.0, **{**common, "lr": common["lr"] * noise_lr})
         return optimizers
@@ -128,11 +126,11 @@ def restarted_stages(settings: Settings, optimizers: Callable[[nn.Module], Optim
     RSE and Adv-BNN are trained so: what differs from one stage is that momenta and moments start anew. Another
     schedule has no steps, so it is one stage.
     """
-    epochs = settings.epochs or 0
+    epochs = settings.epochs
     if settings.schedule != "step":
         return (Stage(epochs, optimizers, learning_rate_factor(settings, epochs)),)
-    edges = [0, *sorted({m for m in settings.milestones or () if 0 < m < epochs}), epochs]
-    decay = 0.1 if settings.decay is None else settings.decay
+    edges = [0, *sorted({m for m in settings.milestones if 0 < m < epochs}), epochs]
+    decay = settings.decay
 
     def constant(value: float) -> Callable[[Clock], float]:
         return lambda clock: value
@@ -150,25 +148,11 @@ class Defense(ABC):
         members: passes that make one prediction of a predictor other than ``single``.
         objectives: the values of the setting ``objective`` that :meth:`loss` follows. Empty, or not declared by a class
             that overrides :meth:`loss`: a loss of the defense's own, which takes neither that setting nor ``awp``.
-        steady: every step does the same as the one before, on another batch (see :meth:`kind_of_step`).
     """
 
     predictor: ClassVar[str] = "single"
     members: ClassVar[int] = 10
     objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
-    steady: ClassVar[bool] = False
-
-    def kind_of_step(self, clock: Clock) -> Hashable | None:
-        """Return what a step depends on beside its batch, the model, the learning rate and :meth:`dials`.
-
-        Steps of one kind are recorded once and replayed where the engine can. None, the default, is safe: no step is
-        recorded. A schedule that moves in every step must be a dial, or the kind must be None.
-        """
-        return () if self.steady else None
-
-    def dials(self, clock: Clock) -> Mapping[str, float]:
-        """Return the numbers that loss, regulariser or :meth:`after_step` look up by ``clock.dial(name, value)``."""
-        return {}
 
     def check(self, settings: Settings) -> None:
         """Refuse settings that make no sense with this defense, before any work.
@@ -200,7 +184,7 @@ class Defense(ABC):
 
     def stages(self, settings: Settings) -> tuple[Stage, ...]:
         """Return the stages of a training; by default one, with SGD and the schedule of ``settings``."""
-        epochs = settings.epochs or 0
+        epochs = settings.epochs
         return (Stage(epochs, sgd_optimizers(settings), learning_rate_factor(settings, epochs)),)
 
     def alternation(self) -> Alternation:
@@ -216,8 +200,12 @@ class Defense(ABC):
         return objective_loss(model, x, y, clock, settings)
 
     def regulariser(self, model: nn.Module, clock: Clock) -> Tensor | None:
-        """Return the term that only the noise parameters descend, or None."""
+        """Return the term that only the noise parameters descend, less its weight, or None."""
         return None
+
+    def regulariser_weight(self, clock: Clock) -> float:
+        """Return what the regulariser is multiplied by at a clock: what a schedule changes belongs here."""
+        return 1.0
 
     def after_step(self, model: nn.Module, clock: Clock) -> None:
         """Do what follows a step of the optimisers: projections, sensitivity control."""

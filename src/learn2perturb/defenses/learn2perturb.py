@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -142,7 +142,7 @@ class Learn2Perturb(Defense):
 
     def stages(self, settings: Settings) -> tuple[Stage, ...]:
         """Return the one stage of the settings, with a learning rate of its own for theta."""
-        epochs = settings.epochs or 0
+        epochs = settings.epochs
         optimizers = sgd_optimizers(settings, noise_lr=self.theta_lr)
         return (Stage(epochs, optimizers, learning_rate_factor(settings, epochs)),)
 
@@ -161,10 +161,10 @@ class Learn2Perturb(Defense):
             parameter.requires_grad_(on)
 
     def regulariser(self, model: nn.Module, clock: Clock) -> Tensor | None:
-        """Return ``-(gamma / tau) sum sqrt(theta)``, a sum over all elements of all sites (eqs. 7 and 8).
+        """Return ``-sum sqrt(theta)``, a sum over all elements of all sites; its weight is gamma / tau (eqs. 7 and 8).
 
         With ``noise_target`` it is ``(gamma / 2) n (mean(theta) - noise_target)^2``, whose slope is
-        ``gamma (mean(theta) - noise_target)`` for every theta.
+        ``gamma (mean(theta) - noise_target)`` for every theta, and its weight 1.
         """
         if clock.epoch < self.noise_delay or self.gamma == 0:
             return None
@@ -174,18 +174,11 @@ class Learn2Perturb(Defense):
             return 0.5 * self.gamma * count * (total / count - self.noise_target) ** 2
         # All in one vector: on a GPU each operation on each site would be a launch of its own.
         theta = torch.cat([parameter.reshape(-1) for parameter in noise_parameters(model)])
-        return -clock.dial("regulariser", self._weight(clock)) * theta.sqrt().sum()
+        return -theta.sqrt().sum()
 
-    def _weight(self, clock: Clock) -> float:
-        return self.gamma / self.tau_at(clock.epoch)
-
-    def kind_of_step(self, clock: Clock) -> Hashable:
-        """Tell steps with noise from those before it."""
-        return clock.epoch >= self.noise_delay
-
-    def dials(self, clock: Clock) -> Mapping[str, float]:
-        """Return the weight of the regulariser, which fades with the epochs."""
-        return {"regulariser": self._weight(clock)}
+    def regulariser_weight(self, clock: Clock) -> float:
+        """Return gamma / tau, which fades with the epochs."""
+        return 1.0 if self.noise_target is not None else self.gamma / self.tau_at(clock.epoch)
 
     def tau_at(self, epoch: int) -> float:
         """Return tau at an epoch: a harmonic number, so that the regulariser fades (eq. 9, mended).
@@ -195,12 +188,10 @@ class Learn2Perturb(Defense):
         terms = epoch - self.noise_delay + (1 if self.tau == "harmonic" else 0)
         return math.fsum(1 / i for i in range(1, max(terms, 1) + 1))
 
-    @torch.no_grad()
     def after_step(self, model: nn.Module, clock: Clock) -> None:
         """Project theta to at least its minimum (algorithm 1)."""
         for module in noise_modules(model):
-            if isinstance(module, Perturbation) and module.learned:
-                module.theta.clamp_(min=module.minimum)
+            module.project()
 
     def schedule_only(self, settings: Settings, batches: int) -> Iterator[float]:
         """Yield theta after each step if the regulariser alone moved it: Learn2Perturb-R.
@@ -211,7 +202,7 @@ class Learn2Perturb(Defense):
         """
         factor = self.stages(settings)[0].factor
         theta, velocity, started = self.init, 0.0, False
-        base, mu = self.theta_lr * (settings.lr or 0.0), settings.momentum or 0.0
+        base, mu = self.theta_lr * settings.lr, settings.momentum
         target = self.noise_target
         # The share of the regulariser's gradient in each step of theta's optimiser within one iteration.
         shares = {"combined": [1.0], "sequential": [1.0] * self.noise_steps, "released": [1.0, 0.0]}[self.theta_step]

@@ -18,7 +18,6 @@ class Madry(Defense):
     """
 
     objectives: ClassVar[tuple[str, ...]] = ("mixed",)
-    steady: ClassVar[bool] = True
 
     def check(self, settings: Settings) -> None:
         """Refuse a clean loss beside the adversarial one.

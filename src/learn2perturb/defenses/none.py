@@ -16,7 +16,6 @@ class NoDefense(Defense):
     """Cross-entropy on clean images; the row "No defense" of the paper's tables."""
 
     objectives: ClassVar[tuple[str, ...]] = ()
-    steady: ClassVar[bool] = True
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: Settings) -> Losses:
         """Return the clean cross-entropy, whatever adversary the recipe describes."""

@@ -33,7 +33,6 @@ class Clock:
         stage: index of the stage.
         stage_epoch: epoch within the stage.
         examples: images in an epoch, the size of the training set; 0 where that is not known.
-        dials: in a recorded step, the tensors that stand for the numbers of :meth:`Defense.dials`.
     """
 
     epoch: int
@@ -42,16 +41,11 @@ class Clock:
     stage: int = 0
     stage_epoch: int = 0
     examples: int = 0
-    dials: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def step(self) -> int:
         """Number of the step since the start of the training."""
         return self.epoch * self.batches + self.batch
-
-    def dial(self, name: str, value: float) -> Tensor | float:
-        """Return ``value``, or in a recorded step the tensor that has it now."""
-        return self.dials.get(name, value)
 
 
 @dataclass(frozen=True)
@@ -105,11 +99,11 @@ def _check_answer(logits: object, x: Tensor, before: int) -> None:
 def training_adversary(settings: Settings) -> PGD:
     """Return the PGD attack that crafts training examples."""
     return PGD(
-        eps=settings.eps or 0.0,
-        step_size=settings.attack_step_size or 0.01,
-        steps=settings.attack_steps or 1,
-        random_start=settings.attack_random_start is not False,
-        eot=settings.attack_eot or 1,
+        eps=settings.eps,
+        step_size=settings.attack_step_size,
+        steps=settings.attack_steps,
+        random_start=settings.attack_random_start,
+        eot=settings.attack_eot,
     )
 
 
@@ -136,7 +130,7 @@ def mixed_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: S
     released code, so the attack sees BatchNorm statistics that this batch has already moved. With ``awp`` both terms
     are taken at weights that were moved against ``CE(f(x'), y)``.
     """
-    attacked = clock.epoch >= (settings.adversarial_delay or 0)
+    attacked = clock.epoch >= settings.adversarial_delay
     if not attacked or settings.beta == 0:
         return _clean_loss(model, x, y)
     guessing = settings.attack_labels == "predicted"
@@ -150,7 +144,7 @@ def mixed_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: S
     adv_logits = forward(network, x_adv)
     adversarial = F.cross_entropy(adv_logits, y)
     clean = None if logits is None else F.cross_entropy(logits, y)
-    total = (settings.beta or 0.0) * adversarial
+    total = settings.beta * adversarial
     return Losses(
         settings.alpha * clean + total if settings.alpha and clean is not None else total,
         clean=None if clean is None else clean.detach(),
@@ -210,20 +204,20 @@ def trades_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: 
     ``alpha`` and ``beta`` play no part. The attack comes first, as in the released code. With ``awp`` the whole
     objective is taken at weights that were moved against it. Before ``adversarial_delay`` it is the clean loss alone.
     """
-    if clock.epoch < (settings.adversarial_delay or 0):
+    if clock.epoch < settings.adversarial_delay:
         return _clean_loss(model, x, y)
     adversary = TradesAdversary(
-        eps=settings.eps or 0.0,
-        step_size=settings.attack_step_size or 0.007,
-        steps=settings.attack_steps or 1,
-        eot=settings.attack_eot or 1,
+        eps=settings.eps,
+        step_size=settings.attack_step_size,
+        steps=settings.attack_steps,
+        eot=settings.attack_eot,
     )
     x_adv = adversary.craft(model, x, y, mode=_attack_mode(settings))
 
     def parts(network: Model) -> tuple[Tensor, Tensor, Tensor]:
         logits, adv_logits = forward(network, x), forward(network, x_adv)
         divergence = kl_divergence(adv_logits, logits).mean()
-        return F.cross_entropy(logits, y) + (settings.trades_beta or 0.0) * divergence, logits, adv_logits
+        return F.cross_entropy(logits, y) + settings.trades_beta * divergence, logits, adv_logits
 
     network: Model = against_weights(model, settings.awp, lambda f: parts(f)[0]) if settings.awp else model
     total, logits, adv_logits = parts(network)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from learn2perturb.defenses.base import Defense
 
@@ -14,5 +13,3 @@ class PGDTraining(Defense):
 
     Madry's own objective is adversarial only: the defense ``madry``, or ``alpha`` 0 and ``beta`` 1 here.
     """
-
-    steady: ClassVar[bool] = True

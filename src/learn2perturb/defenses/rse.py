@@ -39,7 +39,6 @@ class RSE(Defense):
     predictor: ClassVar[str] = "mean_probability"
     members: ClassVar[int] = 50
     objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
-    steady: ClassVar[bool] = True
 
     sigma_init: float = 0.2
     sigma_inner: float = 0.1

@@ -17,7 +17,7 @@ OBJECTIVES = ("mixed", "trades")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Epochs, optimiser, learning-rate schedule and training adversary. None means: as the recipe says.
+    """Epochs, optimiser, learning-rate schedule and training adversary: what a defense trains by, with nothing open.
 
     Args:
         epochs: passes over the training set.
@@ -47,6 +47,35 @@ class Settings:
         weight_average: decay of the average of weights and theta over steps, which is monitored, saved and returned in
             place of the last ones; 0 is without, 0.999 remembers about 1,000 steps.
     """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    schedule: str
+    milestones: list[int]
+    decay: float
+    objective: str
+    trades_beta: float
+    alpha: float
+    beta: float
+    eps: float
+    attack_steps: int
+    attack_step_size: float
+    attack_random_start: bool
+    attack_eot: int
+    attack_labels: str
+    attack_mode: str
+    adversarial_delay: int
+    awp: float
+    weight_average: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenSettings:
+    """The fields of :class:`Settings`, each of which may be None: as the recipe says."""
 
     epochs: int | None = None
     batch_size: int | None = None
@@ -116,6 +145,16 @@ class Settings:
     def missing(self) -> list[str]:
         """Return the names of the settings that are still open; a recipe closes them all."""
         return [item.name for item in fields(Settings) if getattr(self, item.name) is None]
+
+    def closed(self) -> Settings:
+        """Return the settings, all of which are set.
+
+        Raises:
+            ConfigError: some are open.
+        """
+        if self.missing():
+            raise ConfigError(f"{', '.join(self.missing())} are open; set them, or resolve() the config by a recipe")
+        return Settings(**{item.name: getattr(self, item.name) for item in fields(Settings)})
 
 
 def number(name: str, value: Any, low: float, high: float) -> None:

@@ -17,4 +17,3 @@ class Trades(Defense):
     """
 
     objectives: ClassVar[tuple[str, ...]] = ("trades",)
-    steady: ClassVar[bool] = True

@@ -61,6 +61,7 @@ def iterate(
     optimizers: Optimizers,
     objective: Callable[[], Losses],
     check: Callable[[Losses], None],
+    weight: Tensor | float | None = None,
 ) -> Iteration:
     """Run one iteration of training on one batch.
 
@@ -71,14 +72,16 @@ def iterate(
         optimizers: ``weights`` and, with learned noise, ``noise``.
         objective: evaluates the loss on the batch, anew at each call (fresh noise, fresh adversarial examples).
         check: called with the losses before anything is updated; raises to stop.
+        weight: of the regulariser; by default what the defense says, and in a recorded step the tensor that has it.
     """
     plan = defense.alternation()
+    weight = defense.regulariser_weight(clock) if weight is None else weight
     noise = [parameter for parameter in noise_parameters(model) if parameter.requires_grad]
     noise = noise if "noise" in optimizers else []
 
     def regulariser_slopes() -> list[Tensor] | None:
         penalty = defense.regulariser(model, clock) if noise else None
-        return None if penalty is None else list(torch.autograd.grad(penalty, noise))
+        return None if penalty is None else list(torch.autograd.grad(weight * penalty, noise))
 
     def backward() -> Losses:
         for optimizer in optimizers.values():

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from learn2perturb.checks import check_choice, check_count, fitting_step
-from learn2perturb.defenses.settings import Settings
+from learn2perturb.defenses.settings import OpenSettings
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.reading import MOST_SETTINGS, parse_yaml, read_bytes, reading
 from learn2perturb.registry import DATASETS, DEFENSES, MODELS
@@ -39,7 +39,7 @@ def fraction(value: Any) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Settings):
+class TrainConfig(OpenSettings):
     """Everything that decides a training. A field that is None is filled by the recipe.
 
     Args:
@@ -168,13 +168,25 @@ def _recipe_text(name: str) -> str:
 def load_recipe(name: str) -> dict[str, Any]:
     """Return the recipe ``name``: ``settings`` for all, and ``defenses`` with what is special to one.
 
+    A recipe that ``extends`` another says what differs from it, key by key; lists and numbers are replaced whole.
+
     Raises:
         UnknownNameError: there is no such recipe.
     """
     if name not in RECIPES:
         raise UnknownNameError.of("recipe", name, RECIPES)
     recipe: dict[str, Any] = yaml.safe_load(_recipe_text(name))
-    return recipe
+    base = recipe.pop("extends", None)
+    return recipe if base is None else _extended(load_recipe(base), recipe)
+
+
+def _extended(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``changes``, mappings merged at every depth."""
+    merged = dict(base)
+    for key, value in changes.items():
+        own = merged.get(key)
+        merged[key] = _extended(own, value) if isinstance(own, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from learn2perturb.training.checkpoint import checkpoints
 from learn2perturb.training.config import TrainConfig
 from learn2perturb.training.folder import METRICS, SETTINGS, check_folder, write_settings
 from learn2perturb.training.interrupt import Interrupt
-from learn2perturb.training.metrics import NOISE_SCALES, MetricsFile, Totals, noise_report, read_metrics
+from learn2perturb.training.metrics import MetricsFile, Totals, noise_report, noise_scales, read_metrics
 from learn2perturb.training.state import Training, check_network
 
 
@@ -94,7 +94,7 @@ def train(
         if folder is not None:
             # A finished run that is called again was made where and by what the file says already.
             write_settings(folder, config, training.device, where=not resumed or _unfinished(training))
-        metrics = _run(training)
+        metrics = _Loop(training).run()
     training.finish()
     return Run(folder, training.model, config, metrics)
 
@@ -135,83 +135,117 @@ def _told(folder: Path | None) -> Iterator[None]:
         raise Interrupted.of(stop, kept) from None
 
 
-def _run(training: Training) -> list[dict[str, Any]]:
-    """Train from where ``training`` stands to the end; return the metrics of all epochs."""
-    config, folder = training.config, training.out
-    file = MetricsFile(None if folder is None else folder / METRICS, training.metrics)
-    board = _tensorboard(training) if config.tensorboard and folder is not None and _unfinished(training) else None
-    schedule = training.defense.schedule_only(config, training.batches)
-    expected = None
-    if schedule is not None and training.step:
-        expected = next(islice(schedule, training.step - 1, None))
-    lines: list[dict[str, Any]] = []
-    compiled = compile_time.seconds_spent()
-    if training.gear.compiled_rows and _unfinished(training):
-        training.reporter.line("compiling in the first steps: a minute or two, seconds once torch has it in its cache")
-    interrupt = Interrupt(partial(training.reporter.line, always=True), saves=folder is not None)
-    classes = None
-    try:
-        with gears.running(training.gear), interrupt.listening():
-            while _unfinished(training):
-                start, seen, saved = time.perf_counter(), 0, time.monotonic()
-                before = training.seconds
-                part = getattr(training.source, "part_of", None) is not None and training.step == 0
-                labels: list[Tensor] = []
-                for x, y in training.source.epoch(training.epoch, training.batch):
-                    if part:
-                        labels.append(y)
-                    if classes is None:
-                        classes = check_network(training, x, y)
-                    elif not hasattr(training.source, "labels"):
-                        check_labels(y, classes)  # of a set in memory, all have been checked at once
-                    training.run_step(x, y)
-                    seen += len(y)
-                    training.batch += 1
-                    training.seconds = before + time.perf_counter() - start
-                    expected = next(schedule) if schedule is not None else None
-                    training.reporter(training.step, training.epochs * training.batches, _label(training))
-                    if training.step % config.log_every == 0:
-                        training.check_finite()
-                        line = {"kind": "step", "step": training.step, "epoch": training.epoch}
-                        file.write(line | _clean(training.totals.means()))
-                    due = time.monotonic() - saved > 60 * config.checkpoint_minutes
-                    if interrupt.received is not None or (due and training.batch < training.batches):
-                        training.save(file)
-                        saved = time.monotonic()
-                    interrupt.check()
-                training.look_at("train", training.source, labels, classes or 1)
-                if training.batch != training.batches:
-                    raise TrainingError(
-                        f"the data gave {training.batch} batches in epoch {training.epoch} and promised "
-                        f"{training.batches}; give a loader whose length is right"
-                    )
-                interrupt.after = "the scores of this epoch"
-                line = {"kind": "epoch", "epoch": training.epoch, "step": training.step}
-                line |= _clean(training.totals.means()) | training.monitor_scores()
-                line |= noise_report(training.model, expected)
-                line["lr"] = float(training.optimizers["weights"].param_groups[0]["lr"])
-                line["seconds"] = training.seconds
-                line["images_per_second"] = seen / (time.perf_counter() - start)
-                if (spent := compile_time.seconds_spent() - compiled) > 0:
-                    line["compile_seconds"] = spent
-                    compiled += spent
-                file.write(line)
-                lines.append(line)
-                if board is not None:
-                    _to_board(board, line)
-                training.epoch, training.batch, training.seconds = training.epoch + 1, 0, 0.0
-                training.totals = Totals(training.device)
-                training.save(file)
-                training.reporter.line(_epoch_line(training, line))
-                interrupt.check()
-                interrupt.after = "this step"
-        if folder is not None and not checkpoints(folder):
-            training.save(file)  # no epoch was asked for: the network as it starts can still be loaded
-    finally:
-        file.close()
-        if board is not None:
-            board.close()
-    return lines if folder is None else read_metrics(folder)
+class _Loop:
+    """Epochs and batches from where a training stands to its end, and what is written down on the way."""
+
+    def __init__(self, training: Training) -> None:
+        self.training, self.folder = training, training.out
+        self.file = MetricsFile(None if self.folder is None else self.folder / METRICS, training.metrics)
+        wanted = training.config.tensorboard and self.folder is not None and _unfinished(training)
+        self.board = _tensorboard(training) if wanted else None
+        # What the regulariser alone would have made of the noise after the last step.
+        self.schedule = training.defense.schedule_only(training.settings, training.batches)
+        self.expected = None
+        if self.schedule is not None and training.step:
+            self.expected = next(islice(self.schedule, training.step - 1, None))
+        self.interrupt = Interrupt(partial(training.reporter.line, always=True), saves=self.folder is not None)
+        self.compiled = compile_time.seconds_spent()
+        self.classes: int | None = None
+        self.saved = time.monotonic()
+        self.lines: list[dict[str, Any]] = []
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train to the end; return the metrics of all epochs."""
+        training = self.training
+        if training.gear.compiled_rows and _unfinished(training):
+            training.reporter.line(
+                "compiling in the first steps: a minute or two, seconds once torch has it in its cache"
+            )
+        try:
+            with gears.running(training.gear), self.interrupt.listening():
+                while _unfinished(training):
+                    self._epoch()
+            if self.folder is not None and not checkpoints(self.folder):
+                training.save(self.file)  # no epoch was asked for: the network as it starts can still be loaded
+        finally:
+            self.file.close()
+            if self.board is not None:
+                self.board.close()
+        return self.lines if self.folder is None else read_metrics(self.folder)
+
+    def _epoch(self) -> None:
+        """Train on every batch that is left of this epoch, then score, write down and save."""
+        training = self.training
+        self.saved, start, before = time.monotonic(), time.perf_counter(), training.seconds
+        looks, seen, labels = training.looks_at_labels, 0, []
+        for x, y in training.source.epoch(training.epoch, training.batch):
+            if looks:
+                labels.append(y)
+            self._check_batch(x, y)
+            training.run_step(x, y)
+            seen += len(y)
+            training.batch += 1
+            training.seconds = before + time.perf_counter() - start
+            self._after_step()
+        training.look_at("train", training.source, labels, self.classes or 1)
+        if training.batch != training.batches:
+            raise TrainingError(
+                f"the data gave {training.batch} batches in epoch {training.epoch} and promised {training.batches}; "
+                "give a loader whose length is right"
+            )
+        self._after_epoch(start, seen)
+
+    def _check_batch(self, x: Tensor, y: Tensor) -> None:
+        """Try the network on the first images; check the labels of every batch, unless all were checked at once."""
+        if self.classes is None:
+            self.classes = check_network(self.training, x, y)
+        elif not hasattr(self.training.source, "labels"):
+            check_labels(y, self.classes)
+
+    def _after_step(self) -> None:
+        """Report, write a line now and then, save when it is due or asked for, and stop if that was asked for."""
+        training, config = self.training, self.training.config
+        self.expected = next(self.schedule) if self.schedule is not None else None
+        training.reporter(training.step, training.epochs * training.batches, _label(training))
+        if training.step % config.log_every == 0:
+            training.check_finite()
+            line = {"kind": "step", "step": training.step, "epoch": training.epoch}
+            self.file.write(line | _clean(training.totals.means()))
+        due = time.monotonic() - self.saved > 60 * config.checkpoint_minutes
+        if self.interrupt.received is not None or (due and training.batch < training.batches):
+            training.save(self.file)
+            self.saved = time.monotonic()
+        self.interrupt.check()
+
+    def _after_epoch(self, start: float, seen: int) -> None:
+        """Score, write the line of the epoch, save; ``seen`` images since ``start``."""
+        training = self.training
+        self.interrupt.after = "the scores of this epoch"
+        line = self._epoch_values()
+        line["images_per_second"] = seen / (time.perf_counter() - start)
+        if (spent := compile_time.seconds_spent() - self.compiled) > 0:
+            line["compile_seconds"] = spent
+            self.compiled += spent
+        self.file.write(line)
+        self.lines.append(line)
+        if self.board is not None:
+            _to_board(self.board, line)
+        training.epoch, training.batch, training.seconds = training.epoch + 1, 0, 0.0
+        training.totals = Totals(training.device)
+        training.save(self.file)
+        training.reporter.line(_epoch_line(training, line))
+        self.interrupt.check()
+        self.interrupt.after = "this step"
+
+    def _epoch_values(self) -> dict[str, Any]:
+        """Return the line of the epoch that has just ended."""
+        training = self.training
+        line: dict[str, Any] = {"kind": "epoch", "epoch": training.epoch, "step": training.step}
+        line |= _clean(training.totals.means()) | training.monitor_scores()
+        line |= noise_report(training.model, self.expected)
+        line["lr"] = float(training.optimizers["weights"].param_groups[0]["lr"])
+        line["seconds"] = training.seconds
+        return line
 
 
 def _unfinished(training: Training) -> bool:
@@ -235,9 +269,8 @@ def _epoch_line(training: Training, line: dict[str, Any]) -> str:
     for kind in ("clean", "pgd"):
         if f"{training.monitored}_{kind}" in line:
             parts.append(f"{training.monitored} {kind} {line[f'{training.monitored}_{kind}']:.1%}")
-    for symbol in NOISE_SCALES:
-        if f"{symbol}_mean" in line:
-            parts.append(f"{symbol} {line[f'{symbol}_mean']:.4f}")
+    for symbol in noise_scales(line):
+        parts.append(f"{symbol} {line[f'{symbol}_mean']:.4f}")
         if f"{symbol}_schedule" in line:
             parts.append(f"(schedule {line[f'{symbol}_schedule']:.4f})")
     parts.append(f"{line['images_per_second']:.0f} images/s")
@@ -262,6 +295,6 @@ def _to_board(board: Any, line: dict[str, Any]) -> None:
     for key, value in line.items():
         if isinstance(value, (int, float)) and key not in ("epoch", "step"):
             board.add_scalar(key, value, line["step"])
-    for symbol in NOISE_SCALES:
-        for site, values in line.get(symbol, {}).items():
+    for symbol in noise_scales(line):
+        for site, values in line[symbol].items():
             board.add_scalar(f"{symbol}/{site}", values["mean"], line["step"])

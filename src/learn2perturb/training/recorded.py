@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -22,7 +22,7 @@ _MOST_RECORDINGS = 64
 
 _FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
-Step = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Iteration]
+Step = Callable[[Tensor, Tensor, Tensor | float], Iteration]
 
 
 def prepare(optimizers: Optimizers, device: torch.device) -> bool:
@@ -74,7 +74,7 @@ class _Recording:
 
     x: Tensor
     y: Tensor
-    dials: dict[str, Tensor]
+    weight: Tensor
     runs: int = 0
     replay: Replay | None = None
     iteration: Iteration | None = None
@@ -89,29 +89,27 @@ class RecordedSteps:
         self._known: dict[Hashable, _Recording] = {}
         self.usable = True
 
-    def run(self, kind: Hashable | None, x: Tensor, y: Tensor, dials: Mapping[str, float], step: Step) -> Iteration:
+    def run(self, key: Hashable | None, x: Tensor, y: Tensor, weight: float, step: Step) -> Iteration:
         """Run ``step`` on a batch.
 
         Args:
-            kind: what the step depends on beside its tensors; None is never recorded.
+            key: what the step depends on beside its tensors; None is never recorded.
             x: images (N, C, H, W).
             y: labels (N,).
-            dials: numbers that change from step to step, by name; the step gets them as tensors.
-            step: maps images, labels and dials to what it did; no synchronisation, no number of the clock in it.
+            weight: of the regulariser, the one number that schedules move; a recorded step gets it as a tensor.
+            step: maps images, labels and weight to what it did; no synchronisation, no number of the clock in it.
         """
-        if kind is None or not self.usable:
-            return step(x, y, {})
-        key = (kind, tuple(x.shape), x.stride(), tuple(sorted(dials)))
+        if key is None or not self.usable:
+            return step(x, y, weight)
+        key = (key, tuple(x.shape), x.stride())
         if key not in self._known:
             if len(self._known) >= _MOST_RECORDINGS:
                 self._known.pop(next(iter(self._known)))  # the oldest; schedules do not come back
-            numbers = {name: torch.zeros((), device=x.device) for name in dials}
-            self._known[key] = _Recording(x.clone(), y.clone(), numbers)
+            self._known[key] = _Recording(x.clone(), y.clone(), torch.zeros((), device=x.device))
         recording = self._known[key]
         recording.x.copy_(x)
         recording.y.copy_(y)
-        for name, value in dials.items():
-            recording.dials[name].fill_(value)
+        recording.weight.fill_(weight)
         if recording.replay is None and recording.runs >= WARM_UPS:
             self._record(recording, step)
         if recording.replay is not None and recording.iteration is not None:
@@ -121,13 +119,13 @@ class RecordedSteps:
 
     def _warm_up(self, recording: _Recording, step: Step) -> Iteration:
         results: list[Iteration] = []
-        self._recorder.warm_up(lambda: results.append(step(recording.x, recording.y, recording.dials)))
+        self._recorder.warm_up(lambda: results.append(step(recording.x, recording.y, recording.weight)))
         recording.runs += 1
         return results[0]
 
     def _record(self, recording: _Recording, step: Step) -> None:
         def recorded() -> None:
-            done = step(recording.x, recording.y, recording.dials)
+            done = step(recording.x, recording.y, recording.weight)
             # Without its graph, whose tensors would keep memory from the next recording.
             losses = dataclasses.replace(done.losses, total=done.losses.total.detach())
             recording.iteration = dataclasses.replace(done, losses=losses)

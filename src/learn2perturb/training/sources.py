@@ -42,7 +42,7 @@ def sources(config: TrainConfig, data: Any, device: torch.device) -> Sources:
             raise DataError("validation splits the package's own data sets; give yours as data=(train, validation)")
         train_set, watched = train_set.split(config.validation, config.seed)
         label = "validation"
-    batch_size = config.batch_size or 128
+    batch_size = config.closed().batch_size
     train = make_source(
         train_set, batch_size=batch_size, shuffle=True, augment=config.augment is not False, seed=config.seed,
         device=device, limit=config.limit,

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Hashable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,9 @@ from learn2perturb.errors import (
     NonFiniteError,
 )
 from learn2perturb.models import build_model
+from learn2perturb.noise import noise_modules
 from learn2perturb.progress import Reporter
+from learn2perturb.registry import DEFENSES
 from learn2perturb.training.alternating import Iteration, Optimizers, iterate
 from learn2perturb.training.average import WeightAverage
 from learn2perturb.training.checkpoint import (
@@ -91,16 +92,18 @@ class Training:
         self, config: TrainConfig, model: nn.Module | None, data: Any, out: Path | None, reporter: Reporter
     ) -> None:
         self.config, self.out, self.reporter = config, out, reporter
+        self.settings = config.closed()
         self.device = choose_device(config.device)
         self.defense: Defense = build_defense(config.defense, config.options)
-        self.defense.check(config)
+        self.defense.check(self.settings)
         self.source, self.monitor, self.monitored, self.classes = sources(config, data, self.device)
-        self.plan: tuple[Stage, ...] = self.defense.stages(config)
+        self.plan: tuple[Stage, ...] = self.defense.stages(self.settings)
         self.epochs = sum(stage.epochs for stage in self.plan)
         pixels = self.epochs * self.source.num_examples * math.prod((self.source.input_shape or (0,))[1:])
-        passes = (config.attack_steps or 0) * (config.attack_eot or 1) if config.beta else 0
+        settings = self.settings
+        passes = settings.attack_steps * settings.attack_eot if settings.beta else 0
         self.gear = gears.select(
-            config.engine, self.device, pixels=pixels, attacked_pixels=passes * pixels, rows=config.batch_size or 128
+            config.engine, self.device, pixels=pixels, attacked_pixels=passes * pixels, rows=settings.batch_size
         )
         # None: data of the user's own, which no name brings back
         self.dataset = config.dataset if data is None else None
@@ -118,7 +121,7 @@ class Training:
         self.recorded = RecordedSteps(CudaGraphs(self.device)) if self.gear.recording else None
         self.guard = NaNGuard(self.device) if self.gear.recording else None
         # What is monitored, saved and returned in place of the last weights.
-        self.average = WeightAverage(self.model, config.weight_average) if config.weight_average else None
+        self.average = WeightAverage(self.model, settings.weight_average) if settings.weight_average else None
         self.epoch, self.batch, self.stage = 0, 0, -1
         self.optimizers: Optimizers = {}
         self.totals = Totals(self.device)
@@ -168,6 +171,11 @@ class Training:
                 )  # fmt: skip
             start += stage.epochs
         raise ConfigError("the defense has no stages; return at least one from stages()")
+
+    @property
+    def looks_at_labels(self) -> bool:
+        """Whether the labels of the epoch that begins tell if a part of the set cannot stand for the whole."""
+        return self.step == 0 and getattr(self.source, "part_of", None) is not None
 
     def enter_stage(self, clock: Clock) -> None:
         """Build the optimisers of the stage that the clock is in, if they are not the current ones."""
@@ -317,7 +325,7 @@ class Training:
 
     def _mend(self) -> str:
         kept = f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint yet"
-        return f"{kept}; lower lr (it is {self.config.lr:g}), or use engine 'plain'"
+        return f"{kept}; lower lr (it is {self.settings.lr:g}), or use engine 'plain'"
 
     # -- going forward ----------------------------------------------------------------------------------------------
 
@@ -337,38 +345,48 @@ class Training:
         train_but(self.model, self.frozen)
         self.defense.begin_step(self.model, clock)
 
-        def step(x: torch.Tensor, y: torch.Tensor, dials: Mapping[str, torch.Tensor]) -> Iteration:
-            now = replace(clock, dials=dials)
-
-            def check(losses: Losses) -> None:
-                if self.guard is not None:
-                    self.guard.check(losses)
-                elif not math.isfinite(losses.total.item()):
-                    # Waits for the device in every step; on the CPU that is free, and nothing spreads the NaN.
-                    raise NonFiniteError(
-                        f"the loss is {losses.total.item()} at step {clock.step} (epoch {clock.epoch}, batch "
-                        f"{clock.batch}); {self._mend()}"
-                    )
-
-            with gears.training(self.model), one_image_explained(len(x)):
-                return iterate(
-                    self.defense, self.model, now, self.optimizers,
-                    lambda: self.defense.loss(self.model, x, y, now, self.config), check,
-                )  # fmt: skip
-
-        x = self.gear.place_images(x)
-        if self.recorded is None:
-            with _memory_explained(len(y)):
-                iteration = step(x, y, {})
-        else:
-            kind = self.defense.kind_of_step(clock)
-            if kind is not None:
-                kind = (kind, clock.stage, clock.epoch >= (self.config.adversarial_delay or 0))
-            with _memory_explained(len(y)):
-                iteration = self.recorded.run(kind, x, y, self.defense.dials(clock), step)
+        step, x = partial(self._iterate, clock), self.gear.place_images(x)
+        weight = self.defense.regulariser_weight(clock)
+        with _memory_explained(len(y)):
+            if self.recorded is None:
+                iteration = step(x, y, weight)
+            else:
+                iteration = self.recorded.run(self._capture_key(clock), x, y, weight, step)
         if self.average is not None:
             self.average.update(self.model)
         self.totals.add_iteration(iteration, len(y))
+
+    def _iterate(self, clock: Clock, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | float) -> Iteration:
+        """Run one iteration of alternating back-propagation."""
+        with gears.training(self.model), one_image_explained(len(x)):
+            return iterate(
+                self.defense, self.model, clock, self.optimizers,
+                partial(self.defense.loss, self.model, x, y, clock, self.settings),
+                partial(self._check_losses, clock), weight,
+            )  # fmt: skip
+
+    def _check_losses(self, clock: Clock, losses: Losses) -> None:
+        """Refuse a loss that is not finite, or raise the flag where nothing may wait for the device."""
+        if self.guard is not None:
+            self.guard.check(losses)
+        elif not math.isfinite(losses.total.item()):
+            # Waits for the device in every step; on the CPU that is free, and nothing spreads the NaN.
+            raise NonFiniteError(
+                f"the loss is {losses.total.item()} at step {clock.step} (epoch {clock.epoch}, batch {clock.batch}); "
+                f"{self._mend()}"
+            )
+
+    def _capture_key(self, clock: Clock) -> Hashable | None:
+        """Return what a step depends on beside its tensors and the regulariser's weight; None is never recorded.
+
+        The registry says of which defenses that is known: their loss looks at the clock for the adversary's delay only.
+        """
+        if not DEFENSES.entry(self.config.defense).facts.get("recordable", False):
+            return None
+        switched = tuple(module.enabled for module in noise_modules(self.model))
+        trained = tuple(parameter.requires_grad for parameter in self.model.parameters())
+        attacked = clock.epoch >= self.settings.adversarial_delay
+        return clock.stage, attacked, switched, trained
 
     def look_at(self, what: str, source: BatchSource, labels: list[torch.Tensor], classes: int) -> None:
         """Warn once if the labels of a part of the training or monitored set cannot stand for the whole."""
@@ -399,7 +417,7 @@ class Training:
     def _scores(self, monitor: BatchSource) -> dict[str, float]:
         self.model.eval()
         seed_torch(self.config.seed, "monitor", self.epoch)
-        attack = training_adversary(self.config)
+        attack = training_adversary(self.settings)
         hits = torch.zeros(2, dtype=torch.int64, device=self.device)
         bad = torch.zeros((), dtype=torch.bool, device=self.device)
         labels, classes, fits = [], 1, Halving()

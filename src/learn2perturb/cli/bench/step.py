@@ -37,12 +37,12 @@ def config_of(settings: BenchSettings, engine: str, device: str) -> TrainConfig:
 
 def textbook_call(scene: Scene, *, attack: bool = True, noise: bool = True) -> Call:
     """Return the textbook step on the first batch, whole or without one of its parts."""
-    config = config_of(scene.settings, "plain", str(scene.device))
-    config = config if attack else replace(config, attack_steps=None)
+    settings = config_of(scene.settings, "plain", str(scene.device)).closed()
+    settings = settings if attack else replace(settings, attack_steps=0)
     seed_torch(scene.settings.seed, "weights")
     noisy = noise and scene.settings.defense == "learn2perturb"
     step = textbook.training_step(
-        textbook.network(scene.settings.model, scene.data, noise=noisy, device=scene.device), config
+        textbook.network(scene.settings.model, scene.data, noise=noisy, device=scene.device), settings
     )
     x, y = scene.first_batch()
     return lambda: step(x, y)
@@ -69,11 +69,11 @@ def geared_call(scene: Scene, name: str, *, attack: bool = True, noise: bool = T
 def needed(scene: Scene) -> Work:
     """Return what a step needs: the attack's passes and those that train, on a whole batch."""
     settings = scene.settings
-    config = config_of(settings, "plain", "cpu")
+    own = config_of(settings, "plain", "cpu").closed()
     x = scene.data.images[:2].float() / 255
     model = build_model(settings.model, num_classes=scene.data.num_classes, input_shape=scene.data.input_shape).eval()
-    attacking = (config.attack_steps or 0) * (config.attack_eot or 1)
-    training = bool(config.alpha) + bool(config.beta)
+    attacking = own.attack_steps * own.attack_eot
+    training = bool(own.alpha) + bool(own.beta)
     size = len(scene.data)  # one batch
     work = one_pass(model, x, weights=False) * (attacking * size) + one_pass(model, x, weights=True) * (training * size)
     if settings.defense == "learn2perturb":

@@ -52,11 +52,11 @@ def training_step(model: nn.Module, settings: Settings, gamma: float = 1e-4) -> 
     noise = noise_parameters(model)
     known = {id(parameter) for parameter in noise}
     weights = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    common = {"lr": settings.lr or 0.0, "momentum": settings.momentum or 0.0, "nesterov": bool(settings.nesterov)}
-    optimizers = [torch.optim.SGD(weights, weight_decay=settings.weight_decay or 0.0, **common)]  # type: ignore[arg-type]
+    common = {"lr": settings.lr, "momentum": settings.momentum, "nesterov": settings.nesterov}
+    optimizers = [torch.optim.SGD(weights, weight_decay=settings.weight_decay, **common)]  # type: ignore[arg-type]
     if noise:
         optimizers.append(torch.optim.SGD(noise, **common))  # type: ignore[arg-type]
-    eps, step_size, steps = settings.eps or 0.0, settings.attack_step_size or 0.0, settings.attack_steps or 0
+    eps, step_size, steps = settings.eps, settings.attack_step_size, settings.attack_steps
 
     def step(x: Tensor, y: Tensor) -> None:
         model.eval()
@@ -64,8 +64,8 @@ def training_step(model: nn.Module, settings: Settings, gamma: float = 1e-4) -> 
         model.train()
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss = (settings.alpha or 0.0) * F.cross_entropy(model(x), y)
-        loss = loss + (settings.beta or 0.0) * F.cross_entropy(model(adversarial), y)
+        loss = settings.alpha * F.cross_entropy(model(x), y)
+        loss = loss + settings.beta * F.cross_entropy(model(adversarial), y)
         for theta in noise:
             loss = loss - gamma * theta.sqrt().sum()
         loss.backward()
