@@ -19,14 +19,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "learn2perturb"
 MODULES = sorted(SOURCE.rglob("*.py"))
 PUBLIC = [name for name in learn2perturb.__all__ if name != "__version__"]
-REGISTRIES = (registry.MODELS, registry.DATASETS, registry.ATTACKS, registry.DEFENSES)
+REGISTRIES = (registry.MODELS, registry.DATASETS, registry.ATTACKS, registry.DEFENSES, registry.NOISES)
 ENTRIES = [(kind, entry) for kind in REGISTRIES for entry in kind]
 # DESIGN of the public face: a name is added here on purpose, with its documentation.
 EXPECTED_NAMES = {
     *("build_model", "list_models", "load_data"),
     *("perturb", "noise_sites", "noise_parameters", "remove_noise", "noise_disabled", "fixed_noise"),
     *("attacks", "list_attacks", "list_defenses"),
-    *("train", "TrainConfig", "load", "evaluate", "diagnose", "certify"),
+    *("train", "TrainConfig", "load", "evaluate", "diagnose", "certify", "black_box"),
     *("errors", "__version__"),
 }
 
