@@ -14,7 +14,6 @@ from learn2perturb.registry import DEFENSES
 from learn2perturb.training.config import TrainConfig
 
 PLAN = Path(__file__).resolve().with_name("plan.yaml")
-_WITHOUT_NOISE = ("none", "pgd_at", "madry", "trades")
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Plan:
 
     def is_noisy(self, run: str) -> bool:
         """Tell whether the network of a run has noise."""
-        return DEFENSES.entry(self.config(run).defense).name not in _WITHOUT_NOISE
+        return DEFENSES.entry(self.config(run).defense).fact("stochastic")
 
     def source_of(self, run: str, cell: Cell) -> str | None:
         """Return the run that images of ``cell`` are crafted on: same network, same seed or the first; None for none.

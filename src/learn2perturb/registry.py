@@ -13,7 +13,12 @@ from learn2perturb.errors import ConfigError, UnknownNameError
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered thing: where it lives, who published it, and facts that are needed without importing it."""
+    """One registered thing: where it lives, who published it, and facts that are needed without importing it.
+
+    Facts of defenses: ``stochastic`` (its network draws noise), ``adversarial`` (trains on adversarial examples),
+    ``recordable`` (its loss looks at the clock for the adversary's delay only). Of attacks: ``needs_gradient``, and
+    ``needs`` (settings that a name cannot give).
+    """
 
     name: str
     target: str
@@ -22,6 +27,10 @@ class Entry:
     year: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def fact(self, name: str, default: bool = False) -> bool:
+        """Return whether something is said of it; ``default`` where nothing is."""
+        return bool(self.facts.get(name, default))
 
     def load(self) -> Any:
         """Import ``module:attribute`` and return it."""
@@ -215,6 +224,7 @@ ATTACKS.register(
     "random search with squares of falling size; reads logits only",
     paper="Andriushchenko et al., Square Attack: a query-efficient black-box adversarial attack via random search",
     year=2020,
+    needs_gradient=False,
 )
 ATTACKS.register(
     "spsa",
@@ -222,6 +232,7 @@ ATTACKS.register(
     "PGD along a gradient estimated from values at random signs; reads logits only",
     paper="Uesato et al., Adversarial Risk and the Dangers of Evaluating Against Weak Attacks",
     year=2018,
+    needs_gradient=False,
 )
 ATTACKS.register(
     "nes",
@@ -230,6 +241,7 @@ ATTACKS.register(
     paper="Ilyas et al., Black-box Adversarial Attacks with Limited Queries and Information",
     year=2018,
     arguments={"sampling": "gaussian"},
+    needs_gradient=False,
 )
 ATTACKS.register(
     "autoattack",
@@ -257,6 +269,7 @@ ATTACKS.register(
     "differential evolution over places and colours of eps pixels; a black-box attack",
     paper="Su et al., One pixel attack for fooling deep neural networks",
     year=2019,
+    needs_gradient=False,
 )
 ATTACKS.register(
     "transfer",
@@ -308,6 +321,8 @@ DEFENSES.register(
     "learn2perturb.defenses.none:NoDefense",
     "plain training on clean images: the undefended network",
     recordable=True,
+    stochastic=False,
+    adversarial=False,
 )
 DEFENSES.register(
     "pgd_at",
@@ -317,6 +332,8 @@ DEFENSES.register(
     year=2018,
     aliases=("vanilla",),
     recordable=True,
+    stochastic=False,
+    adversarial=True,
 )
 DEFENSES.register(
     "madry",
@@ -325,6 +342,8 @@ DEFENSES.register(
     paper="Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks",
     year=2018,
     recordable=True,
+    stochastic=False,
+    adversarial=True,
 )
 DEFENSES.register(
     "trades",
@@ -333,6 +352,8 @@ DEFENSES.register(
     paper="Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy",
     year=2019,
     recordable=True,
+    stochastic=False,
+    adversarial=True,
 )
 DEFENSES.register(
     "learn2perturb",
@@ -341,6 +362,8 @@ DEFENSES.register(
     paper="Jeddi et al., Learn2Perturb",
     year=2020,
     recordable=True,
+    stochastic=True,
+    adversarial=True,
 )
 DEFENSES.register(
     "learn2perturb_r",
@@ -350,6 +373,8 @@ DEFENSES.register(
     year=2020,
     arguments={"noise_from_loss": False},
     recordable=True,
+    stochastic=True,
+    adversarial=True,
 )
 DEFENSES.register(
     "pni",
@@ -358,6 +383,8 @@ DEFENSES.register(
     paper="He et al., Parametric Noise Injection",
     year=2019,
     recordable=True,
+    stochastic=True,
+    adversarial=True,
 )
 DEFENSES.register(
     "adv_bnn",
@@ -366,6 +393,8 @@ DEFENSES.register(
     paper="Liu et al., Adv-BNN: Improved Adversarial Defense through Robust Bayesian Neural Network",
     year=2018,
     recordable=True,
+    stochastic=True,
+    adversarial=True,
 )
 for _name, _how, _adversarial in (("rse", "clean training", False), ("rse_at", "PGD adversarial training", True)):
     DEFENSES.register(
@@ -376,6 +405,8 @@ for _name, _how, _adversarial in (("rse", "clean training", False), ("rse_at", "
         year=2018,
         arguments={"adversarial": _adversarial},
         recordable=True,
+        stochastic=True,
+        adversarial=_adversarial,
     )
 DEFENSES.register(
     "pixeldp",
@@ -383,4 +414,6 @@ DEFENSES.register(
     "one noise layer whose size follows from a bound on what precedes it, so that answers are certified",
     paper="Lecuyer et al., Certified Robustness to Adversarial Examples with Differential Privacy",
     year=2019,
+    stochastic=True,
+    adversarial=False,
 )

@@ -381,7 +381,7 @@ class Training:
 
         The registry says of which defenses that is known: their loss looks at the clock for the adversary's delay only.
         """
-        if not DEFENSES.entry(self.config.defense).facts.get("recordable", False):
+        if not DEFENSES.entry(self.config.defense).fact("recordable"):
             return None
         switched = tuple(module.enabled for module in noise_modules(self.model))
         trained = tuple(parameter.requires_grad for parameter in self.model.parameters())
