@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from learn2perturb.errors import ConfigError, InputError
-from learn2perturb.evaluation.significance import TWO_SIGMA, exceeds, holm, mcnemar
+from learn2perturb.evaluation.significance import TWO_SIGMA, beyond, exceeds, holm, mcnemar
 
 
 def test_holm_by_hand():
@@ -38,3 +40,37 @@ def test_two_sigma_is_the_level_of_two_standard_errors():
     assert exceeds(3.0, 2.0, 1.0) == pytest.approx(stats.norm.sf(1))
     assert exceeds(0.5, 0.5, 0.0) == 1.0
     assert exceeds(0.6, 0.5, 0.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("difference", "more"), [(0.02, False), (0.02 + 0.9e-9, False), (0.02 + 1.1e-9, True), (0.0, False), (-0.5, False)]
+)
+def test_a_difference_on_the_threshold_is_not_beyond_it(difference, more):
+    assert beyond(difference, 0.02) is more
+    assert exceeds(difference, 0.02, 0.0) == (0.0 if more else 1.0)
+    assert exceeds(difference, 0.02, 0.9e-9) == (0.0 if more else 1.0)  # a spread of rounding is none
+
+
+def test_a_spread_is_counted_from_rounding_on():
+    assert exceeds(1.5e-9, 0.0, 1.5e-9) == pytest.approx(stats.norm.sf(1))
+    assert exceeds(-0.1, 0.0, 0.1) == pytest.approx(stats.norm.cdf(1))
+
+
+@pytest.mark.parametrize("values", [[0.0], [1.0], [0.0, 1.0]])
+def test_zero_and_one_are_probabilities(values):
+    assert holm(values) == pytest.approx(values)
+
+
+@pytest.mark.parametrize("values", [[-0.1], [1.1], [0.5, -0.1], [0.5, 1.1], [math.nan]])
+def test_what_is_no_probability_is_refused(values):
+    with pytest.raises(ConfigError, match="must lie in"):
+        holm(values)
+
+
+def test_one_image_that_differs_tells_nothing():
+    one, other = np.array([True, True]), np.array([True, False])
+    assert mcnemar(one, other) == mcnemar(other, one) == 1.0
+    assert mcnemar([True] * 8, [False] * 8) == pytest.approx(2 * 0.5**8)
+    for pair in ((one, other.astype(int)), (one[None], other[None])):
+        with pytest.raises(InputError, match="one boolean an image"):
+            mcnemar(*pair)
