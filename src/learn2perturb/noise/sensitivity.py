@@ -75,7 +75,7 @@ def _arriving(network: nn.Module, convolution: nn.Conv2d, images: Tensor) -> Ten
         caught.append(args[0])
         raise _Reached
 
-    handle = convolution.register_forward_pre_hook(stop, prepend=True)
+    handle = convolution.register_forward_pre_hook(stop)  # the last one: what other hooks make of the images counts
     try:
         with in_mode(network, False), noise_disabled(network):
             network(images)
