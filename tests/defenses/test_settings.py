@@ -10,8 +10,9 @@ from torch import nn
 
 from learn2perturb.defenses import Clock, build_defense
 from learn2perturb.defenses.rse import RSE
-from learn2perturb.defenses.settings import Settings, number
+from learn2perturb.defenses.settings import OpenSettings, Settings, number
 from learn2perturb.errors import ConfigError
+from learn2perturb.noise import noise_parameters, noise_sites
 
 # name -> lowest, highest, whether a refusal speaks of pixels
 NUMBERS = {
@@ -40,14 +41,14 @@ CHOICES = {
 def test_numbers_reach_from_bound_to_bound(name):
     low, high, pixels = NUMBERS[name]
     if name not in ("weight_average", "attack_step_size"):  # whose bounds make no sense for other reasons
-        Settings(**{name: low}).check()
-        Settings(**{name: min(high, 1e9)}).check()
+        OpenSettings(**{name: low}).check()
+        OpenSettings(**{name: min(high, 1e9)}).check()
     number(name, low, low, high)
-    number(name, None, low, high)
+    number(name, None, low, high, optional=True)
     between = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
     for value in (low - 1e-9, *([high + 1e-9] if high < math.inf else []), math.nan, True, "1", [1.0]):
         with pytest.raises(ConfigError) as caught:
-            Settings(**{name: value}).check()
+            OpenSettings(**{name: value}).check()
         told = f"{name} is {value!r}; it must be a number {between}"
         hint = "; it is in [0, 1] pixel scale: write 8/255 for eight grey levels" if pixels else ""
         assert str(caught.value) == told + hint
@@ -56,34 +57,34 @@ def test_numbers_reach_from_bound_to_bound(name):
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts_begin_at_their_lowest(name):
     lowest = COUNTS[name]
-    Settings(**{name: lowest}).check()
+    OpenSettings(**{name: lowest}).check()
     for value in (lowest - 1, 1.5, True, "2"):
         with pytest.raises(ConfigError, match=f"{name} must be a whole number of at least {lowest}, got"):
-            Settings(**{name: value}).check()
+            OpenSettings(**{name: value}).check()
 
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices_are_these(name):
     for value in CHOICES[name]:
-        Settings(**{name: value}).check()
+        OpenSettings(**{name: value}).check()
     with pytest.raises(ConfigError, match=f"{name} is 'other'; allowed: {', '.join(CHOICES[name])}"):
-        Settings(**{name: "other"}).check()
+        OpenSettings(**{name: "other"}).check()
 
 
 @pytest.mark.parametrize("name", ["nesterov", "attack_random_start"])
 def test_flags_are_flags(name):
-    Settings(**{name: False}).check()
+    OpenSettings(**{name: False}).check()
     with pytest.raises(ConfigError, match=f"{name} must be True or False, got 1"):
-        Settings(**{name: 1}).check()
+        OpenSettings(**{name: 1}).check()
 
 
 def test_milestones_are_epochs():
     for value in ([], [0], (3, 5)):
-        Settings(milestones=value).check()
+        OpenSettings(milestones=value).check()
     with pytest.raises(ConfigError, match=r"milestones is 5; it must be a list of epochs, such as \[150, 250\]"):
-        Settings(milestones=5).check()
+        OpenSettings(milestones=5).check()
     with pytest.raises(ConfigError, match="an epoch of milestones must be a whole number of at least 0, got -1"):
-        Settings(milestones=[3, -1]).check()
+        OpenSettings(milestones=[3, -1]).check()
 
 
 TOGETHER = [
@@ -124,9 +125,9 @@ TOGETHER = [
 @pytest.mark.parametrize(("refused", "message", "allowed"), TOGETHER, ids=lambda value: str(value)[:40])
 def test_settings_that_do_not_go_together(refused, message, allowed):
     with pytest.raises(ConfigError, match=message):
-        Settings(**refused).check()
+        OpenSettings(**refused).check()
     for settings in allowed:
-        Settings(**settings).check()
+        OpenSettings(**settings).check()
 
 
 # defense, option, allowed, refused, words
@@ -216,8 +217,17 @@ ALLOWED = [
 ]  # fmt: skip
 
 
+USUAL = {
+    "epochs": 1, "batch_size": 4, "lr": 0.1, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0,
+    "schedule": "constant", "milestones": [], "decay": 0.1, "objective": "mixed", "trades_beta": 6.0, "alpha": 0.0,
+    "beta": 0.5, "eps": 0.1, "attack_steps": 1, "attack_step_size": 0.05, "attack_random_start": True,
+    "attack_eot": 1, "attack_labels": "true", "attack_mode": "eval", "adversarial_delay": 0, "awp": 0.0,
+    "weight_average": 0.0,
+}  # fmt: skip
+
+
 def settings_of(values: dict) -> Settings:
-    return Settings(**{"objective": "mixed", "awp": 0.0, "alpha": 0.0, "beta": 0.5, **values})
+    return Settings(**{**USUAL, **values})
 
 
 @pytest.mark.parametrize(("name", "values", "message"), CHECKS)
@@ -258,3 +268,73 @@ def test_noise_of_other_papers_trains_on_trades_and_at_perturbed_weights(name):
     losses.total.backward()
     assert losses.total > losses.clean  # the divergence beside it
     assert losses.adversarial is not None
+
+
+REAL = [
+    ("learn2perturb", ("gamma", "theta_lr", "init", "minimum", "noise_delay", "weight_steps", "noise_steps")),
+    ("adv_bnn", ("prior", "init", "kl_weight", "stage_lengths")),
+    ("rse", ("sigma_init", "sigma_inner", "adversarial", "restarts")),
+    ("pni", ("init",)),
+    ("pixeldp", ("bound", "epsilon", "delta", "parseval_loops", "parseval_step", "ramp")),
+]
+
+
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name, options in REAL for option in options])
+@pytest.mark.parametrize("value", [None, "0.1", math.nan])
+def test_what_is_no_number_is_refused_in_one_line(name, option, value):
+    with pytest.raises(ConfigError, match=option) as caught:
+        build_defense(name, {option: value})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["pgd_at", "learn2perturb", "adv_bnn", "rse"])
+def test_one_stage_of_all_epochs_unless_the_defense_has_others(name):
+    (stage,) = build_defense(name).stages(settings_of({"epochs": 7}))
+    assert stage.epochs == 7
+    assert stage.factor(Clock(0, 0, 1)) == 1
+
+
+def test_adam_of_adv_bnn_decays_means_alone():
+    defense = build_defense("adv_bnn")
+    network = defense.prepare(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), (1, 2, 2))
+    built = defense.stages(settings_of({"lr": 0.02, "weight_decay": 0.3}))[0].optimizers(network)
+    groups = {name: optimizer.param_groups[0] for name, optimizer in built.items()}
+    assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {
+        "weights": (0.02, 0.3), "noise": (0.02, 0.0),
+    }  # fmt: skip
+    stds = {id(parameter) for parameter in noise_parameters(network)}
+    assert {id(p) for p in groups["noise"]["params"]} == stds
+    assert len(groups["weights"]["params"]) == 2
+    assert not {id(p) for p in groups["weights"]["params"]} & stds
+
+
+def test_released_means_are_uniform_by_the_fan_in_and_of_norms_from_0_to_1():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 400), nn.BatchNorm1d(400))
+    build_defense("adv_bnn", {"mean_init": "released"}).prepare(network, (1, 4, 4))
+    linear, norm = network[1].parametrizations, network[2].parametrizations
+    for values in (linear.weight.original, linear.bias.original):
+        assert 0.24 < values.max() <= 0.25
+        assert -0.25 <= values.min() < -0.24
+    assert 0 <= norm.weight.original.min() < 0.05
+    assert 0.95 < norm.weight.original.max() <= 1
+    assert (norm.bias.original == 0).all()
+
+
+@pytest.mark.parametrize("variant", ["weight", "output", "input"])
+def test_pni_goes_where_it_is_told_to(variant):
+    def network():
+        return nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+    for sites, wanted in ((None, ["1", "3"]), ("3", ["3"])):
+        noisy = build_defense("pni", {"variant": variant, "sites": sites}).prepare(network(), (1, 2, 2))
+        assert noise_sites(noisy) == wanted
+
+
+def test_the_schedule_of_the_regulariser_stands_still_without_a_learning_rate():
+    defense = build_defense("learn2perturb_r", {"noise_delay": 0})
+    values = defense.schedule_only(settings_of({"lr": 0.0}), 3)
+    assert [next(values) for _ in range(4)] == [0.25] * 4
+    moving = defense.schedule_only(settings_of({"lr": 1.0}), 3)
+    step = 1e-4 / (2 * math.sqrt(0.25))
+    assert next(moving) == pytest.approx(0.25 + step)
+    assert next(moving) == pytest.approx(0.25 + step + 1e-4 / (2 * math.sqrt(0.25 + step)))  # no momentum is set

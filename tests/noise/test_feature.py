@@ -10,9 +10,11 @@ from torch import nn
 
 from learn2perturb.engine import fused, gears
 from learn2perturb.errors import ConfigError, SiteError
-from learn2perturb.noise import feature
+from learn2perturb.noise import base
+from learn2perturb.noise.base import map_shape
 from learn2perturb.noise.distributions import is_channels_last
-from learn2perturb.noise.feature import Perturbation, drop_hook, map_shape, spread
+from learn2perturb.noise.laws import Perturbation, spread
+from learn2perturb.noise.places import drop_hook
 
 SHAPE = (3, 4, 5)
 
@@ -98,7 +100,7 @@ def test_the_first_values_of_theta_are_bounded():
     for name, value in itertools.product(("init", "minimum"), (True, "0.1", None)):
         with pytest.raises(ConfigError, match=f"theta {name} is .*; it must be a number, such as 0.25"):
             made(**{name: value})
-    for name in ("place", "granularity", "sharing"):
+    for name in ("granularity", "sharing"):
         with pytest.raises(ConfigError, match=f"{name} is 'other'; allowed: "):
             made(**{name: "other"})
 
@@ -107,9 +109,9 @@ def test_the_first_values_of_theta_are_bounded():
 
 
 def test_replayed_rows_are_drawn_once_and_kept_while_the_seed_is(monkeypatch):
-    drawn, draw = [], feature.draw_seeded
+    drawn, draw = [], base.draw_seeded
     monkeypatch.setattr(
-        feature, "draw_seeded", lambda name, shape, seed: (drawn.append(shape), draw(name, shape, seed))[1]
+        base, "draw_seeded", lambda name, shape, seed: (drawn.append(shape), draw(name, shape, seed))[1]
     )
     noise = made(granularity="layer")
     noise.replay = 1

@@ -11,8 +11,8 @@ from torch import nn
 from learn2perturb.errors import ConfigError, InputError, NoiseError, SiteError
 from learn2perturb.models import build_model
 from learn2perturb.noise import insert, noise_modules, noise_sites, noise_spec, perturb, perturb_weights, remove_noise
+from learn2perturb.noise.laws import _positive
 from learn2perturb.noise.sites import _candidates, _channels_are_last, guess, probe
-from learn2perturb.noise.weight import _positive
 from learn2perturb.registry import MODELS
 
 

@@ -91,21 +91,18 @@ class Learn2Perturb(Defense):
         check_choice("placement", self.placement, PLACEMENTS)
         number("gamma", self.gamma, 0.0, math.inf)
         number("theta_lr", self.theta_lr, 0.0, math.inf)
-        number("noise_target", self.noise_target, 0.0, math.inf)
+        number("noise_target", self.noise_target, 0.0, math.inf, optional=True)
         for name, low in (("noise_delay", 0), ("weight_steps", 1), ("noise_steps", 1)):
             check_count(name, getattr(self, name), low)
-        if not self.gamma >= 0:
-            raise ConfigError(f"gamma is {self.gamma!r}; it must be at least 0 (the paper has 1e-4)")
+        # The noise module knows which of its own values are allowed; ask it before any work is done.
+        Perturbation(
+            (1,), site="", granularity=self.granularity, sharing=self.sharing, distribution=self.distribution,
+            init=self.init, minimum=self.minimum,
+        )  # fmt: skip
         if self.gamma > 0 and not self.minimum > 0:
             raise ConfigError(
                 f"minimum is {self.minimum!r}; with gamma above 0 it must be above 0, since the regulariser's slope, "
                 "gamma / (2 tau sqrt(theta)), is infinite at 0 (the released code has 0.01)"
-            )
-        if self.noise_delay < 0:
-            raise ConfigError(f"noise_delay is {self.noise_delay!r}; it must be an epoch, at least 0")
-        if self.weight_steps < 1 or self.noise_steps < 1:
-            raise ConfigError(
-                f"weight_steps : noise_steps is {self.weight_steps} : {self.noise_steps}; both must be at least 1"
             )
         if self.theta_step != "sequential" and (self.weight_steps, self.noise_steps) != (1, 1):
             raise ConfigError(
@@ -113,11 +110,6 @@ class Learn2Perturb(Defense):
                 f"{self.theta_step!r} makes one step of each; set theta_step='sequential'"
             )
         self._check_target()
-        # The noise module knows which of its own values are allowed; ask it before any work is done.
-        Perturbation(
-            (1,), site="", granularity=self.granularity, sharing=self.sharing, distribution=self.distribution,
-            init=self.init, minimum=self.minimum,
-        )  # fmt: skip
 
     def _check_target(self) -> None:
         if self.noise_target is None:

@@ -116,7 +116,7 @@ class OpenSettings:
             ("alpha", 0.0, math.inf), ("beta", 0.0, math.inf), ("eps", 0.0, 1.0), ("attack_step_size", 0.0, 1.0),
             ("trades_beta", 0.0, math.inf), ("awp", 0.0, 1.0), ("weight_average", 0.0, 1.0),
         ):  # fmt: skip
-            number(name, getattr(self, name), low, high)
+            number(name, getattr(self, name), low, high, optional=True)
         for name in ("nesterov", "attack_random_start"):
             check_flag(name, getattr(self, name), optional=True)
         if self.milestones is not None and not isinstance(self.milestones, (list, tuple)):
@@ -157,13 +157,13 @@ class OpenSettings:
         return Settings(**{item.name: getattr(self, item.name) for item in fields(Settings)})
 
 
-def number(name: str, value: Any, low: float, high: float) -> None:
+def number(name: str, value: Any, low: float, high: float, *, optional: bool = False) -> None:
     """Check a number.
 
     Raises:
-        ConfigError: ``value`` is set and is none, or not from ``low`` to ``high``.
+        ConfigError: ``value`` is no number from ``low`` to ``high``, nor None where it is ``optional``.
     """
-    if value is None:
+    if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or value != value:
         in_pixels = name in ("eps", "attack_step_size")
