@@ -1,4 +1,4 @@
-"""``learn2perturb compare``: two evaluations of the same images, row by row, with intervals."""
+"""``learn2perturb compare``: two evaluations of the same images row by row, or two diagnoses check by check."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from learn2perturb.cli.options import add_json, print_json
-from learn2perturb.cli.subject import records_of
+from learn2perturb.cli.subject import is_record, records_of
 from learn2perturb.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from learn2perturb.evaluation import Evaluation
+    from learn2perturb.records import Saved
 
 DESCRIPTION = (
     "Compare two records of `evaluate` on the same images: difference of accuracy, paired-bootstrap interval,\n"
-    "McNemar's exact test. Records of different images are refused."
+    "McNemar's exact test. Two records of `diagnose` in the same ball: verdicts, checks and lowest accuracies side by\n"
+    "side. Records of different images are refused."
 )
 EXAMPLE = "learn2perturb compare runs/a/evaluation/test-seed0.json runs/b/evaluation/test-seed0.json"
 
@@ -25,7 +27,7 @@ EXAMPLE = "learn2perturb compare runs/a/evaluation/test-seed0.json runs/b/evalua
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
     add = parser.add_argument
-    add("first", metavar="RECORD", help="a record of evaluate, or a run folder that holds one")
+    add("first", metavar="RECORD", help="a record of evaluate or diagnose, or a run folder that holds one of evaluate")
     add("second", metavar="RECORD", help="another, of the same images")
     add(
         "--pair", action="append", default=[], metavar="FIRST=SECOND",
@@ -39,13 +41,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare; print what may be said."""
     pairs = [_pair(text) for text in arguments.pair]
 
+    kinds = [_is_diagnosis(path) for path in (arguments.first, arguments.second)]
+    if any(kinds):
+        return _diagnoses(arguments, kinds)
+
     from learn2perturb.evaluation import compare
 
     found = compare(_evaluation(arguments.first), _evaluation(arguments.second), pairs=pairs)
-    if arguments.out:
-        if Path(arguments.out).exists():
-            raise ConfigError(f"--out {arguments.out} exists; give another name so that nothing is lost")
-        found.save(arguments.out)
+    _keep(found, arguments.out)
     if arguments.json:
         print_json(
             {
@@ -60,6 +63,39 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(found)
     return 0
+
+
+def _diagnoses(arguments: argparse.Namespace, kinds: list[bool]) -> int:
+    """Compare two diagnoses; print what may be said."""
+    if not all(kinds):
+        other = (arguments.first, arguments.second)[kinds.index(False)]
+        raise ConfigError(f"one record is a diagnosis and {other} is none; give two of diagnose or two of evaluate")
+    if arguments.pair:
+        raise ConfigError("--pair names rows of evaluations, and these are diagnoses; leave it out")
+
+    from learn2perturb.evaluation import Diagnosis, compare_diagnoses
+
+    found = compare_diagnoses(Diagnosis.load(arguments.first), Diagnosis.load(arguments.second))
+    _keep(found, arguments.out)
+    if arguments.json:
+        rows = [asdict(one) | {"sentence": one.sentence} for one in found.accuracies]
+        print_json(asdict(found) | {"accuracies": rows})
+    else:
+        print(found)
+    return 0
+
+
+def _is_diagnosis(path: str) -> bool:
+    return Path(path).is_file() and is_record(Path(path), "diagnosis")
+
+
+def _keep(found: Saved, out: str | None) -> None:
+    """Save a comparison where the user wants it."""
+    if out is None:
+        return
+    if Path(out).exists():
+        raise ConfigError(f"--out {out} exists; give another name so that nothing is lost")
+    found.save(out)
 
 
 def _evaluation(path: str) -> Evaluation:

@@ -24,7 +24,7 @@ VERBS = {
     "demo": "train three defenses on the digits, attack them, print them side by side (two minutes)",
     "train": "train a network with a defense; the same command again resumes",
     "evaluate": "attack a trained network and score it with fresh draws",
-    "compare": "compare two evaluations of the same images, with intervals",
+    "compare": "compare two evaluations, or two diagnoses, of the same images, with intervals",
     "diagnose": "check whether the robustness of a model is real: ten checks, a verdict",
     "certify": "certify radii within which no attack changes the majority vote",
     "export": "write a trained network as safetensors, and a RobustBench model-info file",

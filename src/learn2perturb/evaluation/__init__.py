@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from learn2perturb.evaluation.arrays import black_box
     from learn2perturb.evaluation.certification import Certification
     from learn2perturb.evaluation.comparison import Comparison, Difference, compare
-    from learn2perturb.evaluation.diagnostics import Budget, Diagnosis, diagnose
+    from learn2perturb.evaluation.diagnostics import Budget, Claim, Diagnosis, compare_diagnoses, diagnose
     from learn2perturb.evaluation.intervals import Estimate, Interval, bootstrap_mean, paired_bootstrap, wilson
     from learn2perturb.evaluation.keeping import Unfinished
     from learn2perturb.evaluation.predictors import PREDICTORS, Predictor
@@ -20,6 +20,7 @@ __all__ = [
     "PREDICTORS",
     "Budget",
     "Certification",
+    "Claim",
     "Comparison",
     "Diagnosis",
     "Difference",
@@ -34,6 +35,7 @@ __all__ = [
     "bootstrap_mean",
     "certify",
     "compare",
+    "compare_diagnoses",
     "diagnose",
     "evaluate",
     "paired_bootstrap",
@@ -56,7 +58,9 @@ _LAZY = {
     "Difference": "comparison",
     "compare": "comparison",
     "Budget": "diagnostics",
+    "Claim": "diagnostics",
     "Diagnosis": "diagnostics",
+    "compare_diagnoses": "diagnostics",
     "diagnose": "diagnostics",
 }
 

@@ -11,6 +11,7 @@ from learn2perturb.evaluation.diagnostics.trial import Trial
 
 if TYPE_CHECKING:
     from learn2perturb.evaluation.diagnostics.blackbox import SOURCES
+    from learn2perturb.evaluation.diagnostics.comparing import DiagnosisComparison, compare_diagnoses
     from learn2perturb.evaluation.diagnostics.run import diagnose
 
 __all__ = [
@@ -24,14 +25,21 @@ __all__ = [
     "Claim",
     "Curve",
     "Diagnosis",
+    "DiagnosisComparison",
     "Judged",
     "Measurement",
     "Point",
     "Trial",
+    "compare_diagnoses",
     "diagnose",
 ]
 
-_LAZY = {"SOURCES": "blackbox", "diagnose": "run"}
+_LAZY = {
+    "SOURCES": "blackbox",
+    "DiagnosisComparison": "comparing",
+    "compare_diagnoses": "comparing",
+    "diagnose": "run",
+}
 
 
 def __getattr__(name: str) -> Any:
