@@ -26,7 +26,8 @@ class SAP(nn.Module):
         chance = size / size.sum(dim=1, keepdim=True)
         count = max(1, round(self.share * flat.shape[1]))
         kept = torch.zeros_like(flat).scatter_(1, torch.multinomial(chance, count, replacement=True), 1.0)
-        return (flat * kept / (1 - (1 - chance) ** count)).view_as(x)
+        kept_at_all = -torch.expm1(count * torch.log1p(-chance.clamp(max=1 - 1e-6)))
+        return (flat * kept / kept_at_all).view_as(x)
 
 
 class DroppedAtTest(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from learn2perturb.engine.random import isolated_rng
 from learn2perturb.errors import InputError
@@ -103,13 +104,16 @@ def in_mode(model: object, training: bool | None) -> Iterator[None]:
     """Put every submodule of ``model`` in train or eval mode for the body, then each back in its own, also on failure.
 
     None leaves the modes as they are, and so does a model that is no module. Modules whose mode was decided when they
-    were made (of ``torch.export``, ``torch.jit.freeze``) keep it.
+    were made (of ``torch.export``, ``torch.jit.freeze``) keep it, and so do :func:`live_dropouts` in eval mode.
     """
     modules = switchable(model)
     flags = [module.training for module in modules]
+    live = [] if training else live_dropouts(model)
     try:
         if modules and training is not None and any(flag != training for flag in flags):
             _switch(modules[0], training)
+            for module in live:
+                module.training = True
         yield
     finally:
         # From the root down and by train(), not by the flag alone: some modules work there (they merge weights).
@@ -117,6 +121,30 @@ def in_mode(model: object, training: bool | None) -> Iterator[None]:
             if module.training != flag:
                 _switch(module, flag)
                 module.training = flag
+
+
+def live_dropouts(model: object) -> list[nn.Module]:
+    """Return the dropouts that are in train mode inside a model in eval mode: that is done on purpose, for draws.
+
+    So Monte Carlo dropout is switched on. In a model that is in train mode itself there are none: nothing was meant.
+    """
+    modules = switchable(model)
+    if not modules or modules[0].training:
+        return []
+    return [module for module in modules if isinstance(module, _DropoutNd) and module.training]
+
+
+@contextlib.contextmanager
+def dropouts_off(model: object) -> Iterator[None]:
+    """Switch the :func:`live_dropouts` of ``model`` off for the body."""
+    live = live_dropouts(model)
+    try:
+        for module in live:
+            module.training = False  # not by eval(), which a dropout for Monte Carlo may override
+        yield
+    finally:
+        for module in live:
+            module.training = True
 
 
 def switchable(model: object) -> list[nn.Module]:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,3 +50,18 @@ def isolated_rng(*, torch_only: bool = False) -> Iterator[None]:
         if others is not None:
             np.random.set_state(others[0])
             random.setstate(others[1])
+
+
+def generator_states(device: torch.device) -> list[Any]:
+    """Return the states of the default generators that code on ``device`` may draw from; see :func:`equal_states`."""
+    states: list[Any] = [torch.get_rng_state(), np.random.get_state(legacy=True), random.getstate()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def equal_states(one: Any, other: Any) -> bool:
+    """Tell whether two states of one generator are the same."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return all(np.array_equal(left, right) for left, right in zip(one, other, strict=True))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.engine.answers import scale_of
-from learn2perturb.engine.modes import switchable
+from learn2perturb.engine.modes import live_dropouts, switchable
 from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.errors import InputError
 from learn2perturb.evaluation.passes import PROBABILITIES, Model, are_probabilities, checked_logits, passes_differ
@@ -24,10 +24,10 @@ _LARGEST = 1e6  # of a logit: -inf, or what stands for it, makes no difference l
 
 
 def in_train_mode(model: Model) -> list[str]:
-    """Return the names of the submodules of ``model`` that are in train mode; noise is the same in both modes."""
+    """Return the names of the submodules of ``model`` that are in train mode where that is no way to draw noise."""
     if not isinstance(model, nn.Module):
         return []
-    known = set(switchable(model))
+    known = set(switchable(model)) - set(live_dropouts(model))
     return [
         name or type(model).__name__
         for name, module in model.named_modules()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learn2perturb.engine.random import isolated_rng, seed_everything
+from learn2perturb.engine.random import equal_states, generator_states, isolated_rng, seed_everything
 from learn2perturb.evaluation.passes import Model, checked_logits, passes_differ
 
 SEEDS = "forward() seeds the random generators, or puts back a state of theirs"
@@ -19,6 +18,12 @@ HIDDEN = "forward() draws random numbers from a seed of its own (fixed, or made 
 BY_ROW = "the answer depends on the row of the batch that an image stands in, so each row has one fixed draw"
 # Of logits, against rounding: rows in another order are summed in another order. Another draw changes far more.
 _TOLERANCE = 1e-3
+_PASSES = 64
+# Operations whose results do not come again by chance.
+_CONTINUOUS = {
+    "rand", "rand_like", "randn", "randn_like", "normal", "uniform", "exponential", "cauchy", "log_normal",
+    "standard_gamma", "sample_dirichlet", "rrelu_with_noise",
+}  # fmt: skip
 
 
 def replayed(model: Model, x: Tensor, seed: int) -> str:
@@ -32,7 +37,18 @@ def replayed(model: Model, x: Tensor, seed: int) -> str:
         return ""
     if depends_on_row(model, x):
         return BY_ROW
-    return HIDDEN if _draws(model, x) else ""
+    drawn = _draws(model, x, seed)
+    return HIDDEN if drawn.any and not drawn.fresh else ""
+
+
+def draws_afresh(model: Model, x: Tensor, seed: int = 0) -> bool:
+    """Tell whether torch draws other random numbers in each pass of ``model``, whether its answers show them or not."""
+    return _draws(model, x, seed).fresh
+
+
+def draws_anew(model: Model, x: Tensor, seed: int) -> bool:
+    """Tell whether a model is random: its passes differ, or draw afresh what few images show, as a vote does."""
+    return passes_differ(model, x, seed) or draws_afresh(model, x, seed)
 
 
 def seeds_generators(model: Model, x: Tensor, seed: int) -> bool:
@@ -42,8 +58,8 @@ def seeds_generators(model: Model, x: Tensor, seed: int) -> bool:
         for probe in range(2):
             seed_everything(seed, "state", probe)
             checked_logits(model, x)
-            left.append(_states(x.device))
-    return any(_equal(one, other) for one, other in zip(*left, strict=True))
+            left.append(generator_states(x.device))
+    return any(equal_states(one, other) for one, other in zip(*left, strict=True))
 
 
 def depends_on_row(model: Model, x: Tensor) -> bool:
@@ -61,7 +77,7 @@ def depends_on_row(model: Model, x: Tensor) -> bool:
 
 def contained(model: Model, x: Tensor, seed: int) -> Model:
     """Return the model, with random generators of its own if it seeds them: attacks draw from the same ones."""
-    return Contained(model).eval() if seeds_generators(model, x, seed) else model
+    return Contained(model) if seeds_generators(model, x, seed) else model
 
 
 @final
@@ -72,6 +88,7 @@ class Contained(nn.Module):
         super().__init__()
         self.model = model
         self.registered_name = getattr(model, "registered_name", None) or getattr(model, "__name__", "")
+        self.training = False  # not by eval(), which would switch the dropouts off that the model draws by
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W) to logits (N, K); the default generators are left as they were found."""
@@ -79,35 +96,54 @@ class Contained(nn.Module):
             return self.model(x)
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """Whether a pass draws random numbers, and whether another pass draws others."""
+
+    any: bool
+    fresh: bool
+
+
 class _Drawing(TorchDispatchMode):
-    """Notes whether any operation of torch draws random numbers."""
+    """Keeps the random numbers that operations of torch draw: (their operation, what it gave)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.drew = False
+        self.drawn: list[tuple[str, Tensor]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.drew = self.drew or torch.Tag.nondeterministic_seeded in func.tags
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            first = result[0] if isinstance(result, (tuple, list)) else result
+            self.drawn.append((func.overloadpacket.__name__.strip("_"), first.detach().clone()))
+        return result
 
 
-def _draws(model: Model, x: Tensor) -> bool:
-    with torch.no_grad(), _Drawing() as mode:
+def _draws(model: Model, x: Tensor, seed: int) -> _Drawn:
+    """Compare the random numbers of several passes: an answer that is always the same may still be drawn afresh.
+
+    Numbers from a continuum that come again are replayed. Choices (of one member in a hundred, of what is dropped) may
+    come again by chance: they are replayed if all do and the default generators do not move on from pass to pass.
+    """
+    with torch.no_grad(), isolated_rng():
+        seed_everything(seed, "draws")
+        first, left = _drawn(model, x), generator_states(x.device)
+        same, took = list(range(len(first))), False
+        sure = any(name in _CONTINUOUS for name, _ in first)
+        for _ in range(_PASSES if first else 0):
+            other = _drawn(model, x)
+            same = [index for index in same if len(other) > index and torch.equal(other[index][1], first[index][1])]
+            took = took or not all(map(equal_states, left, generator_states(x.device)))
+            if sure or took or not same:
+                break
+    if any(first[index][0] in _CONTINUOUS for index in same):
+        return _Drawn(any=True, fresh=False)
+    return _Drawn(any=bool(first), fresh=took or len(same) < len(first))
+
+
+def _drawn(model: Model, x: Tensor) -> list[tuple[str, Tensor]]:
+    with _Drawing() as mode:
         checked_logits(model, x)
-    return mode.drew
-
-
-def _states(device: torch.device) -> list[Any]:
-    """Return the states of the default generators that a model on ``device`` may draw from."""
-    states: list[Any] = [torch.get_rng_state(), np.random.get_state(legacy=True), random.getstate()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    return all(np.array_equal(left, right) for left, right in zip(one, other, strict=True))
+    return mode.drawn

@@ -26,6 +26,7 @@ class Estimated(nn.Module):
         super().__init__()
         self.model, self.size, self.directions = model, size, directions
         self.queries = 0
+        self.training = False  # as ``model`` is; eval() would switch off the dropouts that it draws by
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W) to logits (N, K)."""

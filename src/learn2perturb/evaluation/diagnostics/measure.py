@@ -17,6 +17,7 @@ from learn2perturb.attacks import PGD, Attack
 from learn2perturb.attacks.losses import margin
 from learn2perturb.engine import gears
 from learn2perturb.engine.halving import Halving
+from learn2perturb.engine.modes import dropouts_off
 from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.evaluation.diagnostics.budget import Budget
 from learn2perturb.evaluation.diagnostics.estimated import Estimated
@@ -50,8 +51,10 @@ class Subject:
     @contextlib.contextmanager
     def ready(self) -> Iterator[Model]:
         """Switch the noise as it is to be."""
-        off = self.quiet and isinstance(self.model, nn.Module)
-        with noise_disabled(self.model) if off else contextlib.nullcontext():  # type: ignore[arg-type]
+        with contextlib.ExitStack() as stack:
+            if self.quiet and isinstance(self.model, nn.Module):
+                stack.enter_context(noise_disabled(self.model))
+                stack.enter_context(dropouts_off(self.model))
             yield self.model
 
     def suited(self, attack: Attack) -> Attack:

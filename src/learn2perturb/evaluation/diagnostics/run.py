@@ -20,7 +20,7 @@ from learn2perturb.checks import check_choice, check_count, check_size
 from learn2perturb.data import BatchSource, balanced_rows, check_labels, make_source, warn_of_subset
 from learn2perturb.engine import gears
 from learn2perturb.engine.identity import ImagesFingerprint
-from learn2perturb.engine.modes import in_mode, own_modes
+from learn2perturb.engine.modes import in_mode, live_dropouts, own_modes
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError, InputError
 from learn2perturb.evaluation import defaults
@@ -48,7 +48,7 @@ from learn2perturb.evaluation.inputs import (
 )
 from learn2perturb.evaluation.origin import origin, weights_of
 from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of, passes_differ
-from learn2perturb.evaluation.replays import contained
+from learn2perturb.evaluation.replays import contained, draws_anew
 from learn2perturb.evaluation.result import format_eps
 from learn2perturb.evaluation.values import ValuesOnly, no_gradient
 from learn2perturb.noise import noise_modules
@@ -152,7 +152,7 @@ def diagnose(
         if not blind:
             findings += warn_of_probabilities(model, x, seed)
         modules = noise_modules(model) if isinstance(model, nn.Module) else []
-        draws_noise = passes_differ(model, x[:8], seed)
+        draws_noise = draws_anew(model, x[:8], seed)
         said = bool(replay) if stochastic is None else stochastic
         claimed = said or draws_noise or any(module.enabled for module in modules)
         work: float = gradient_passes(plan, stochastic=draws_noise, sources=len(sources or {}))
@@ -174,7 +174,7 @@ def diagnose(
         quiet = None
         if noise_off is not None:
             quiet = _given_twin(noise_off, bench, seed, classes)
-        elif modules:
+        elif modules or live_dropouts(model):
             quiet = _own_twin(bench)
         drafts, curves = _checks(bench, given, quiet if claimed else None, claimed=claimed, replay=replay, blind=blind)
         decided = decision.decide(bench, stated)
@@ -189,7 +189,7 @@ def diagnose(
         "attack": truth.DESCENT if blind else whitebox.title(attack, stochastic=draws_noise),
         "parameters": {key: value for key, value in plain(attack).items() if key != "seed"},
         "sources": sorted(given),
-        "noise_off": "given" if noise_off is not None else "own" if modules else "none",
+        "noise_off": "given" if noise_off is not None else "none" if quiet is None else "own",
         "date": started,
         "seconds": time.perf_counter() - clock,
         **({"queries": given_model.queries} if isinstance(given_model, BlackBox) else {}),
@@ -262,7 +262,7 @@ def _source(model: Model, x: Tensor, seed: int, classes: int) -> Subject:
 
 
 def _own_twin(bench: Bench) -> Subject:
-    """Return our model with its noise switched off; what still differs between passes is not ours (dropout)."""
+    """Return the model with our noise and its dropouts switched off; what still differs is noise that nobody knows."""
     quiet = replace(bench.subject, quiet=True)
     with quiet.ready() as model:
         return replace(quiet, stochastic=passes_differ(model, bench.x[:8], bench.seed))
