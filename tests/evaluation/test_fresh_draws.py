@@ -39,6 +39,11 @@ def seeded_dropout(x: Tensor) -> Tensor:
     return F.dropout(x.flatten(1), 0.5) @ FIRST
 
 
+def seeded_beside_a_fresh_draw_that_does_nothing(x: Tensor) -> Tensor:
+    torch.randint(2, ())
+    return seeded_vote(x)
+
+
 def one_member_in_a_thousand(x: Tensor) -> Tensor:
     members = [FIRST] * 999 + [SECOND]
     return x.flatten(1) @ members[int(torch.randint(1000, ()))]
@@ -102,6 +107,7 @@ def test_draws_that_no_answer_shows_are_fresh(model):
 def test_draws_that_come_again_are_not():
     assert not draws_afresh(seeded_vote, X)
     assert replayed(seeded_vote, X, 0) == HIDDEN
+    assert replayed(seeded_beside_a_fresh_draw_that_does_nothing, X, 0) == HIDDEN
     assert not draws_afresh(seeded_dropout, X)
     assert replayed(seeded_dropout, X, 0) == SEEDS
     assert not draws_afresh(lambda x: x.flatten(1) @ FIRST, X)
