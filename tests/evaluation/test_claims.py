@@ -284,7 +284,8 @@ def test_the_strongest_attacks_are_scored_by_draws_that_did_not_choose_them(imag
 
 def test_the_predictor_that_is_claimed_is_the_one_that_is_scored(images):
     single, vote = (
-        examined(noisy, images, claim, eps=0.02, noise_off=plain) for claim in ("60 %", "60 % by vote of 25")
+        examined(noisy, images, claim, eps=0.02, noise_off=plain)
+        for claim in ("60 %", "99.9 % under pgd8 by vote of 25")
     )
     by = vote.measurement(vote.lowest)
     assert by.name.endswith(", vote of 25")
@@ -293,7 +294,12 @@ def test_the_predictor_that_is_claimed_is_the_one_that_is_scored(images):
     }
     # A vote over 25 draws is nearly the network without noise, far above one draw of it.
     assert by.accuracy > single.measurement(single.lowest).accuracy + 0.1
-    assert vote.claim == Claim(0.6, "any", "linf", 0.02, "vote", 25, 120)
+    assert vote.claim == Claim(0.999, "pgd8", "linf", 0.02, "vote", 25, 120)
+    assert vote.verdict == "refuted"
+    through = dataclasses.replace(vote.trial, found="through the mean, loss ce, vote of 25")
+    assert "predictor='vote', members=25, limit=120" in repeated(dataclasses.replace(vote, trial=through))[1]
+    own = vote.measurement("reported, vote of 25")
+    assert f"pgd8 itself leaves {100 * own.accuracy:.1f} %" in vote.summary
 
 
 def test_the_attack_of_the_claim_is_the_one_that_is_run(images):

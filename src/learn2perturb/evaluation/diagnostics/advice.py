@@ -47,16 +47,17 @@ def described(measured: Measurement) -> str:
 def repeated(found: Diagnosis) -> list[str]:
     """Return how to repeat what refuted the claim: the same diagnosis, and the attack by itself where that can be."""
     by = found.measurement(found.trial.found if found.trial is not None else found.lowest)
-    command, name = found.metadata.get("command"), _registered(by)
+    command, name, claim = found.metadata.get("command"), _registered(by), found.claim
+    ensemble = claim is not None and claim.ensemble
     if command is None:
-        call = f"evaluate(model, data, {{'found': {described(by)}}}, limit={by.n}, seed={found.seed})"
+        by_whom = f"predictor={claim.predictor!r}, members={claim.members}, " if claim is not None and ensemble else ""
+        call = f"evaluate(model, data, {{'found': {described(by)}}}, {by_whom}limit={by.n}, seed={found.seed})"
         return [f"the same call with seed={found.seed}", *([call] if name else [])]
     texts = [shlex.join(command)]
     if name and found.metadata.get("run"):
         settings = ",".join(f"{key}={_value(value)}" for key, value in _unusual(by).items())
         words = ["learn2perturb", "evaluate", str(found.metadata["model"]), "--attack", f"{name}:{settings}"]
-        claim = found.claim
-        if claim is not None and claim.ensemble:
+        if claim is not None and ensemble:
             words += ["--predictor", str(claim.predictor), "--members", str(claim.members)]
         texts.append(shlex.join([*words, "--limit", str(by.n), "--seed", str(found.seed)]))
     return texts

@@ -113,13 +113,13 @@ def decide(bench: Bench, claim: Claim | None) -> Decision:
 
 
 def _named_attack(bench: Bench, claim: Claim) -> dict[str, Tensor]:
-    """Run the attack that the claim names, unless it is the reported one; return its images by name."""
+    """Run the attack that the claim names, unless it is the reported one; return its images by its name."""
     name, settings = named(claim.attack)
     if name == ANY:
         return {}
     reported = bench.attack
     if name == "pgd" and all(getattr(reported, key, None) == value for key, value in settings.items()):
-        return {}
+        return {"reported": bench.kept["reported"]} if "reported" in bench.rivals else {}
     usual: dict[str, Any] = {"eps": reported.eps, "norm": reported.norm}
     if bench.subject.stochastic:
         usual["eot"] = bench.budget.sweep_eot

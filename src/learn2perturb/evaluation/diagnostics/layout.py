@@ -46,8 +46,11 @@ def laid_out(found: Diagnosis) -> str:
 def advice(found: Diagnosis) -> list[str]:
     """Return how to repeat what refuted a claim, or to settle what is not shown."""
     if found.verdict == "refuted" and found.trial is not None:
-        by = f"Found by {described(found.measurement(found.trial.found))}."
-        return [by, *(f"To repeat it: {text}" for text in repeated(found))]
+        measured = found.measurement(found.trial.found)
+        return [
+            f"Found by {measured.name}: {described(measured)}.",
+            *(f"To repeat it: {text}" for text in repeated(found)),
+        ]
     if found.verdict in ("not shown", "not trusted"):
         return [f"To settle it: {text}" for text in settled(found)]
     return []

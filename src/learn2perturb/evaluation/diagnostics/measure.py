@@ -191,7 +191,7 @@ class Bench:
         """Keep images, unless those of enough stronger attacks are there: all of them would be much memory."""
         self.kept[name] = x
         accuracy = {one.name: one.accuracy for one in self.measurements}
-        for weakest in sorted(self.kept, key=lambda key: accuracy[key])[_KEPT:]:
+        for weakest in sorted(self.kept.keys() - {"reported"}, key=lambda key: accuracy[key])[_KEPT:]:
             del self.kept[weakest]
 
     def score(self, name: str, x: Tensor, victim: Subject) -> NDArray[np.bool_]:
