@@ -10,6 +10,7 @@ import shlex
 import pytest
 import torch
 
+from learn2perturb.cli import sources
 from learn2perturb.cli.main import main
 from learn2perturb.cli.subject import read_run
 from learn2perturb.evaluation import Certification, Comparison, Diagnosis
@@ -121,7 +122,33 @@ def test_a_function_of_arrays_is_diagnosed(function, quick, capsys):
     assert said["checks"][9]["sentence"] == "The model has no gradients."
     assert "queries of the model" in printed.err
     assert "at 1e+06 a second" in printed.err
-    assert Diagnosis.load(said["record"]).num_classes == 10
+    record = Diagnosis.load(said["record"])
+    assert record.num_classes == 10
+    assert {"--black-box", "--queries-per-second"} <= set(record.metadata["command"])
+
+
+def test_sources_of_a_foreign_model_are_trained_on_its_data_and_reused(quick, capsys, monkeypatch):
+    monkeypatch.setattr(sources, "_EPOCHS", (1, 1))
+    monkeypatch.setattr(sources, "_IMAGES", 64)
+    (quick / "mine_of_arrays.py").write_text(
+        "def predict(images):\n    return images.reshape(len(images), -1)[:, :10]\n"
+    )
+    words = ["diagnose", "mine_of_arrays:predict", "--black-box", "--dataset=digits", "--train-sources", "--json"]
+    assert main([*words, "--eps=0.1"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert set(Diagnosis.load(said["record"]).metadata["sources"]) == {"undefended", "pgd_at"}
+    assert said["checks"][1]["missing"] == ["transfer from twin (an independent training of the same defense)"]
+    kept = {path: (path / "metrics.jsonl").read_text() for path in (quick / "runs" / "sources").iterdir()}
+    assert len(kept) == 2
+    assert main([*words, "--eps=0.1"]) == 0
+    assert {path: (path / "metrics.jsonl").read_text() for path in kept} == kept
+    undefended = next(path for path in kept if "undefended" in path.name)
+    assert read_run(str(undefended))[1]["limit"] == 64
+    # Another size is another training, and another place is one.
+    given = ["--source", f"undefended={undefended}", "--sources-dir", "elsewhere"]
+    assert main([*words, "--eps=0.2", *given]) == 0
+    assert [path.name.split("-")[1] for path in (quick / "elsewhere").iterdir()] == ["pgd_at"]
+    assert not {path.name for path in (quick / "elsewhere").iterdir()} & {path.name for path in kept}
 
 
 def test_the_noise_of_a_factory_is_switched_off_by_another(quick, capsys):
@@ -190,7 +217,8 @@ BAD = {
     "quick and full": (["diagnose", "RUN", "--quick", "--full"], "not allowed with"),
     "figures over a file": (["diagnose", "RUN", "--figures", "file.txt"], "give a folder"),
     "record over a file": (["diagnose", "RUN", "--out", "file.txt"], "so that it is not lost"),
-    "sources of a factory": (["diagnose", "json:loads", "--dataset=digits", "--train-sources"], "give --source"),
+    "place of no sources": (["diagnose", "json:loads", "--dataset=digits", "--sources-dir=x"], "go to RUN/sources"),
+    "place of a run's sources": (["diagnose", "RUN", "--train-sources", "--sources-dir=x"], "go to RUN/sources"),
     "black box of a run": (["diagnose", "RUN", "--black-box"], "give module:function"),
     "rate of no black box": (["diagnose", "RUN", "--queries-per-second", "5"], "give --black-box too"),
     "rate that is none": (

@@ -19,6 +19,7 @@ from learn2perturb.data import load_data
 from learn2perturb.engine.random import isolated_rng
 from learn2perturb.errors import CheckpointError, ConfigError, DataError, InputError, UnknownNameError
 from learn2perturb.evaluation.diagnostics import BUDGETS, CHECKS, QUICK, Diagnosis, diagnose
+from learn2perturb.evaluation.diagnostics.blackbox import SURROGATE
 from learn2perturb.evaluation.diagnostics.draws import gradient_slope, row_slope
 from learn2perturb.evaluation.diagnostics.verdict import Draft, Statement, conclude, judge
 from learn2perturb.evaluation.significance import exceeds, holm
@@ -236,6 +237,43 @@ def test_non_differentiable_preprocessing_is_caught(networks, digits):
     black_box = found.check(2).evidence
     assert black_box["white-box"] > 0.9 > 0.5 > black_box["transfer from undefended"]
     assert found.measurement(found.lowest).accuracy <= black_box["transfer from undefended"]
+
+
+# Little of what these two are not about.
+OTHERWISE = dataclasses.replace(
+    TINY, some=10, samples=2, unbounded_steps=5, eps_grid=(EPS,), step_curve=(2, 4), restarts=1, real_queries=400,
+    descent_steps=20, descent_directions=8, surrogate_queries=1500,
+)  # fmt: skip
+
+
+def test_values_of_one_network_with_gradients_of_another_are_caught(networks, digits):
+    """Both are adversarially trained, so that the gradients are worth much, and still less than none."""
+    values, shown = networks["pgd_at"], networks["twin"]
+
+    def decoy(x: Tensor) -> Tensor:
+        answer = shown(x)
+        return answer + (values(x) - answer).detach()
+
+    found = diagnose(decoy, digits, budget=OTHERWISE, eps=EPS, engine="plain", progress=False)
+    check = found.check(10)
+    assert "the gradients are not the function's" in check.sentence
+    assert check.status in ("failed", "not shown"), check.sentence  # on 100 images six points may be chance
+    assert {f"transfer from {SURROGATE}", "Square", "descent on values"} <= set(check.evidence)
+    assert found.measurement(found.lowest).accuracy < found.measurement("reported").accuracy - 0.05
+
+
+def test_an_honest_straight_through_network_passes(networks, digits):
+    network = networks["pgd_at"]
+
+    def straight_through(x: Tensor) -> Tensor:
+        return network(x + (torch.round(x * 15) / 15 - x).detach())
+
+    found = diagnose(straight_through, digits, budget=OTHERWISE, eps=EPS, engine="plain", progress=False)
+    check = found.check(10)
+    assert "the gradients are not the function's" in check.sentence
+    assert {f"transfer from {SURROGATE}", "Square", "descent on values"} <= set(check.evidence)
+    assert {found.check(number).status for number in (2, 10)} == {"passed"}, check.sentence
+    assert found.budget["square_queries"] == 400
 
 
 def test_saturated_logits_are_caught(networks, digits):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from learn2perturb.attacks import PGD
 from learn2perturb.engine import gears
-from learn2perturb.engine.random import isolated_rng, seed_everything
-from learn2perturb.evaluation.diagnostics import QUICK
-from learn2perturb.evaluation.diagnostics.estimated import Estimated
+from learn2perturb.engine.random import isolated_rng
+from learn2perturb.evaluation.diagnostics import QUICK, truth
 from learn2perturb.evaluation.diagnostics.measure import Attacked, Bench, Subject
 from learn2perturb.evaluation.diagnostics.truth import Ratios, ratios, true_gradient
 from learn2perturb.evaluation.diagnostics.verdict import judge
@@ -98,46 +98,43 @@ def test_a_tenth_off_the_median_and_a_quarter_off_the_quantiles(median, low, hig
     assert Ratios(median, low, high, 0.0).near is near
 
 
-def diagnosed(model: Model, *, transfers: bool, left: float = 0.0):
+def diagnosed(model: Model, *, left: float = 0.0, rivals: float | None = None):
+    """``left`` by the gradients, ``rivals`` by Square and a source, on 24 images; None is as much."""
     bench = bench_of(model)
-    right = torch.zeros(2, 24, dtype=torch.bool).numpy()
-    right[:, : round(24 * left)] = True
-    reported = Attacked("reported", bench.x, right)
-    draft = true_gradient(bench, ratios(bench), reported, reported, {"twin": reported} if transfers else {})
+
+    def leaving(share: float) -> Attacked:
+        right = torch.zeros(2, 24, dtype=torch.bool).numpy()
+        right[:, : round(24 * share)] = True
+        return Attacked("canned", bench.x, right)
+
+    other = leaving(left if rivals is None else rivals)
+    draft = true_gradient(bench, ratios(bench), leaving(left), other, {"twin": other})
     return judge([draft], 0)[0], bench
 
 
 def test_a_true_gradient_passes_without_another_attack():
-    check, bench = diagnosed(NETWORK, transfers=False)
+    check, bench = diagnosed(NETWORK)
     assert check.status == "passed"
     assert not bench.measurements
 
 
 def test_another_gradient_is_no_failure_but_needs_attacks_without():
-    check, bench = diagnosed(straight_through, transfers=True)
+    check, bench = diagnosed(straight_through)
     assert check.status == "passed"
     assert "attacks by gradients says little" in check.notes[0]
-    assert bench.rivals["estimated gradients"] == check.evidence["estimated gradients"]
-    check, _ = diagnosed(straight_through, transfers=False)
-    assert check.status == "not shown"
-    assert check.missing == ("transfer from any source",)
+    assert bench.rivals["descent on values"] == check.evidence["descent on values"]
+    assert {"Square", "transfer from twin"} <= set(check.evidence)
 
 
-@pytest.mark.parametrize("transfers", [True, False])
-def test_a_gradient_that_is_worth_less_than_none_fails(transfers):
-    check, _ = diagnosed(rounded, transfers=transfers, left=1.0)
+@pytest.mark.parametrize(("rivals", "status"), [(0.5, "passed"), (11 / 24, "not shown")])
+def test_what_may_be_stronger_than_false_gradients_is_not_shown(rivals, status, monkeypatch):
+    monkeypatch.setattr(truth, "descent", lambda bench, _: Attacked("d", bench.x, np.arange(24)[None] < 12))
+    check, _ = diagnosed(straight_through, left=0.5, rivals=rivals)
+    assert check.status == status
+    assert ("Square and transfer from twin may be stronger" in check.sentence) == (status == "not shown")
+
+
+def test_a_gradient_that_is_worth_less_than_none_fails():
+    check, _ = diagnosed(rounded, left=1.0)
     assert check.status == "failed"
     assert "worth less than none" in check.sentence
-
-
-def test_the_estimate_is_the_gradient_of_a_linear_network_and_has_the_same_draws_on_both_sides():
-    weight = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
-
-    def linear(x: Tensor) -> Tensor:  # noise that is large against the differences
-        return x.flatten(1) @ weight + 100 * torch.randn(len(x), 3)
-
-    x = torch.rand(2, 1, 4, 4).requires_grad_()
-    with isolated_rng():
-        seed_everything(0)
-        (found,) = torch.autograd.grad(Estimated(linear, 0.01, 600)(x)[:, 1].sum(), x)
-    assert torch.allclose(found.flatten(1), weight[:, 1].expand(2, -1), atol=0.6)

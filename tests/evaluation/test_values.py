@@ -17,13 +17,14 @@ from learn2perturb.engine.random import isolated_rng
 from learn2perturb.errors import ConfigError, InputError
 from learn2perturb.evaluation import arrays
 from learn2perturb.evaluation.diagnostics import QUICK, diagnose
+from learn2perturb.evaluation.diagnostics.blackbox import SURROGATE
 from learn2perturb.evaluation.values import no_gradient
 
 N, EPS = 24, 0.2
 BUDGET = dataclasses.replace(
     QUICK, name="few", images=N, some=12, scorings=2, eot=1, sweep_eot=1, steps=2, unbounded_steps=3, samples=4,
     judge_draws=2, eps_grid=(EPS,), draw_curve=(1, 4), step_curve=(2, 4), restarts=2, square_queries=5, square_draws=2,
-    slope_images=2, slope_repeats=12, real_queries=60, descent_steps=5, descent_directions=4, surrogate_queries=48,
+    slope_images=2, slope_repeats=12, real_queries=60, descent_steps=5, descent_directions=4, surrogate_queries=24,
 )  # fmt: skip
 
 
@@ -121,12 +122,14 @@ def test_a_model_without_gradients_is_diagnosed_from_values(kind):
     assert f"leaves {100 * min(second.evidence.values()):.1f} %" in second.sentence
     assert f"the best of all for each image {100 * best:.1f} %" in second.sentence
     assert found.measurement("clean").accuracy > 0.8  # its answers are read rightly
-    named = {"reported", "square", "best without gradients"}
+    named = {"reported", "square", "best without gradients", f"transfer from {SURROGATE}"}
     assert named <= {one.name for one in found.measurements}
     assert found.measurement(found.lowest).accuracy == min(found.measurement(name).accuracy for name in named)
     assert found.measurement("reported").backward_passes == 0
-    assert found.measurement("reported").forward_passes == 5 * (1 + 2 * 4)
-    assert found.metadata["attack"] == "estimated gradients"
+    assert 0 < found.measurement("reported").forward_passes <= 8 + 6 * (1 + 2 * 4)
+    assert found.measurement("reported").attack == "SPSA"
+    assert f"transfer from {SURROGATE}" in {one.name for one in found.measurements}
+    assert found.metadata["attack"] == "descent on values"
     assert found.budget["square_queries"] == 60
 
 
@@ -258,6 +261,21 @@ def test_answers_of_all_kinds_become_logits(answer, expected):
         logits = NETWORK(X)
     found = l2p.black_box(answer, num_classes=3)(X)
     assert torch.allclose(found.float(), expected(logits).float(), atol=2e-3)
+
+
+def test_scores_that_sum_to_one_by_chance_are_no_probabilities():
+    box = l2p.black_box(lambda images: images.reshape(len(images), -1)[:, :2])
+    x = torch.zeros(4, 1, 8, 8)
+    x[:, 0, 0, :2] = torch.tensor([[0.5, 0.5], [0.25, 0.75], [1.0, 1.0], [0.0, 1.0]])
+    together = box(x)
+    assert torch.equal(together, x[:, 0, 0, :2])
+    assert torch.equal(torch.cat([box(image) for image in x.split(1)]), together)
+    sure = l2p.black_box(
+        lambda images: np.stack([images.mean((1, 2, 3)), 1 - images.mean((1, 2, 3)) ** len(images)], 1)
+    )
+    sure(torch.ones(4, 1, 8, 8))
+    with pytest.raises(InputError, match="probabilities before"):
+        sure(torch.full((3, 1, 8, 8), 0.5))
 
 
 def test_a_function_gets_arrays_of_its_own_as_it_wants_them():

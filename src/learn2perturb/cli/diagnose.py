@@ -11,7 +11,9 @@ from learn2perturb.checks import check_choice
 from learn2perturb.cli.figures import check_folder, diagnosis_figures
 from learn2perturb.cli.options import add_json, print_json
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
+from learn2perturb.cli.sources import FOLDER, sources_on_data
 from learn2perturb.cli.subject import (
+    OWN_EPS,
     Subject,
     add_passes,
     add_subject,
@@ -64,8 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--train-sources", action="store_true",
-        help="train the sources that are not given, with the settings of the run, into RUN/sources",
+        help="train the sources that are not given: with the settings of the run, into RUN/sources; for "
+        "module:function a small network on its data, for a short time",
     )  # fmt: skip
+    add("--sources-dir", metavar="DIR", help=f"where those for module:function are kept (default {FOLDER})")
     add(
         "--noise-off", metavar="MODEL",
         help="your network without its noise, module:function, for check 6 (noise of this package needs none)",
@@ -88,10 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_choice("norm", arguments.norm, ("linf", "l2"), optional=True)
     if eps is None and arguments.norm == "l2" and (claim is None or claim.eps is None):
         raise ConfigError("--norm l2 needs --eps: that of a run is an l_inf radius; give --eps 0.5")
-    if arguments.train_sources and is_factory(arguments.run):
-        raise ConfigError(
-            f"--train-sources trains as the run was trained, and {arguments.run} is no run; give --source"
-        )
+    if arguments.sources_dir is not None and not (arguments.train_sources and is_factory(arguments.run)):
+        raise ConfigError("--sources-dir is for --train-sources of module:function; those of a run go to RUN/sources")
     if arguments.out:
         new_record(arguments, Path(), "diagnosis")  # refuse a wrong place before hours of work
 
@@ -104,7 +106,14 @@ def run(arguments: argparse.Namespace) -> int:
     sources = {name: _model(place, device) for name, place in named.items()}
     noise_off = None if arguments.noise_off is None else _model(arguments.noise_off, device)
     if arguments.train_sources:
-        sources |= _trained(subject, Path(arguments.run), sources, device)
+        if is_factory(arguments.run):
+            other = "l2" in (arguments.norm, claim and claim.norm)  # training is in l_inf
+            size = OWN_EPS if eps is None or other else eps
+            sources |= sources_on_data(
+                arguments.dataset, arguments.data_dir, size, sources, folder=arguments.sources_dir, device=device
+            )
+        else:
+            sources |= _trained(subject, Path(arguments.run), sources, device)
     found = diagnose(
         subject.model, subject.data, budget="full" if arguments.full else defaults.BUDGET,
         eps=_own_eps(subject, claim) if eps is None else eps, norm=arguments.norm, claim=claim, sources=sources,
@@ -146,6 +155,7 @@ def _origin(arguments: argparse.Namespace) -> dict[str, Any]:
         "--dataset": arguments.dataset, "--data-dir": arguments.data_dir, "--claim": arguments.claim,
         "--eps": arguments.eps, "--norm": arguments.norm, "--noise-off": arguments.noise_off,
         "--limit": arguments.limit, "--seed": arguments.seed, "--batch-size": arguments.batch_size,
+        "--queries-per-second": arguments.queries_per_second, "--sources-dir": arguments.sources_dir,
     }  # fmt: skip
     left_out = {"--batch-size": defaults.DIAGNOSE_BATCH_SIZE}
     words = ["learn2perturb", "diagnose", arguments.run, "--full" if arguments.full else "--quick"]
@@ -154,7 +164,8 @@ def _origin(arguments: argparse.Namespace) -> dict[str, Any]:
         words += [] if value is None or left_out.get(name) == value else [name, str(value)]
     for source in arguments.source:
         words += ["--source", source]
-    words += [name for name in ("--train-sources", "--stochastic") if getattr(arguments, name[2:].replace("-", "_"))]
+    switches = ("--black-box", "--train-sources", "--stochastic")
+    words += [name for name in switches if getattr(arguments, name[2:].replace("-", "_"))]
     return {"command": words, "run": not is_factory(arguments.run)}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from learn2perturb.checks import check_count, check_flag
 from learn2perturb.errors import ConfigError, InputError
-from learn2perturb.evaluation.values import as_logits
+from learn2perturb.evaluation.values import Reading
 from learn2perturb.progress import Progress, Reporter
 
 Function = Callable[[NDArray[np.float32]], Any]
@@ -41,6 +41,7 @@ class BlackBox:
         self.registered_name = getattr(function, "__name__", type(function).__name__)
         self.queries = 0
         self._next = -math.inf
+        self._reading = Reading(num_classes)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return logits (N, K) of images (N, C, H, W) in [0, 1].
@@ -53,10 +54,10 @@ class BlackBox:
             images = images.transpose(0, 2, 3, 1)
         rows = self._rows(len(x))
         parts = [self._asked(images[start : start + rows]) for start in range(0, len(x), rows)]
-        widths = {part.shape[1] for part in parts}
+        widths = {part.shape[1:] for part in parts}
         if len(widths) > 1:
-            raise InputError(f"the black box answered with {sorted(widths)} classes; it must be one number of them")
-        return torch.cat(parts).to(x.device)
+            raise InputError(f"the black box answered with rows of {sorted(widths)}; they must be of one shape")
+        return self._reading.logits(torch.cat(parts)).to(x.device)
 
     def _rows(self, images: int) -> int:
         """Return how many images to ask about at once: not more than a second's worth."""
@@ -111,7 +112,7 @@ class BlackBox:
         # float64 is kept: probabilities that are nearly 1 differ there still.
         wanted = array if array.dtype in (np.float32, np.float64) or array.dtype.kind != "f" else array.astype("f4")
         wanted = wanted.astype(np.int64) if wanted.dtype.kind in "iub" else wanted
-        return as_logits(torch.from_numpy(np.array(wanted)), images, self.num_classes)
+        return torch.from_numpy(np.array(wanted))
 
 
 def _array(answer: Any) -> NDArray[Any]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from learn2perturb.attacks.balls import BALLS
 from learn2perturb.attacks.losses import margin
 from learn2perturb.attacks.square import Square
-from learn2perturb.engine.random import seed_everything
+from learn2perturb.attacks.surrogate import distil
+from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.evaluation.diagnostics.measure import Attacked, Bench, Subject
 from learn2perturb.evaluation.diagnostics.verdict import Draft, Statement, percent
 from learn2perturb.evaluation.passes import checked_logits
@@ -26,6 +27,7 @@ SOURCES = {
     "twin": "an independent training of the same defense",
 }
 OWN = "own noise-off twin"
+SURROGATE = "a surrogate trained on its answers"
 NEW_BREAKS = 0.01
 NOISE_OFF_BELOW = 0.05
 
@@ -43,6 +45,18 @@ def transferred(bench: Bench, sources: Mapping[str, Subject], quiet: Subject | N
     return found
 
 
+def surrogate(bench: Bench, images: Tensor) -> Subject:
+    """Return a network trained on the model's own answers at and near ``images``: a source that is always there."""
+    budget, attack, subject = bench.budget, bench.attack, bench.subject
+    with subject.ready() as model:
+        network = distil(
+            model, images, queries=budget.surrogate_queries, seed=derive_seed(bench.seed, "surrogate"),
+            draws=budget.square_draws if subject.stochastic else 1, eps=attack.eps, norm=attack.norm,
+            progress=bench.progress,
+        )  # fmt: skip
+    return Subject(network, stochastic=False)
+
+
 def searched(bench: Bench, n: int) -> Attacked:
     """Run Square on the first ``n`` images."""
     budget, attack = bench.budget, bench.attack
@@ -51,14 +65,9 @@ def searched(bench: Bench, n: int) -> Attacked:
 
 
 def descent(bench: Bench, name: str) -> Attacked:
-    """Descend along gradients that are estimated from values, whatever gradients the model has."""
-    budget, attack = bench.budget, bench.attack
-    # Every direction has draws of its own, so that no further EOT is needed. The margin is never saturated.
-    steps = budget.descent_steps
-    falling = dataclasses.replace(
-        attack, steps=steps, step_size=min(attack.eps, 4 * attack.eps / steps), loss="margin", eot=1, restarts=1
-    )
-    return bench.attacked(name, falling, budget.images, source=dataclasses.replace(bench.subject, gradient=False))
+    """Descend on values, whatever gradients the model has."""
+    source = dataclasses.replace(bench.subject, gradient=False)
+    return bench.attacked(name, bench.attack, bench.budget.images, source=source)
 
 
 def blackbox(bench: Bench, reported: Attacked, square: Attacked, transfers: Mapping[str, Attacked]) -> Draft:

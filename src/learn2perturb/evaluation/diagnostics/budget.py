@@ -33,7 +33,7 @@ class Budget:
         targets: classes tried by the targeted attack, likeliest first.
         square_queries, square_draws: of Square, and draws averaged in each query.
         real_queries: of Square where the gradients are not the function's, or there are none, if that is more.
-        descent_steps, descent_directions: of the descent along estimated gradients, and directions of each estimate.
+        descent_steps, descent_directions: of the descent on values (SPSA), and directions of each estimate.
         surrogate_queries: images that the model is asked about to train a surrogate of it.
         slope_images, slope_repeats: images and repetitions from which the variance of gradients is told (check 9).
     """
@@ -133,7 +133,7 @@ def really_searched(budget: Budget) -> Budget:
 def value_queries(budget: Budget, *, stochastic: bool) -> int:
     """Return about how many images a model without gradients is asked about, at most."""
     draws, judged, scored = (budget.square_draws, budget.judge_draws, budget.scorings) if stochastic else (1, 1, 1)
-    each = budget.descent_steps * (1 + 2 * budget.descent_directions) + budget.square_queries * draws
+    each = (1 + budget.descent_steps) * (1 + 2 * budget.descent_directions) + budget.square_queries * draws
     searched = (budget.samples * budget.sample_draws if stochastic else budget.samples) + budget.finalists * judged
     return budget.images * (each + searched + 8 * judged + 6 * scored) + budget.surrogate_queries * draws
 

@@ -22,13 +22,13 @@ _ADAPTIVE = (
 def checks(bench: Bench, transfers: Mapping[str, Attacked], reason: str, *, claimed: bool, replay: str) -> list[Draft]:
     """Return the drafts of all checks; ``reason`` says why there are no gradients.
 
-    The white-box attack is a descent along gradients that are estimated from values. What asks about gradients does not
+    The white-box attack is a descent on values. What asks about gradients does not
     apply; check 3 asks whether attacks from values can find anything at all.
     """
     bench.scored("clean", bench.x, kind="none")
     n = bench.budget.images
     rivals = {
-        "a descent along estimated gradients": blackbox.descent(bench, "reported"),
+        "a descent on values": blackbox.descent(bench, "reported"),
         f"Square ({bench.budget.square_queries} queries)": blackbox.searched(bench, n),
         **{f"transfer from {name}": one for name, one in transfers.items()},
     }

@@ -13,14 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from learn2perturb.attacks import PGD, Attack
+from learn2perturb.attacks import PGD, SPSA, Attack
 from learn2perturb.attacks.losses import margin
 from learn2perturb.engine import gears
 from learn2perturb.engine.halving import Halving
 from learn2perturb.engine.modes import dropouts_off
 from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.evaluation.diagnostics.budget import Budget
-from learn2perturb.evaluation.diagnostics.estimated import Estimated
 from learn2perturb.evaluation.diagnostics.record import Measurement
 from learn2perturb.evaluation.intervals import accuracy_interval
 from learn2perturb.evaluation.parts import attacked
@@ -28,10 +27,6 @@ from learn2perturb.evaluation.passes import Model, checked_logits
 from learn2perturb.noise import noise_disabled
 from learn2perturb.progress import Progress
 from learn2perturb.records import PackedBits, plain
-from learn2perturb.sizes import whole_box
-
-# Of eps: the differences from which gradients are estimated look across what is flat, rounding for one.
-_REACH = 0.25
 
 _KEPT = 8  # attacks whose images are kept to the end
 
@@ -40,7 +35,7 @@ _KEPT = 8  # attacks whose images are kept to the end
 class Subject:
     """A model to attack or to score: with its noise switched off or as it is; whether two passes of it differ.
 
-    ``gradient``: whether attacks may use its gradient. Where not, they get one that is estimated from its values.
+    ``gradient``: whether attacks may use its gradient. Where not, SPSA takes their place.
     """
 
     model: Model
@@ -132,12 +127,9 @@ class Bench:
         lowest that is known.
         """
         source, victim = source or self.subject, victim or self.subject
-        attack = source.suited(attack)
+        attack = source.suited(attack if source.gradient or not attack.needs_gradient else self._descent(attack))
         parts, forwards, backwards, seconds = [], 0.0, 0.0, 0.0
         with source.ready() as model, gears.running(self.gear):
-            estimated = None
-            if attack.needs_gradient and not source.gradient:
-                model = estimated = Estimated(model, self._reach(attack), self.budget.descent_directions)
             for batch, rows in enumerate(self.batches(n)):
                 x = self.gear.place_images(self.x[rows])
                 y = self.y[rows] if targets is None else targets[rows]
@@ -150,8 +142,6 @@ class Bench:
                 self._passes += len(x) * max(result.backward_passes, result.forward_passes / 3)
                 if self.progress is not None:
                     self.progress(self._passes, max(self._expected, self._passes), name)
-        if estimated is not None:
-            forwards, backwards = forwards + estimated.queries, 0.0
         x_adv = torch.cat(parts)
         correct = self.score(name, x_adv, victim)
         parameters = plain(attack)
@@ -235,9 +225,13 @@ class Bench:
                 parts.append(total / draws)
         return torch.cat(parts)
 
-    def _reach(self, attack: Attack) -> float:
-        """Return the change of a pixel over which gradients are estimated."""
-        return _REACH * attack.eps / whole_box(attack.norm, self.x[0].numel())
+    def _descent(self, attack: Attack) -> Attack:
+        """Return what stands for an attack by gradients where there are none: a descent on values in the same ball.
+
+        Every direction has draws of its own, so that it needs no EOT.
+        """
+        steps, directions = self.budget.descent_steps, self.budget.descent_directions
+        return SPSA(attack.eps, norm=attack.norm, targeted=attack.targeted, steps=steps, directions=directions)
 
     def batches(self, n: int) -> list[slice]:
         """Return the rows of each pass over the first ``n`` images."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +37,7 @@ from learn2perturb.evaluation.diagnostics.budget import (
     with_grid,
 )
 from learn2perturb.evaluation.diagnostics.claim import Claim
+from learn2perturb.evaluation.diagnostics.images import others
 from learn2perturb.evaluation.diagnostics.measure import Bench, Subject
 from learn2perturb.evaluation.diagnostics.record import Curve, Diagnosis
 from learn2perturb.evaluation.diagnostics.verdict import Draft, conclude, judge
@@ -144,8 +146,6 @@ def diagnose(
         given_model = model
         classes = images.num_classes or max(2, int(y.max()) + 1)
         model, blind = _askable(model, x, classes)
-        if blind:
-            plan = really_searched(plan)
         replay = replay_of(model, x, seed)
         if not replay or stochastic is False:
             findings += check_batches(model, x, seed)
@@ -157,7 +157,7 @@ def diagnose(
         claimed = said or draws_noise or any(module.enabled for module in modules)
         work: float = gradient_passes(plan, stochastic=draws_noise, sources=len(sources or {}))
         if blind:
-            queries = value_queries(plan, stochastic=draws_noise)
+            queries = value_queries(really_searched(plan), stochastic=draws_noise)
             tell_queries(told, given_model, queries)
             work = queries / 3  # as the bench counts passes without a gradient
         gear = gears.select(engine, place, pixels=int(work) * x.shape[2] * x.shape[3])
@@ -176,7 +176,10 @@ def diagnose(
             quiet = _given_twin(noise_off, bench, seed, classes)
         elif modules or live_dropouts(model):
             quiet = _own_twin(bench)
-        drafts, curves = _checks(bench, given, quiet if claimed else None, claimed=claimed, replay=replay, blind=blind)
+        learned = functools.partial(others, data, x, plan.surrogate_queries // 2, batch_size=batch_size, seed=seed)
+        drafts, curves = _checks(
+            bench, given, quiet if claimed else None, learned, claimed=claimed, replay=replay, blind=blind
+        )
         decided = decision.decide(bench, stated)
     checks = judge(drafts, seed)
     verdict, summary = conclude(
@@ -218,18 +221,32 @@ def diagnose(
 
 
 def _checks(
-    bench: Bench, sources: Mapping[str, Subject], quiet: Subject | None, *, claimed: bool, replay: str, blind: str
+    bench: Bench,
+    sources: Mapping[str, Subject],
+    quiet: Subject | None,
+    learned: Callable[[], Tensor],
+    *,
+    claimed: bool,
+    replay: str,
+    blind: str,
 ) -> tuple[list[Draft], list[Curve]]:
-    """Run the checks; return their drafts, in order, and the curves. ``blind``: why there are no gradients."""
-    if blind:
+    """Run the checks; return their drafts, in order, and the curves.
+
+    ``blind``: why there are no gradients. ``learned``: gives images from which a surrogate learns, beside those that
+    are attacked.
+    """
+    ratios = None if blind else truth.ratios(bench)
+    if ratios is None or not ratios.near:
+        # Nothing passes before what needs no gradient was tried: a source that is always there, and a real search.
+        bench.budget = really_searched(bench.budget)
+        images = torch.cat([bench.x, learned()])
+        sources = {**sources, blackbox.SURROGATE: blackbox.surrogate(bench, images)}
+    if ratios is None:
         transfers = blackbox.transferred(bench, sources, quiet)
         return gradientless.checks(bench, transfers, blind, claimed=claimed, replay=replay), []
     clean = bench.scored("clean", bench.x, kind="none")
-    ratios = truth.ratios(bench)
-    if not ratios.near:
-        bench.budget = really_searched(bench.budget)
     reported = bench.attacked("reported", bench.attack, bench.budget.images)
-    square = blackbox.searched(bench, bench.budget.some)
+    square = blackbox.searched(bench, bench.budget.some if ratios.near else bench.budget.images)
     transfers = blackbox.transferred(bench, sources, quiet)
     fifth, sizes = whitebox.distortion(bench, clean)
     seventh, curves = whitebox.converged(bench, reported)
