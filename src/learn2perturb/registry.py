@@ -257,6 +257,13 @@ ATTACKS.register(
     **_AUTO,
 )
 ATTACKS.register(
+    "arc",
+    "learn2perturb.attacks.arc:ARC",
+    "steps to the boundaries of a finite random ensemble's members, kept where its exact accuracy falls",
+    paper="Dbouk, Shanbhag, Adversarial Vulnerability of Randomized Ensembles",
+    year=2022,
+)
+ATTACKS.register(
     "cw",
     "learn2perturb.attacks.cw:CW",
     "smallest l2 perturbation that gives a margin of the confidence, by Adam and a search for the constant",

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from learn2perturb.attacks.apgd import APGD
+from learn2perturb.attacks.arc import ARC
 from learn2perturb.attacks.auto_attack import AutoAttack, AutoAttackReport, auto_attack_report
 from learn2perturb.attacks.base import Attack, AttackResult
 from learn2perturb.attacks.bpda import BPDA, bpda
@@ -25,6 +26,7 @@ from learn2perturb.registry import ATTACKS
 
 __all__ = [
     "APGD",
+    "ARC",
     "BPDA",
     "CW",
     "FAB",

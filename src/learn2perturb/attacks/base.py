@@ -22,6 +22,7 @@ from learn2perturb.attacks.watch import Watch
 from learn2perturb.checks import check_count, check_size
 from learn2perturb.engine import gears
 from learn2perturb.engine.answers import ask, check_answer, check_finite, check_weights, fitting, plain_logits
+from learn2perturb.engine.finite import Members, check_members, members_of
 from learn2perturb.engine.modes import in_mode, one_image_explained, own_modes
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, InputError, Learn2PerturbError
@@ -30,6 +31,7 @@ from learn2perturb.sizes import LINF_EPS, usual_eps
 Model = Callable[[Tensor], Tensor]
 Mode = Literal["eval", "train", "keep"]
 
+_COMPARED = 4  # images on which a finite ensemble is compared with its members
 TOLERANCE = 1e-6  # of pixel values and distances: float32 rounding, far below 1/255
 
 
@@ -255,6 +257,7 @@ class Query:
         self._strict = strict
         self._checked = False
         self._deterministic: bool | None = None if strict else False
+        self._held: int | None = None
         self._num_classes: int | None = None
 
     def logits(self, x: Tensor) -> Tensor:
@@ -279,7 +282,8 @@ class Query:
         ``loss`` replaces the attack's own, as in :meth:`value_and_gradient`.
         """
         attack = self._attack
-        gradient = input_gradient(self.logits, loss or self._loss, x, y, eot=attack.eot, average=attack.eot_average)
+        with self._draws():
+            gradient = input_gradient(self.logits, loss or self._loss, x, y, eot=attack.eot, average=attack.eot_average)
         self.watch.gradient(gradient)
         self.backwards += attack.eot * len(x)
         return -gradient if attack.targeted and loss is None else gradient
@@ -291,9 +295,10 @@ class Query:
         not, and its sign is not touched.
         """
         attack = self._attack
-        values, gradient = value_and_gradient(
-            self.logits, loss or self._loss, x, y, eot=attack.eot, average=attack.eot_average
-        )
+        with self._draws():
+            values, gradient = value_and_gradient(
+                self.logits, loss or self._loss, x, y, eot=attack.eot, average=attack.eot_average
+            )
         aimed = self._aimed(values, own=loss is None)
         self.watch.gradient(gradient, reached=aimed.margin > 0)
         self.backwards += attack.eot * len(x)
@@ -302,7 +307,7 @@ class Query:
     def value(self, x: Tensor, y: Tensor, *, loss: Loss | None = None) -> Values:
         """Return the same values from ``eot`` fresh forward passes, without a gradient."""
         average = self._attack.eot_average
-        with torch.no_grad():
+        with torch.no_grad(), self._draws():
             draws = [self.logits(x.clone()) for _ in range(self._attack.eot)]
             return self._aimed(values_of(draws, loss or self._loss, y, average), own=loss is None)
 
@@ -347,16 +352,54 @@ class Query:
                 return self.logits(x.clone()).shape[1]
         return self._num_classes
 
+    def members(self, x: Tensor) -> Members:
+        """Return the members of the model, which is a finite ensemble; a model without noise is one of one member.
+
+        Raises:
+            InputError: it is none.
+        """
+        found = members_of(self.model)
+        with apart("members"):
+            if found is not None:
+                check_members(self.model, found, x[:_COMPARED])
+            elif self._strict and not self.deterministic(x):
+                raise InputError(
+                    "the model draws noise and is no finite ensemble, which has members and their probabilities (see "
+                    "learn2perturb.models.RandomEnsemble); use pgd with eot"
+                )
+        return Members((self.model,), (1.0,)) if found is None else found
+
     @contextlib.contextmanager
-    def part(self, attack: Attack) -> Iterator[Query]:
-        """Give the query of ``attack``, a part of this one, to call its :meth:`Attack.perturb` with; add its passes."""
-        part = Query(self.model, attack, self._labels, strict=self._strict)
+    def part(self, attack: Attack, model: Model | None = None) -> Iterator[Query]:
+        """Give the query of ``attack``, a part of this one, to call its :meth:`Attack.perturb` with; add its passes.
+
+        ``model`` is asked in place of this one, such as a member of it.
+        """
+        part = Query(self.model if model is None else model, attack, self._labels, strict=self._strict)
         part._checked, part._deterministic, part.watch = self._checked, self._deterministic, self.watch
         try:
             yield part
         finally:
             self.forwards += part.forwards
             self.backwards += part.backwards
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Give every EOT average in the body the same draws; what judges points still draws afresh."""
+        before, self._held = self._held, int(torch.randint(2**62, ()))
+        try:
+            yield
+        finally:
+            self._held = before
+
+    @contextlib.contextmanager
+    def _draws(self) -> Iterator[None]:
+        if self._held is None:
+            yield
+            return
+        with isolated_rng():
+            seed_everything(self._held, "held draws")
+            yield
 
     def _aimed(self, values: Values, *, own: bool) -> Values:
         if not self._attack.targeted:

@@ -90,8 +90,18 @@ def input_gradient(
 
 def _one_draw(objective: Callable[[Tensor], Tensor], logits_of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     leaf = x.detach().requires_grad_()
-    logits = logits_of(leaf)
-    gradient = torch.autograd.grad(objective(logits), leaf, allow_unused=True)[0] if logits.requires_grad else None
+    return slope(objective(logits_of(leaf)), leaf)
+
+
+def slope(value: Tensor, leaf: Tensor, *, keep_graph: bool = False) -> Tensor:
+    """Return the gradient of the number ``value`` with respect to images ``leaf``.
+
+    Raises:
+        InputError: it does not depend on them through differentiable operations.
+    """
+    gradient = None
+    if value.requires_grad:
+        gradient = torch.autograd.grad(value, leaf, allow_unused=True, retain_graph=keep_graph)[0]
     if gradient is None:
         raise InputError(
             "the logits have no gradient with respect to x: the model must not use no_grad, detach, numpy or argmax on "

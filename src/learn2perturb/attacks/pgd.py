@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field, replace
 from typing import final
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from learn2perturb.attacks.base import Attack, Query
-from learn2perturb.checks import check_count, check_flag, check_size, check_step, fitting_step
+from learn2perturb.checks import check_choice, check_count, check_flag, check_size, check_step, fitting_step
 from learn2perturb.sizes import usual_step
+
+EOT_DRAWS = ("fresh", "held")
 
 
 @final
@@ -28,12 +31,15 @@ class PGD(Attack):
             more than ``eps``, or in l2, as large a share of it as 0.01 is of 8/255.
         steps, restarts: at least 1.
         random_start: start at a random point of the ball, else at ``x``.
+        eot_draws: ``"fresh"`` draws anew in each step; ``"held"`` keeps the ``eot`` draws of a restart through all its
+            steps, which descends one fixed function: stronger where noise stalls the steps, and where draws are few.
     """
 
     step_size: float = math.nan
     steps: int = 7
     random_start: bool = field(default=True, kw_only=True)
     restarts: int = field(default=1, kw_only=True)
+    eot_draws: str = field(default="fresh", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +49,7 @@ class PGD(Attack):
         check_count("steps", self.steps)
         check_count("restarts", self.restarts)
         check_flag("random_start", self.random_start)
+        check_choice("eot_draws", self.eot_draws, EOT_DRAWS)
 
     def resized(self, eps: float) -> PGD:
         """Return the same attack with another radius; a step that would exceed it shrinks in proportion."""
@@ -65,7 +72,8 @@ class PGD(Attack):
 
     def _descend(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         x_adv = (x + self.ball.random(x, self.eps)).clamp_(0.0, 1.0) if self.random_start else x
-        for _ in range(self.steps):
-            moved = self.ball.step(query.gradient(x_adv, y), self.step_size).add_(x_adv)
-            x_adv = self.ball.project(moved, x, self.eps).clamp_(0.0, 1.0)
+        with query.held() if self.eot_draws == "held" else contextlib.nullcontext():
+            for _ in range(self.steps):
+                moved = self.ball.step(query.gradient(x_adv, y), self.step_size).add_(x_adv)
+                x_adv = self.ball.project(moved, x, self.eps).clamp_(0.0, 1.0)
         return x_adv

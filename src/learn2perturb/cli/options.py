@@ -20,6 +20,7 @@ from learn2perturb.training.config import fraction
 
 _YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _NOTHING = ("none", "null")
+_TEXTS = {"str", "Average"}  # the second is one of several words; its owner refuses others
 
 
 class Parser(argparse.ArgumentParser):
@@ -128,7 +129,7 @@ def convert(kind: str, value: Any) -> Any:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return value
         return fraction(value)
-    if "str" in kinds and isinstance(value, str):
+    if kinds & _TEXTS and isinstance(value, str):
         return value
     if "list[int]" in kinds:
         items = [item for item in re.split(r"[\s,\[\]]+", text) if item] if text is not None else value

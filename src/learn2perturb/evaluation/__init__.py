@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from learn2perturb.evaluation.certification import Certification
     from learn2perturb.evaluation.comparison import Comparison, Difference, compare
     from learn2perturb.evaluation.diagnostics import Budget, Claim, Diagnosis, compare_diagnoses, diagnose
+    from learn2perturb.evaluation.exact import exact_accuracy
     from learn2perturb.evaluation.intervals import Estimate, Interval, bootstrap_mean, paired_bootstrap, wilson
     from learn2perturb.evaluation.keeping import Unfinished
     from learn2perturb.evaluation.predictors import PREDICTORS, Predictor
@@ -38,6 +39,7 @@ __all__ = [
     "compare_diagnoses",
     "diagnose",
     "evaluate",
+    "exact_accuracy",
     "paired_bootstrap",
     "wilson",
 ]
@@ -52,6 +54,7 @@ _LAZY = {
     "Unfinished": "keeping",
     "black_box": "arrays",
     "evaluate": "accuracy",
+    "exact_accuracy": "exact",
     "Certification": "certification",
     "certify": "radii",
     "Comparison": "comparison",

@@ -19,7 +19,9 @@ _RESAMPLES = 10_000
 # What the record of a comparison keeps of the metadata of both: its name here -> its name there.
 _KEPT = {"steps": "step", "weights": "weights"}
 # Settings that change nothing where two passes over an image are the same.
-_EOT = ("eot", "eot_average")
+_EOT = ("eot", "eot_average", "eot_draws")
+# Settings that older records do not hold, with what they were.
+_BEFORE = {"eot_draws": "fresh"}
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def _partner(row: Row, others: Iterable[Row]) -> Row | None:
     """Return the row that was attacked with the same settings; of several, that of the same name."""
     alike = [other for other in others if _alike(row, other)]
     # EOT as in ``row`` comes first: a network without noise may have a row for each of several.
-    alike.sort(key=lambda other: (other.parameters != row.parameters, other.attack != row.attack))
+    alike.sort(key=lambda other: (_settings(other) != _settings(row), other.attack != row.attack))
     return alike[0] if alike else None
 
 
@@ -197,12 +199,16 @@ def _alike(one: Row, other: Row) -> bool:
 
 def _differing(one: Row, other: Row, free: tuple[str, ...] = ()) -> list[str]:
     """Name the settings of the attack that differ, ``free`` ones aside."""
-    left, right = one.parameters | {"eps": one.eps}, other.parameters | {"eps": other.eps}
+    left, right = _settings(one), _settings(other)
     return sorted(
         name
         for name in {*left, *right} - set(free)
         if (name in left) != (name in right) or not _equal(left[name], right[name])
     )
+
+
+def _settings(row: Row) -> dict[str, Any]:
+    return _BEFORE | row.parameters | {"eps": row.eps}
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from learn2perturb.errors import ConfigError
+from learn2perturb.models.ensemble import RandomEnsemble
 from learn2perturb.models.normalize import Normalize
 from learn2perturb.registry import MODELS
 
-__all__ = ["Normalize", "build_model", "list_models"]
+__all__ = ["Normalize", "RandomEnsemble", "build_model", "list_models"]
 
 
 def build_model(

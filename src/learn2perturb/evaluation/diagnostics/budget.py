@@ -143,7 +143,8 @@ def gradient_passes(budget: Budget, *, stochastic: bool, sources: int) -> int:
     if not stochastic:
         each = budget.steps * (len(budget.eps_grid) + 4 + budget.restarts) + sum(budget.step_curve)
         return budget.images * budget.steps * (1 + sources) + budget.some * (each + budget.unbounded_steps)
-    sweep = budget.sweep_eot * budget.steps * (len(budget.eps_grid) + 2 + budget.targets + budget.restarts)
+    # Of check 8: two losses, two averages that cost a third more, held draws.
+    sweep = budget.sweep_eot * budget.steps * (len(budget.eps_grid) + 6 + budget.targets + budget.restarts)
     curves = budget.steps * sum(budget.draw_curve) + budget.sweep_eot * sum(budget.step_curve)
     black_box = (budget.square_queries * budget.square_draws + budget.samples * budget.sample_draws) // 3
     whole = budget.steps * budget.eot * (1 + sources) + 2 * budget.steps

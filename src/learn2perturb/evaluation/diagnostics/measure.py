@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -184,6 +184,17 @@ class Bench:
         for weakest in sorted(self.kept.keys() - {"reported"}, key=lambda key: accuracy[key])[_KEPT:]:
             del self.kept[weakest]
 
+    def assembled(self, name: str, parts: Sequence[Attacked], winner: NDArray[np.int64]) -> Attacked:
+        """Keep for image i what part ``winner[i]`` found and how it was scored, by draws that chose no winner."""
+        images = np.arange(len(winner))
+        draws = min(len(part.correct) for part in parts)
+        correct = np.stack([part.correct[:draws] for part in parts])[winner, :, images].T
+        x = torch.stack([part.x for part in parts])[torch.as_tensor(winner), torch.as_tensor(images)]
+        self._keep(name, "best of", {}, correct, 0.0, 0.0, 0.0)
+        self.rivals[name] = float(correct.mean())
+        self._keep_images(name, x)
+        return Attacked(name, x, correct)
+
     def score(self, name: str, x: Tensor, victim: Subject) -> NDArray[np.bool_]:
         """Return which images were classified rightly in each scoring, (S, n): fresh draws from a stream of its own."""
         scorings = []
@@ -212,6 +223,11 @@ class Bench:
     def mean_logits(self, purpose: str, x: Tensor, draws: int) -> Tensor:
         """Return the logits (n, classes), the mean over fresh draws."""
         return self._mean(purpose, x, draws, lambda logits, _: logits)
+
+    def vote(self, purpose: str, x: Tensor, y: Tensor, draws: int) -> float:
+        """Return the accuracy of the mean probability over fresh draws."""
+        mean = self._mean(purpose, x, draws, lambda logits, _: logits.softmax(dim=1))
+        return float((mean.argmax(dim=1) == y).float().mean())
 
     def _mean(self, purpose: str, x: Tensor, draws: int, value: Callable[[Tensor, slice], Tensor]) -> Tensor:
         draws = draws if self.subject.stochastic else 1

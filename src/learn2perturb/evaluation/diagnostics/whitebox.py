@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from learn2perturb.attacks import FGSM, PGD
+from learn2perturb.attacks import ARC, FGSM, PGD, Attack
+from learn2perturb.attacks.gradients import AVERAGES
+from learn2perturb.attacks.pgd import EOT_DRAWS
+from learn2perturb.engine.finite import members_of
 from learn2perturb.evaluation.diagnostics.measure import Attacked, Bench
 from learn2perturb.evaluation.diagnostics.record import Curve, Point
 from learn2perturb.evaluation.diagnostics.verdict import Draft, Statement, percent
@@ -160,65 +164,86 @@ def _same(
 
 
 def losses(bench: Bench, reported: Attacked) -> Draft:
-    """8: the best of several losses, targets and restarts is hardly ahead of the reported attack."""
+    """8: the best of several losses, averages, kinds of draws, targets and restarts is hardly ahead of the reported."""
     budget = bench.budget
     n = budget.some
-    base = dataclasses.replace(bench.attack, eot=budget.sweep_eot, restarts=1)
-    names = ["ce", "margin", "dlr"] if bench.num_classes > 2 else ["ce", "margin"]
-    candidates = [
-        bench.attacked(f"loss {loss}", dataclasses.replace(base, loss=loss), n) for loss in names if loss != base.loss
-    ]
+    base = dataclasses.replace(bench.attack, eot=budget.sweep_eot if bench.subject.stochastic else 1, restarts=1)
+    candidates = [bench.attacked(name, attack, n) for name, attack in _variants(bench, base).items()]
     logits = bench.mean_logits("targets", bench.x[:n], budget.judge_draws)
     order = logits.scatter(1, bench.y[:n].unsqueeze(1), -torch.inf).argsort(dim=1, descending=True)
     aimed = dataclasses.replace(base, loss="margin", targeted=True)
     for rank in range(min(budget.targets, bench.num_classes - 1)):
         candidates.append(bench.attacked(f"target {rank + 1}", aimed, n, targets=order[:, rank]))
-    again = dataclasses.replace(base, restarts=budget.restarts)
-    candidates.append(bench.attacked(f"{budget.restarts} restarts", again, n))
-    pool = [reported.x[:n], *(candidate.x for candidate in candidates)]
-    best = bench.scored("best of all losses and restarts", _best(bench, pool), kind="best of", rival=True)
-    own = float(reported.first(n).mean())
-    text = f"the reported attack leaves {percent(own)}, the best of {len(pool)} for each image {percent(best.accuracy)}"
+    first = dataclasses.replace(reported, x=reported.x[:n], correct=reported.correct[:, :n])
+    pool = [first, *candidates]
+    if (
+        bench.subject.stochastic
+    ):  # all by the same draws: of rare ones that a pass shares, each has as many as the others
+        pool = [dataclasses.replace(one, correct=bench.score("best of", one.x, bench.subject)) for one in pool]
+    best = bench.assembled("best of all losses and restarts", pool, _winners(bench, pool))
+    first = pool[0]
+    text = (
+        f"the reported attack leaves {percent(first.accuracy)}, the best of {len(pool)} for each image "
+        f"{percent(best.accuracy)}"
+    )
+    evidence = {"reported": first.accuracy, "best": best.accuracy} | {one.name: one.accuracy for one in pool[1:]}
+    averaged = [one for one in candidates if one.name == "average probability"]
+    for one in averaged:  # the attack on the predictor that averages probabilities, judged by that predictor
+        evidence["mean probability"] = bench.vote("mean probability", one.x, bench.y[:n], budget.judge_draws)
     return Draft(
         8,
         text,
         (
             Statement(
-                "the best of all losses, targets and restarts is at most 2 points ahead",
+                "the best of all losses, averages, draws, targets and restarts is at most 2 points ahead",
                 f"{text}: the reported attack is too weak, report the best",
-                reported.first(n),
+                first.per_image,
                 best.per_image,
                 BEST_AHEAD,
             ),
         ),
         missing=() if bench.num_classes > 2 else ("loss dlr, which needs three classes",),
-        evidence={"reported": own, "best": best.accuracy} | {one.name: one.accuracy for one in candidates},
+        evidence=evidence,
     )
 
 
-def _best(bench: Bench, pool: list[Tensor]) -> Tensor:
-    """Return the images (n) of the best of ``pool``: what a scoring by draws that choose nothing is asked about.
+def _variants(bench: Bench, base: PGD) -> dict[str, Attack]:
+    """Return name -> attack, each unlike ``base`` in one thing."""
+    names = ("ce", "margin", "dlr") if bench.num_classes > 2 else ("ce", "margin")
+    found: dict[str, Attack] = {f"loss {loss}": dataclasses.replace(base, loss=loss) for loss in names}
+    found |= {f"average {one}": dataclasses.replace(base, eot_average=one) for one in AVERAGES if base.eot > 1}
+    if bench.subject.stochastic:
+        found |= {f"{one} draws": dataclasses.replace(base, eot_draws=one) for one in EOT_DRAWS}
+    found = {name: attack for name, attack in found.items() if attack != base}
+    if members_of(bench.subject.model) is not None:
+        found["ARC"] = ARC(base.eps, norm=base.norm, steps=base.steps)
+    found[f"{bench.budget.restarts} restarts"] = dataclasses.replace(base, restarts=bench.budget.restarts)
+    return found
+
+
+def _winners(bench: Bench, pool: Sequence[Attacked]) -> NDArray[np.int64]:
+    """Return which of ``pool`` is the best for each image (n,), by draws that score nothing.
 
     What is judged is accuracy, so what chooses is how often an image is wrong; margins settle ties. First the best for
     each image, then, by other draws, the best of that and of the attacks as they are: where many are nearly alike,
     choosing for each image by few draws may lose to one that is a little better everywhere.
     """
-    n, draws = len(pool[0]), bench.budget.judge_draws
+    n, draws = len(pool[0].x), bench.budget.judge_draws
     y = bench.y[:n]
     wrong, margins = (
         torch.stack(parts)
         for parts in zip(
-            *(bench.mean_success(f"best {number}", images, y, draws) for number, images in enumerate(pool)), strict=True
+            *(bench.mean_success(f"best {number}", part.x, y, draws) for number, part in enumerate(pool)), strict=True
         )
     )
-    winner = margins.where(wrong == wrong.max(dim=0).values, -torch.inf).argmax(dim=0)
-    mixed = torch.stack(pool)[winner, torch.arange(n, device=winner.device)]
-    entries = [mixed, *pool]
-    shares = [
-        float(bench.mean_success(f"best entry {number}", images, y, draws)[0].mean())
-        for number, images in enumerate(entries)
-    ]
-    return entries[int(np.argmax(shares))]
+    mixed = margins.where(wrong == wrong.max(dim=0).values, -torch.inf).argmax(dim=0)
+    again = torch.stack(
+        [bench.mean_success(f"best entry {number}", part.x, y, draws)[0] for number, part in enumerate(pool)]
+    )
+    whole, parts = again.gather(0, mixed.unsqueeze(0)).mean(), again.mean(dim=1)
+    chosen = mixed if whole >= parts.max() else torch.full_like(mixed, int(parts.argmax()))
+    winners: NDArray[np.int64] = chosen.cpu().numpy()
+    return winners
 
 
 def _curve(bench: Bench, axis: str, at: list, rows: list[np.ndarray]) -> Curve:  # type: ignore[type-arg]

@@ -1,0 +1,204 @@
+"""ARC on ensembles whose best attack is known by looking at every point of the ball."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from learn2perturb.attacks import ARC, PGD, build_attack
+from learn2perturb.attacks.balls import BALLS
+from learn2perturb.attacks.probing import passes_differ
+from learn2perturb.engine.finite import expected_correct, members_of
+from learn2perturb.errors import ConfigError, InputError
+from learn2perturb.evaluation import exact_accuracy
+from learn2perturb.models import RandomEnsemble
+from tests.problems import two_logits
+
+EPS, IMAGES = 0.1, 12
+
+
+class Plane(nn.Module):
+    """Wrong where ``w . (x - 1/2) > t``, for images of two pixels."""
+
+    def __init__(self, weight: Tensor, threshold: float) -> None:
+        super().__init__()
+        self.weight, self.threshold = weight, threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        return two_logits(20 * ((x.flatten(1) - 0.5) @ self.weight - self.threshold))
+
+
+def ensemble(seed: int, members: int, probabilities=None, sharing="per_example") -> RandomEnsemble:
+    generator = torch.Generator().manual_seed(seed)
+    angles = 2.4 * (torch.rand(members, generator=generator) - 0.5)  # some pairs have a point that fools both
+    planes = [Plane(torch.stack([angle.sin(), angle.cos()]), 0.06) for angle in angles]
+    return RandomEnsemble(planes, probabilities, sharing=sharing).eval()
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.full((IMAGES, 1, 1, 2), 0.5), torch.zeros(IMAGES, dtype=torch.int64)
+
+
+def least(model: RandomEnsemble, norm: str) -> float:
+    """The lowest expected accuracy in the ball, by looking everywhere."""
+    line = torch.linspace(-EPS, EPS, 201)
+    delta = torch.cartesian_prod(line, line)
+    delta = delta[BALLS[norm].distance(delta.view(-1, 1, 1, 2), torch.zeros(1)) <= EPS]
+    members = members_of(model)
+    return float(expected_correct(members, 0.5 + delta.view(-1, 1, 1, 2), torch.zeros(len(delta)).long()).min())
+
+
+@pytest.mark.parametrize("norm", BALLS)
+@pytest.mark.parametrize("probabilities", [(0.5, 0.5), (0.9, 0.1), (0.4, 0.3, 0.3)])
+def test_arc_finds_what_there_is_to_find(norm, probabilities):
+    x, y = batch()
+    gap = 0.0
+    for seed in range(5):
+        model = ensemble(seed, len(probabilities), probabilities)
+        x_adv = ARC(EPS, norm=norm, steps=12, seed=0)(model, x, y)
+        assert float(BALLS[norm].distance(x_adv, x).max()) <= EPS + 1e-6
+        left = expected_correct(members_of(model), x_adv, y)
+        gap += float((left - least(model, norm)).mean()) / 5
+    assert gap <= 0.02
+
+
+def test_members_whose_gradients_cancel_are_both_fooled():
+    """The mean gradient points to where one is fooled and the other safe; a point that fools both is between."""
+    planes = [Plane(torch.tensor([1.0, 0.2]), 0.015), Plane(torch.tensor([-1.0, 0.2]), 0.015)]
+    model, (x, y) = RandomEnsemble(planes).eval(), batch()
+    assert exact_accuracy(model, ARC(EPS, restarts=3, seed=0)(model, x, y), y) <= 0.05
+    assert exact_accuracy(model, PGD(EPS, 0.02, 20, eot=1, seed=0)(model, x, y), y) > 0.2
+
+
+def test_a_kept_point_is_never_worse_than_the_image():
+    model, (x, y) = ensemble(3, 3), batch()
+    before = expected_correct(members_of(model), x, y)
+    assert bool((expected_correct(members_of(model), ARC(EPS, steps=1, seed=0)(model, x, y), y) <= before).all())
+
+
+def test_arc_is_an_attack_like_any_other():
+    model, (x, y) = ensemble(0, 2, (0.9, 0.1)), batch()
+    attack = build_attack("arc", eps=EPS, steps=2, seed=1)
+    found = attack.run(model, x, y)
+    assert torch.equal(found.x_adv, attack(model, x, y))
+    leaders, rounds, members = 2, 2, 2
+    assert found.backward_passes == leaders * rounds * members  # of one wrong class
+    assert found.forward_passes == members + leaders * (members + rounds * members * (1 + members))
+    assert attack.resized(0.2).step_size == pytest.approx(0.05)
+    assert ARC(0.0)(model, x, y).equal(x)
+    for settings, reason in (({"targeted": True}, "targeted"), ({"loss": "ce"}, "loss"), ({"step_size": 1}, "step")):
+        with pytest.raises(ConfigError, match=reason):
+            ARC(EPS, **settings)
+
+
+def test_a_network_without_noise_is_an_ensemble_of_one():
+    plane, (x, y) = ensemble(0, 1).members[0], batch()
+    assert float((plane(ARC(EPS, seed=0)(plane, x, y)).argmax(dim=1) == y).float().mean()) == 0
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return two_logits(x.flatten(1).sum(dim=1) + torch.randn(len(x)))
+
+
+class Shifted(nn.Module):
+    """Does more to an image than its members know of."""
+
+    def __init__(self, inner: RandomEnsemble) -> None:
+        super().__init__()
+        self.members, self.probabilities, self.inner = inner.members, inner.probabilities, inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x - 0.3)
+
+
+class Uneven(nn.Module):
+    def __init__(self, probabilities) -> None:
+        super().__init__()
+        self.members, self.probabilities = nn.ModuleList(ensemble(0, 2).members), probabilities
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.members[0](x)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Noisy(), "no finite ensemble"),
+        (RandomEnsemble([Noisy(), Noisy()]), "member 0 draws noise of its own"),
+        (Shifted(ensemble(0, 2)), "answers as none of its members"),
+        (Uneven((0.5, 0.6)), "must be at least 0 and add up to 1"),
+        (Uneven(torch.tensor([1.5, -0.5])), "must be at least 0 and add up to 1"),
+        (Uneven((1.0,)), "2 members and 1 probabilities"),
+    ],
+)
+def test_what_is_no_finite_ensemble_is_refused(model, reason):
+    x, y = batch()
+    with pytest.raises(InputError, match=reason):
+        ARC(EPS)(model.eval(), x, y)
+    with pytest.raises(ConfigError if isinstance(model, Noisy) else InputError, match=reason.replace("no finite", "")):
+        exact_accuracy(model.eval(), x, y) if not isinstance(model, Noisy) else _refused(model, x, y)
+
+
+def _refused(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    try:
+        exact_accuracy(model, x, y)
+    except ConfigError as error:
+        raise ConfigError(f"{error} ensemble") from None
+
+
+@pytest.mark.parametrize("sharing", ["per_example", "per_batch"])
+def test_exact_accuracy_is_what_draws_average_to(sharing):
+    x = torch.rand(200, 1, 1, 2, generator=torch.Generator().manual_seed(0))
+    y = torch.zeros(200, dtype=torch.int64)
+    model = ensemble(1, 2, (0.9, 0.1), sharing)
+    exact = exact_accuracy(model, x, y, batch_size=64)
+    shares = [float((member(x).argmax(dim=1) == y).float().mean()) for member in model.members]
+    assert shares[0] != shares[1]
+    assert exact == pytest.approx(0.9 * shares[0] + 0.1 * shares[1])
+    torch.manual_seed(0)
+    drawn = torch.stack([(model(x).argmax(dim=1) == y).float().mean() for _ in range(600)])
+    assert drawn.mean().item() == pytest.approx(exact, abs=4 * drawn.std().item() / 600**0.5)
+    assert (drawn.std().item() > 0.02) == (sharing == "per_batch") or abs(shares[0] - shares[1]) < 0.07
+
+
+def test_rows_of_a_batch_draw_their_own_member_or_share_one():
+    x = torch.rand(64, 1, 1, 2)
+    for sharing, mixed in (("per_example", True), ("per_batch", False)):
+        model = ensemble(1, 2, sharing=sharing)
+        torch.manual_seed(0)
+        answers, pure = model(x), torch.stack([member(x) for member in model.members])
+        rows = ((answers - pure).abs().amax(dim=2) < 1e-4).long()  # (members, images): who answered
+        assert bool((rows.sum(dim=0) == 1).all())
+        assert (0 < int(rows[0].sum()) < 64) == mixed
+    with pytest.raises(ConfigError, match="sharing"):
+        ensemble(1, 2, sharing="never")
+
+
+@pytest.mark.parametrize("sharing", ["per_example", "per_batch"])
+def test_rare_draws_are_noticed(sharing):
+    """Of eight passes of a 0.9/0.1 ensemble all ask one member in 43 % of all cases."""
+    x = torch.rand(16, 1, 1, 2)
+    model = ensemble(1, 2, (0.9, 0.1), sharing)
+    with torch.no_grad():
+        assert sum(not passes_differ(model, x, seed) for seed in range(100)) <= 1
+        assert not passes_differ(model.members[0], x)
+
+
+def test_a_model_without_noise_is_asked_few_images():
+    asked = []
+
+    def plain(x: Tensor) -> Tensor:
+        asked.append(len(x))
+        return x.flatten(1)
+
+    assert not passes_differ(plain, torch.rand(256, 1, 1, 2))
+    assert sum(asked) < 2 * 256
+
+
+def test_the_spec_is_a_value():
+    assert dataclasses.replace(ARC(EPS), norm="l2").norm == "l2"
+    assert ARC(EPS).step_size == pytest.approx(EPS / 4)
