@@ -259,7 +259,7 @@ ATTACKS.register(
 ATTACKS.register(
     "arc",
     "learn2perturb.attacks.arc:ARC",
-    "steps to the boundaries of a finite random ensemble's members, kept where its exact accuracy falls",
+    "steps over the boundaries of a finite random ensemble's members to its lowest exact accuracy",
     paper="Dbouk, Shanbhag, Adversarial Vulnerability of Randomized Ensembles",
     year=2022,
 )

@@ -32,9 +32,7 @@ def checks(bench: Bench, transfers: Mapping[str, Attacked], reason: str, *, clai
         f"Square ({bench.budget.square_queries} queries)": blackbox.searched(bench, n),
         **{f"transfer from {name}": one for name, one in transfers.items()},
     }
-    best = bench.scored(
-        BEST, whitebox._best(bench, [one.x for one in rivals.values() if len(one.x) == n]), kind="best of", rival=True
-    )
+    best = whitebox.best_of(bench, BEST, [one for one in rivals.values() if len(one.x) == n])
     drafts = {number: Draft(number, does_not_apply=NONE) for number in (1, 5, 6, 7, 8, 10)}
     drafts[2] = _left(f"{NONE} ({reason})", rivals, best, blackbox.missing_sources(transfers))
     drafts[3] = _unbounded(bench)

@@ -180,7 +180,7 @@ def losses(bench: Bench, reported: Attacked) -> Draft:
         bench.subject.stochastic
     ):  # all by the same draws: of rare ones that a pass shares, each has as many as the others
         pool = [dataclasses.replace(one, correct=bench.score("best of", one.x, bench.subject)) for one in pool]
-    best = bench.assembled("best of all losses and restarts", pool, _winners(bench, pool))
+    best = best_of(bench, "best of all losses and restarts", pool)
     first = pool[0]
     text = (
         f"the reported attack leaves {percent(first.accuracy)}, the best of {len(pool)} for each image "
@@ -219,6 +219,11 @@ def _variants(bench: Bench, base: PGD) -> dict[str, Attack]:
         found["ARC"] = ARC(base.eps, norm=base.norm, steps=base.steps)
     found[f"{bench.budget.restarts} restarts"] = dataclasses.replace(base, restarts=bench.budget.restarts)
     return found
+
+
+def best_of(bench: Bench, name: str, pool: Sequence[Attacked]) -> Attacked:
+    """Return the best of ``pool`` for each image, with the scores that each has: of draws that choose nothing."""
+    return bench.assembled(name, pool, _winners(bench, pool))
 
 
 def _winners(bench: Bench, pool: Sequence[Attacked]) -> NDArray[np.int64]:
