@@ -287,6 +287,13 @@ ATTACKS.register(
     needs=("attack", "source"),
 )
 ATTACKS.register(
+    "surrogate",
+    "learn2perturb.attacks.surrogate:Surrogate",
+    "PGD on a small network trained on the model's own answers; reads logits only",
+    paper="Papernot et al., Practical Black-Box Attacks against Machine Learning",
+    year=2017,
+)
+ATTACKS.register(
     "bpda",
     "learn2perturb.attacks.bpda:BPDA",
     "an attack with the gradient of chosen submodules replaced by that of the identity or a surrogate",

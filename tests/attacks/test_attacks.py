@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learn2perturb.attacks import FGSM, PGD, SPSA, Attack, AttackResult, build_attack, list_attacks
+from learn2perturb.attacks import FGSM, PGD, SPSA, Attack, AttackResult, build_attack, list_attacks, surrogate
 from learn2perturb.attacks.gradients import AVERAGES
 from learn2perturb.attacks.losses import LOSSES, margin
 from learn2perturb.errors import ConfigError, InputError, Learn2PerturbError, UnknownNameError
@@ -28,6 +28,7 @@ SMALL = {
     "square": {"queries": 12},
     "spsa": {"steps": 4, "directions": 3},
     "nes": {"steps": 4, "directions": 3},
+    "surrogate": {"queries": 8},
     "cw": {"steps": 10, "search_steps": 2, "lr": 0.2, "initial_c": 10.0, "draws": 2},
     "few_pixel": {"population": 5, "generations": 3},
     "autoattack": {"steps": 3, "targets": 2, "queries": 6, "draws": 3},
@@ -42,6 +43,13 @@ def test_the_cases_are_all_there():
     assert set(list_attacks()) >= {"fgsm", "pgd", *SMALL}
     assert len(CASES) >= 16
     assert list_attacks("p*") == ["pgd"]
+
+
+@pytest.fixture(autouse=True)
+def _short_training(monkeypatch):
+    """The contract of the surrogate's attack is the same however well its network is trained."""
+    monkeypatch.setattr(surrogate, "_UPDATES", 1)
+    monkeypatch.setattr(surrogate, "_EPOCHS", 1)
 
 
 def small(name: str, norm: str, **settings) -> Attack:
@@ -335,7 +343,8 @@ def test_the_targeted_cases_are_all_there():
 
 
 @pytest.mark.parametrize(("name", "norm", "loss"), TARGETED)
-def test_targeted_reaches_the_class_asked_for(name, norm, loss):
+def test_targeted_reaches_the_class_asked_for(name, norm, loss, monkeypatch):
+    monkeypatch.setattr(surrogate, "_UPDATES", 200)
     torch.manual_seed(0)
     weights = torch.randn(4, 48)
     x, target = 0.4 + 0.2 * torch.rand(8, *SHAPE), torch.arange(8) % 4
@@ -344,6 +353,7 @@ def test_targeted_reaches_the_class_asked_for(name, norm, loss):
         "square": {"queries": 200},
         "spsa": {"steps": 40, "directions": 8},
         "nes": {"steps": 40, "directions": 8},
+        "surrogate": {"queries": 300, "network": nn.Sequential(nn.Flatten(), nn.Linear(48, 4))},
         "few_pixel": {"generations": 20},
     }.get(name, {})
     result = small(name, norm, eps={"linf": 0.3, "l2": 2.0, "l0": 8}[norm], targeted=True, loss=loss, **steps).run(

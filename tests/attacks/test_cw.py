@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.attacks import CW
+from learn2perturb import evaluate
+from learn2perturb.attacks import CW, FGSM
 from learn2perturb.engine import gears
 from learn2perturb.errors import ConfigError
 from tests.problems import Linear, Quadratic, two_logits
@@ -199,3 +200,33 @@ def test_a_mean_margin_within_its_standard_error_is_no_success():
     # The mean margin at x is 0.1 and its standard error 1.1 / sqrt(20) = 0.25: x itself does not count as wrong.
     margin = (result.x_adv - x).flatten(1).sum(dim=1) + 0.1
     assert (margin > 0.24).all()
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_what_had_not_converged_is_counted(noisy):
+    x = images(6)
+    model = linear(x)
+    model = NoisyBoundary(model, 1e-3) if noisy else model
+    tiny = CW(lr=1e-6, steps=20, search_steps=2, draws=4).run(model, x, zeros(x))
+    assert (tiny.success_rate, tiny.c_rising) == (0, 6)
+    assert (tiny.loss_falling is None) == noisy
+    if not noisy:
+        # Still on its way down when the steps end: a constant that is large enough, steps that are too few.
+        slow = CW(lr=2e-3, steps=20, search_steps=1, initial_c=1e3).run(model, x, zeros(x))
+        assert slow.loss_falling >= 3  # of the others a step of the search has found the boundary
+        assert slow.c_rising >= 3
+        done = CW(**FAST | {"steps": 400}).run(model, x, zeros(x))
+        assert (done.success_rate, done.c_rising, done.loss_falling) == (1, 0, 0)
+    with torch.no_grad():
+        wrong = model(x).argmin(dim=1)  # wrong already: nothing is searched
+    assert CW(lr=1e-6, steps=20, search_steps=2, draws=4).run(model, x, wrong).c_rising == 0
+
+
+def test_the_counts_of_all_batches_are_in_the_row():
+    x = images(6)
+    data = (x, zeros(x))
+    attacks = {"cw": CW(lr=1e-6, steps=20, search_steps=2), "fgsm": FGSM()}
+    result = evaluate(linear(x), data, attacks, batch_size=4, progress=False)
+    assert (result.row("cw").c_rising, result.row("cw").n) == (6, 6)
+    assert result.row("cw").loss_falling is not None
+    assert result.row("fgsm").c_rising is None

@@ -32,6 +32,7 @@ ABLE: dict[str, tuple[bool, bool, bool, tuple[str, ...], tuple[str, ...]]] = {
     "FewPixel": (False, False, True, ("l0",), EVERY),
     "Transfer": (True, False, True, BOTH, EVERY),
     "BPDA": (True, True, True, BOTH, EVERY),
+    "Surrogate": (False, False, True, BOTH, EVERY),
 }
 OWN: dict[str, dict[str, Any]] = {
     "FGSM": {},
@@ -62,6 +63,8 @@ OWN: dict[str, dict[str, Any]] = {
         "strategy": "best1bin", "chunk": None,
     },
     "Transfer": {"eps": math.nan, "attack": None, "source": None},
+    # Ours: what Square has, too.
+    "Surrogate": {"queries": 5000, "attack": None, "data": None, "network": None},
     # NaN, 0 and "" are those of the attack inside.
     "BPDA": {"eps": math.nan, "eot": 0, "eot_average": "", "attack": None, "modules": "", "surrogate": None},
 }  # fmt: skip
@@ -95,7 +98,9 @@ NUMBERS: dict[str, dict[str, Any]] = {
     # The paper's schedule, section 5 and its code.
     "square": {"_HALVED_AFTER": (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000), "_RESCORE_EVERY": 10},
     "spsa": {"SAMPLINGS": ("signs", "gaussian"), "_ROWS": 256},
-    "surrogate": {"_BATCH": 128, "_EPOCHS": 8, "_UPDATES": 50, "_LR": 2e-3, "_GAP": 4.0, "_STEPS": 3},  # ours
+    "surrogate": {  # ours
+        "_BATCH": 128, "_EPOCHS": 8, "_UPDATES": 50, "_LR": 2e-3, "_GAP": 4.0, "_STEPS": 3, "_WALK": 40, "_PROBED": 16,
+    },
     "cw": {  # Kingma, Ba 2015 (Adam); the published code: a tenth of the steps, and 0.9999
         "_BETAS": (0.9, 0.999), "_TINY": 1e-8, "_INSIDE": 1 - 1e-6, "_CHECKS": 10, "_STUCK": 0.9999, "_PATIENCE": 3,
         "_JUDGEMENTS": 20, "_CONFIRMATION": 5, "_SMOOTHING": 0.9,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from learn2perturb.attacks import PGD
+from learn2perturb.attacks import PGD, Square, Surrogate
 from learn2perturb.attacks.surrogate import distil
 from learn2perturb.errors import ConfigError, InputError
 from tests.problems import NoisyLinear
@@ -45,9 +47,7 @@ ANSWERS = {
 def test_answers_as_the_model_does_and_images_crafted_on_it_fool_the_model(trained, kind):
     network, x, y = trained
     model = without_gradient(nn.Sequential(network, _Answer(ANSWERS[kind])))
-    torch.manual_seed(1)
-    untrained = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
-    substitute = distil(model, x, queries=1600, seed=0, eps=EPS, network=untrained)
+    substitute = distil(model, x, queries=1600, seed=0, eps=EPS, network=mlp())
     assert not any(module.training for module in substitute.modules())
     assert accuracy(substitute, x, network(x).argmax(dim=1)) >= 0.97
     white = accuracy(network, PGD(EPS, steps=20, seed=0)(network, x, y), y)
@@ -158,6 +158,58 @@ def test_works_where_the_caller_has_gradients_off_and_has_a_gradient(context):
     substitute(leaf).sum().backward()
     assert leaf.grad.abs().max() > 0
     assert substitute.double()(x.double()).dtype == torch.float64
+
+
+def mlp():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+
+
+def test_the_attack_breaks_what_has_no_gradient_and_counts_its_queries(trained):
+    network, x, y = trained
+    result = Surrogate(EPS, queries=800, network=mlp(), seed=0).run(without_gradient(network), x, y)
+    white = PGD(EPS, steps=20, seed=0).run(network, x, y)
+    clean = 1 - accuracy(network, x, y)
+    assert result.success_rate - clean >= 0.5 * (white.success_rate - clean)
+    assert result.forward_passes * len(x) == 800
+    assert (result.backward_passes, result.zero_gradients) == (0, None)
+
+
+def test_batches_share_a_substitute_of_the_data_whatever_their_order_and_seed():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    x, y, data = torch.rand(8, *SHAPE), torch.randint(5, (8,)), torch.rand(20, *SHAPE)
+    attack = PGD(0.1, steps=3, random_start=False)
+
+    def fresh():
+        return Surrogate(0.1, queries=40, data=data, attack=attack, seed=1)
+
+    shared = fresh()
+    first, second = shared.run(model, x[:4], y[:4]), replace(shared, seed=2).run(model, x[4:], y[4:])
+    assert first.forward_passes * 4 == 40 + 16
+    assert second.forward_passes * 4 == 16  # the probe alone
+    assert torch.equal(replace(fresh(), seed=5)(model, x[4:], y[4:]), second.x_adv)
+    # Another model, or other weights, has one of its own; so has another radius.
+    with torch.no_grad():
+        model[1].weight.mul_(-1)
+    assert shared.run(model, x[:4], y[:4]).forward_passes * 4 == 40 + 16
+    assert shared.resized(0.05).run(model, x[:4], y[:4]).forward_passes * 4 == 40 + 16
+    assert not torch.equal(shared(model, x[:4], y[:4]), first.x_adv)
+    assert "20 images" in repr(shared)
+
+
+BAD_ATTACKS = {
+    "queries": ({"queries": 0}, ConfigError, "queries must be a whole number of at least 1, got 0"),
+    "attack": ({"attack": Square()}, ConfigError, "attack must be one by gradients"),
+    "network": ({"network": 3}, ConfigError, "network is a int, must be a module to train, or None"),
+    "data": ({"data": torch.rand(3, 4)}, InputError, r"x must have shape \(N, C, H, W\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ATTACKS)
+def test_bad_settings_of_the_attack(case):
+    settings, error, message = BAD_ATTACKS[case]
+    with pytest.raises(error, match=message):
+        Surrogate(**settings)
 
 
 BAD = {

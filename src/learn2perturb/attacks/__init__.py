@@ -19,7 +19,7 @@ from learn2perturb.attacks.foreign import from_adv_lib, from_art, from_foolbox, 
 from learn2perturb.attacks.pgd import PGD
 from learn2perturb.attacks.spsa import SPSA
 from learn2perturb.attacks.square import Square
-from learn2perturb.attacks.surrogate import distil
+from learn2perturb.attacks.surrogate import Surrogate, distil
 from learn2perturb.attacks.transfer import Source, Transfer
 from learn2perturb.errors import ConfigError
 from learn2perturb.registry import ATTACKS
@@ -40,6 +40,7 @@ __all__ = [
     "FewPixel",
     "Source",
     "Square",
+    "Surrogate",
     "Transfer",
     "auto_attack_report",
     "bpda",

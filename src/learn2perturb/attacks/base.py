@@ -50,6 +50,9 @@ class AttackResult:
         seconds: wall time of the attack, without the verification.
         zero_gradients: images whose gradient at the first step was exactly zero, so that it showed no way: a saturated
             softmax or masked gradients. None where the attack took no gradient.
+        c_rising: of C&W, images for which no constant was large enough: the search would go on. None elsewhere.
+        loss_falling: of C&W, images whose objective fell by more than 1 % over the last tenth of the last search step;
+            None on a stochastic model, where noise would look like a fall.
     """
 
     attack: Attack
@@ -62,6 +65,8 @@ class AttackResult:
     backward_passes: float
     seconds: float
     zero_gradients: int | None = None
+    c_rising: int | None = None
+    loss_falling: int | None = None
 
     @property
     def success_rate(self) -> float:
@@ -190,7 +195,9 @@ class Attack(ABC):
                 predicted = query.logits(x_adv.clone()).argmax(dim=1)
             success = predicted == y if self.targeted else predicted != y
         found = norms["linf"], norms["l2"], norms["l0"]
-        return AttackResult(self, x_adv, success, *found, *passes, seconds, query.watch.zero_gradients)
+        watch = query.watch
+        counts = watch.zero_gradients, watch.unfinished_of("c_rising"), watch.unfinished_of("loss_falling")
+        return AttackResult(self, x_adv, success, *found, *passes, seconds, *counts)
 
     @final
     def craft(self, model: Model, x: Tensor, y: Tensor, *, mode: Mode = "eval") -> Tensor:

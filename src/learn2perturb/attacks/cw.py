@@ -25,6 +25,7 @@ _STUCK = 0.9999
 _PATIENCE = 3  # such checks; the published rule has one, of the sum over a batch, which wavers less than one image's
 _JUDGEMENTS = 20  # of a search step, of the nearest candidate since the last one, on a stochastic model
 _CONFIRMATION = 5  # iterations between the same in low precision, where a judgement is a single pass
+_FALLING = 0.99  # of the objective, over a tenth of the steps: an image below has not converged
 _SMOOTHING = 0.9  # of the margin along the path of a stochastic model: neighbours stand in for draws
 
 
@@ -118,6 +119,8 @@ class _State:
     candidate: Tensor  # the nearest point to be judged
     candidate_norm: Tensor
     smooth: Tensor  # margin along the path
+    before: Tensor  # sums of the objective over the last tenth of the steps but one, and over the last
+    last: Tensor
 
     def of(self, kept: Tensor) -> _State:
         """Return the state of some of the images."""
@@ -134,6 +137,7 @@ class _Search:
         self.best = x.clone()
         self.norm = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
         self.found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.falling = torch.zeros_like(self.found)
         self.c = torch.full_like(self.norm, attack.initial_c)
         self.lower, self.upper = torch.zeros_like(self.norm), torch.full_like(self.norm, torch.inf)
         if self.fixed:
@@ -151,8 +155,13 @@ class _Search:
         for _ in range(self.attack.search_steps):
             if not len(rows):
                 break
+            self.falling[rows] = False
             self._descend(self._start(rows))
             self._next_c()
+        # Without an upper end no c was large enough: the search would have gone on.
+        self.query.watch.unfinished(c_rising=(self.upper == torch.inf) & ~already)
+        if self.fixed:  # noise of one draw a step, times a large constant, would look like a fall
+            self.query.watch.unfinished(loss_falling=self.falling)
         return self.best
 
     def _start(self, rows: Tensor) -> _State:
@@ -174,12 +183,15 @@ class _Search:
             candidate=x.clone(),
             candidate_norm=none.clone(),
             smooth=torch.zeros_like(none),
+            before=torch.zeros_like(none),
+            last=torch.zeros_like(none),
         )
 
     def _descend(self, state: _State) -> None:
         """Run one search step; images leave it where the model is deterministic and the objective falls no more."""
         attack = self.attack
         abort = attack.abort_early and self.fixed
+        tenth = max(1, attack.steps // _CHECKS)
         for step in range(attack.steps):
             point = (state.w.tanh() + 1) / 2
             values, gradient = self.query.value_and_gradient(point, state.y, loss=self._hinge)
@@ -191,8 +203,12 @@ class _Search:
             if (step + 1) % self.window == 0 or step + 1 == attack.steps:
                 self._settle(state)
             _adam(state, gradient.mul_(2 * point * (1 - point)), attack.lr, step + 1)
-            if abort and step % max(1, attack.steps // _CHECKS) == 0:
-                objective = square - state.c * values.loss
+            objective = square - state.c * values.loss
+            if step >= attack.steps - tenth:
+                state.last = state.last + objective
+            elif step >= attack.steps - 2 * tenth:
+                state.before = state.before + objective
+            if abort and step % tenth == 0:
                 state.waits = torch.where(objective > _STUCK * state.objective, state.waits + 1, 0)
                 state.objective = torch.minimum(objective, state.objective)
                 stuck = state.waits >= _PATIENCE
@@ -203,6 +219,7 @@ class _Search:
                     if not len(state.row):
                         return
         self._write(state)
+        self.falling[state.row] = state.last < _FALLING * state.before
 
     def _hinge(self, logits: Tensor, y: Tensor) -> Tensor:
         """Return ``-max(kappa - margin, 0)`` of each row: of each draw, so that its mean is the objective's."""

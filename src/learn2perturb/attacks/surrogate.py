@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, final
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from learn2perturb.attacks.balls import BALLS, Ball
-from learn2perturb.attacks.base import Model, check_pixels
+from learn2perturb.attacks.base import Attack, Model, Query, check_pixels
 from learn2perturb.attacks.gradients import mean_logits
+from learn2perturb.attacks.pgd import PGD
+from learn2perturb.attacks.probing import apart
 from learn2perturb.checks import check_choice, check_count, check_size
 from learn2perturb.engine.answers import logits_of
+from learn2perturb.engine.identity import fingerprint
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError
@@ -31,6 +35,8 @@ _LR = 2e-3
 _GAP = 4.0
 _STEPS = 3  # of the walk away from the answers, in a new query
 _LOOKED_AT = 512  # images in one pass of the substitute without training
+_PROBED = 16  # images whose answers tell whether a kept substitute is of this model
+_WALK = 40  # steps of PGD on the substitute, which cost no query
 
 
 def distil(
@@ -83,6 +89,90 @@ def distil(
     with own_modes(), in_mode(model, False), isolated_rng():
         seed_everything(seed, "substitute")
         return train(answers, images.detach(), queries, BALLS[norm], eps, network, progress)
+
+
+@final
+class Asked:
+    """Images that substitutes are trained on, with the last one, so that batches of one evaluation share it."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+        self.digest = fingerprint([("images", images)])
+        self._kept: tuple[object, Tensor, nn.Module] | None = None
+
+    def __repr__(self) -> str:
+        return f"{len(self.images)} images {self.digest[:12]}"
+
+    def substitute(self, settings: object, answers: Answers, build: Callable[[Tensor], nn.Module], x: Tensor) -> Any:
+        """Return the substitute of these ``settings`` for the model of these ``answers``; ``x`` says type and place."""
+        images = self.images.to(x)
+        # By its answers, not by identity: noise that is switched off and weights that have moved make another model.
+        with apart("substitute", "probe"):
+            probe = answers(images[:_PROBED].clone())
+        if self._kept is None or self._kept[0] != settings or not torch.equal(self._kept[1], probe):
+            with isolated_rng():
+                seed_everything("substitute")  # not the batch's seed: whichever batch comes first trains the same
+                self._kept = settings, probe, build(images)
+        return self._kept[2]
+
+
+@final
+@dataclass(frozen=True)
+class Surrogate(Attack):
+    """Train a substitute network on the model's own answers (:func:`distil`), attack that, and transfer.
+
+    Papernot et al., Practical black-box attacks against machine learning, 2017, https://arxiv.org/abs/1602.02697.
+    An answer averages ``eot`` passes of a stochastic model. Without ``data`` the images attacked are those asked about,
+    so every batch has a substitute of its own; with ``data`` all batches share one, trained when the first of them
+    comes.
+
+    Attributes:
+        queries: images that the model is asked about for a substitute, in all; ``eot`` passes each.
+        attack: on the substitute, with its norm, loss and aim; None is PGD with 40 steps.
+        data: images (M, C, H, W) in [0, 1] to ask about, instead of those attacked.
+        network: the substitute before its training; None is a small convolutional network.
+    """
+
+    queries: int = field(default=5000, kw_only=True)
+    attack: Attack | None = field(default=None, kw_only=True)
+    data: Any = field(default=None, kw_only=True)
+    network: Any = field(default=None, kw_only=True)
+
+    needs_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.attack is not None:
+            if not isinstance(self.attack, Attack) or not self.attack.needs_gradient:
+                raise ConfigError(f"attack must be one by gradients such as PGD(eps=8/255), got {self.attack!r}")
+            for name in ("norm", "loss", "targeted"):
+                object.__setattr__(self, name, getattr(self.attack, name))  # the spec is frozen once it is made
+        super().__post_init__()
+        check_count("queries", self.queries)
+        if self.network is not None and not isinstance(self.network, nn.Module):
+            raise ConfigError(f"network is a {type(self.network).__name__}, must be a module to train, or None")
+        if self.data is not None and not isinstance(self.data, Asked):
+            check_pixels(len, self.data)
+            object.__setattr__(self, "data", Asked(self.data.detach()))
+
+    def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
+        """Return what the attack finds on the substitute; costs ``queries * eot`` forward passes in all."""
+        average = "logits" if self.eot_average == "logits" else "probability"
+
+        def answers(images: Tensor) -> Tensor:
+            with torch.no_grad():
+                return mean_logits(query.logits, images, self.eot, average)  # type: ignore[arg-type]
+
+        def build(images: Tensor) -> nn.Module:
+            return train(answers, images, self.queries, self.ball, self.eps, self.network)
+
+        if self.data is None:
+            substitute = build(x)
+        else:
+            settings = self.queries, self.norm, self.eps, self.eot, average, id(self.network), x.dtype, x.device
+            substitute = self.data.substitute(settings, answers, build, x)
+        aim: dict[str, Any] = {"norm": self.norm, "loss": self.loss, "targeted": self.targeted}
+        inner = PGD(self.eps, steps=_WALK, **aim) if self.attack is None else self.attack.resized(self.eps)
+        return replace(inner, eot=1).craft(substitute, x, y)
 
 
 def train(

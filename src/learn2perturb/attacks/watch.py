@@ -23,6 +23,7 @@ class Watch:
         self._bad_logits: Tensor | None = None
         self._bad_gradient: Tensor | None = None
         self._zero: Tensor | None = None
+        self._unfinished: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def logits(self, logits: Tensor) -> None:
@@ -48,6 +49,15 @@ class Watch:
         """Take over what another attack counted at its first step."""
         if self._zero is None and zero_gradients is not None:
             self._zero = torch.tensor(zero_gradients)
+
+    def unfinished(self, **images: Tensor) -> None:
+        """Keep which images (N, bool) each kind of search has not come to its end on."""
+        for name, each in images.items():
+            self._unfinished[name] = each.sum() + self._unfinished.get(name, 0)
+
+    def unfinished_of(self, name: str) -> int | None:
+        """Return how many images that kind of search has not ended on, None where there was none; waits."""
+        return int(self._unfinished[name]) if name in self._unfinished else None
 
     @property
     def zero_gradients(self) -> int | None:

@@ -66,6 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help=f"draws of eot presets (default {EOT_DRAWS})",
     )
+    add(
+        "--bpda", metavar="GLOB",
+        help="submodules whose gradient is replaced by the identity's in attacks by gradients: quantise, pre.*",
+    )  # fmt: skip
     add_draws(parser)
     add("--predictor", metavar="NAMES", help="single, vote, mean_probability, mean_logits (default: the defense's own)")
     add(
@@ -107,6 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
         }
     attacks, notes = without_doubles(model, attacks)
     notes += short_attacks(attacks, sizes)
+    if arguments.bpda is not None:
+        attacks = through(model, attacks, arguments.bpda)
     predictors, members, told = chosen_predictors(arguments, header)
     notes += told
     check_writable(out)
@@ -116,6 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         noise_off=not arguments.no_noise_off, seed=arguments.seed, batch_size=arguments.batch_size,
         limit=arguments.limit, device=device, engine=arguments.engine, name=str(arguments.run), keep=keep,
     )  # fmt: skip
+    notes += unconverged(result)
     record = saved(lambda: save_record(result, arguments, records_of(arguments.run), "evaluation"))
     code = FAILURE if record is None else SUCCESS
     if record is not None:
@@ -230,6 +237,40 @@ def short_attacks(attacks: Mapping[str, Attack], sizes: list[float] | None) -> l
         largest = max(sizes) if sizes and attack.sized else attack.eps
         if reach < largest < float("inf"):
             notes.append(f"the steps of {name} reach {reach:.3g} in all, less than eps {largest:.3g}")
+    return notes
+
+
+def through(model: Any, attacks: Mapping[str, Attack], modules: str) -> dict[str, Attack]:
+    """Return the attacks, those by gradients with the gradient of ``modules`` replaced (BPDA), and named so.
+
+    Raises:
+        ConfigError: the model has no such submodule, or no attack takes gradients.
+    """
+    from learn2perturb.attacks import BPDA, bpda
+
+    with bpda(model, modules):  # refused before anything is computed
+        pass
+    if not any(attack.needs_gradient for attack in attacks.values()):
+        raise ConfigError(f"--bpda {modules} replaces gradients, and no attack takes any; add one such as pgd20")
+    found: dict[str, Attack] = {}
+    for name, attack in attacks.items():
+        if attack.needs_gradient:
+            found[f"{name}+bpda"] = BPDA(attack=attack, modules=modules)
+        else:
+            found[name] = attack
+    return found
+
+
+def unconverged(result: Evaluation) -> list[str]:
+    """Say of which rows the search for the least norm had not converged, and on how many images."""
+    notes = []
+    for row in result.rows:
+        rising, falling = row.c_rising or 0, row.loss_falling or 0
+        if rising or falling:
+            notes.append(
+                f"{row.label}: no constant was large enough for {rising / row.n:.1%} of the images, and the objective "
+                f"of {falling / row.n:.1%} was still falling: more effort finds more; cw-strong makes it"
+            )
     return notes
 
 

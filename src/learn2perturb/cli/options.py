@@ -265,8 +265,11 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "apgd-t": ("apgd_t", {}),
     "eot-apgd-ce": ("apgd", {"eot": EOT_DRAWS}),
     "square": ("square", {}),
+    "spsa": ("spsa", {}),
+    "surrogate": ("surrogate", {}),
     # These have sizes of their own: the least norm found, and a number of pixels.
     "cw": ("cw", {}),
+    "cw-strong": ("cw", {"lr": 1e-2, "steps": 2000, "search_steps": 12}),
     "pixel1": ("few_pixel", {"eps": 1}),
     "pixel2": ("few_pixel", {"eps": 2}),
     "pixel3": ("few_pixel", {"eps": 3}),

@@ -56,6 +56,7 @@ _CONFIDENCE = 0.95
 _RESAMPLES = 2000
 _ZERO_GRADIENTS = 0.05  # of the images, from which on it is said aloud that their gradients are zero
 _PROBED = 8  # images
+_COUNTS = ("zero_gradients", "c_rising", "loss_falling")  # of images, in an attack's result and in the row
 _FIRST_PASS: tuple[str, int] = ("probe", 0)  # its stream of draws
 
 
@@ -289,7 +290,7 @@ class _RowRun:
         self.totals = dict.fromkeys(("linf", "l2", "forward_passes", "backward_passes"), 0.0)
         self.seconds = 0.0
         self.fits = Halving()
-        self.zero_gradients: int | None = None
+        self.counts: dict[str, int] = {}
 
     def compile_if_long(self, pixels: int, rows: int) -> None:
         """Attack in compiled passes of ``rows`` images if that is worth it for ``pixels``: all images, once."""
@@ -339,8 +340,10 @@ class _RowRun:
         self.totals["forward_passes"] += result.forward_passes * len(x)
         self.totals["backward_passes"] += result.backward_passes * len(x)
         self.seconds += result.seconds
-        if result.zero_gradients is not None:
-            self.zero_gradients = result.zero_gradients + (self.zero_gradients or 0)
+        for name in _COUNTS:
+            count = getattr(result, name)
+            if count is not None:
+                self.counts[name] = self.counts.get(name, 0) + count
         return result.x_adv.to(x.dtype).contiguous()
 
     def _score(self, model: Model, x: Tensor, batch: int) -> None:
@@ -390,7 +393,9 @@ class _RowRun:
                 l2=self.totals["l2"] / size,
                 forward_passes=self.totals["forward_passes"] / size,
                 backward_passes=self.totals["backward_passes"] / size,
-                zero_gradients=self.zero_gradients,
+                zero_gradients=self.counts.get("zero_gradients"),
+                c_rising=self.counts.get("c_rising"),
+                loss_falling=self.counts.get("loss_falling"),
                 **found,
             )
 

@@ -50,6 +50,7 @@ class Row:
     scorings.  ``linf`` and ``l2`` are mean sizes of the perturbation; passes are image passes of the attack per image.
     ``correct`` (draws, n) and ``predictions`` (draws, n) are what all accuracies follow from.
     ``zero_gradients`` counts the images whose gradient was exactly zero at the attack's first step (None: it has none).
+    ``c_rising`` and ``loss_falling`` count the images on which the search of C&W had not converged (``AttackResult``).
     """
 
     attack: str
@@ -75,6 +76,8 @@ class Row:
     predictions: PackedIntegers
     pooled: tuple[PooledScore, ...] = ()
     zero_gradients: int | None = None
+    c_rising: int | None = None
+    loss_falling: int | None = None
 
     @property
     def label(self) -> str:
