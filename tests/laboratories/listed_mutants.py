@@ -88,6 +88,10 @@ LISTED = (
            "        if self.replay is not None and self.training:\n", ("tests/noise",)),
 )  # fmt: skip
 
+_BLACK_AND_WHITE = (
+    "images = torch.cat([x, torch.rand_like(x), torch.zeros_like(x[:1]), torch.ones_like(x[:1])]).requires_grad_()"
+)
+
 # (path, line of the source without its indent, before, after) -> why nobody can see the difference
 EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ("attacks/square.py", "return (x + eps * _signs(x, x.shape[1], 1, x.shape[3])).clamp_(0.0, 1.0)",
@@ -105,4 +109,154 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "torch.rand((), device=like.device) > 0.5", "(torch.rand((), device=like.device)) >= (0.5)"):
         "one number in 2^24 is 0.5",
     ("attacks/square.py", "side = max(side, 3) | 1  # odd, so that a bump has a centre", "3", "2"): "2 | 1 is 3, too",
+    ("evaluation/certification.py",
+     "wrong = np.flatnonzero(~((radii >= least - _ROUNDING) & (radii <= most + _ROUNDING)))",
+     "radii >= least - _ROUNDING",
+     "(radii) > (least - _ROUNDING)"):
+        "an allowance for rounding has no exact edge",
+    ("evaluation/certification.py",
+     "wrong = np.flatnonzero(~((radii >= least - _ROUNDING) & (radii <= most + _ROUNDING)))",
+     "radii <= most + _ROUNDING",
+     "(radii) < (most + _ROUNDING)"):
+        "an allowance for rounding has no exact edge",
+    ("evaluation/certificates.py",
+     "_DELTAS = np.arange(0.001, 0.3, 0.0005)",
+     "0.3",
+     "0.6"):
+        "beyond 0.3 no delta is the best of all",
+    ("evaluation/first_noise.py",
+     "_CHUNK = 64  # basis images in one pass",
+     "64",
+     "65"):
+        "memory and time only",
+    ("evaluation/first_noise.py",
+     "_CHUNK = 64  # basis images in one pass",
+     "64",
+     "63"):
+        "memory and time only",
+    ("evaluation/first_noise.py",
+     "_PROBES = 8",
+     "8",
+     "9"):
+        "one probe more or less",
+    ("evaluation/first_noise.py",
+     "_PROBES = 8",
+     "8",
+     "7"):
+        "one probe more or less",
+    ("evaluation/first_noise.py",
+     'elif getattr(module, "relative", False):',
+     "False",
+     "True"):
+        "every such module has the attribute",
+    ("evaluation/first_noise.py",
+     _BLACK_AND_WHITE,
+     "1",
+     "2"):
+        "one image of zeros, or two",
+    ("evaluation/first_noise.py",
+     "other = torch.cat([other, 1 - x])",
+     "1 - x",
+     "(1) + (x)"):
+        "other images than the first, whichever",
+    ("evaluation/first_noise.py",
+     "other = torch.cat([other, 1 - x])",
+     "1",
+     "2"):
+        "other images than the first, whichever",
+    ("evaluation/first_noise.py",
+     "tried = torch.rand(_PROBES, *shape).to(zero) * 2 - 1",
+     "torch.rand(_PROBES, *shape).to(zero) * 2 - 1",
+     "(torch.rand(_PROBES, *shape).to(zero) * 2) + (1)"):
+        "other random images",
+    ("evaluation/first_noise.py",
+     "tried = torch.rand(_PROBES, *shape).to(zero) * 2 - 1",
+     "torch.rand(_PROBES, *shape).to(zero) * 2",
+     "(torch.rand(_PROBES, *shape).to(zero)) / (2)"):
+        "other random images",
+    ("evaluation/first_noise.py",
+     "tried = torch.rand(_PROBES, *shape).to(zero) * 2 - 1",
+     "2",
+     "3"):
+        "other random images",
+    ("evaluation/first_noise.py",
+     "tried = torch.rand(_PROBES, *shape).to(zero) * 2 - 1",
+     "2",
+     "1"):
+        "other random images",
+    ("evaluation/first_noise.py",
+     "tried = torch.rand(_PROBES, *shape).to(zero) * 2 - 1",
+     "1",
+     "2"):
+        "other random images",
+    ("evaluation/first_noise.py",
+     "if not bool((reached <= allowed * (1 + _ROUNDING) + _ROUNDING).all()):",
+     "reached <= allowed * (1 + _ROUNDING) + _ROUNDING",
+     "(reached) < (allowed * (1 + _ROUNDING) + _ROUNDING)"):
+        "an allowance for rounding has no exact edge",
+    ("evaluation/first_noise.py",
+     "if not bool((reached <= allowed * (1 + _ROUNDING) + _ROUNDING).all()):",
+     "allowed * (1 + _ROUNDING)",
+     "(allowed) / (1 + _ROUNDING)"):
+        "an allowance for rounding has no exact size",
+    ("evaluation/first_noise.py",
+     "if not bool((reached <= allowed * (1 + _ROUNDING) + _ROUNDING).all()):",
+     "1 + _ROUNDING",
+     "(1) - (_ROUNDING)"):
+        "an allowance for rounding has no exact size",
+    ("evaluation/first_noise.py",
+     "if logits.requires_grad or float((rows - rows[:1]).abs().max()) > _ROUNDING * (1 + float(rows.abs().max())):",
+     "float((rows - rows[:1]).abs().max()) > _ROUNDING * (1 + float(rows.abs().max()))",
+     "(float((rows - rows[:1]).abs().max())) >= (_ROUNDING * (1 + float(rows.abs().max())))"):
+        "an allowance for rounding has no exact edge",
+    ("evaluation/first_noise.py",
+     "if error > 1e-7 * (1 + float(between.abs().max())):",
+     "error > 1e-7 * (1 + float(between.abs().max()))",
+     "(error) >= (1e-07 * (1 + float(between.abs().max())))"):
+        "an allowance for rounding has no exact edge",
+    ("evaluation/result.py",
+     "if 0 < round(steps) < 255 and abs(steps - round(steps)) < 1e-6:",
+     "abs(steps - round(steps)) < 1e-6",
+     "(abs(steps - round(steps))) <= (1e-06)"):
+        "an allowance for rounding has no exact edge",
+    ("evaluation/result.py",
+     "if isinstance(one, Interval) and isinstance(other, Interval):",
+     "isinstance(one, Interval) and isinstance(other, Interval)",
+     "(isinstance(one, Interval)) or (isinstance(other, Interval))"):
+        "types are checked when a record is read",
+    ("evaluation/result.py",
+     "if isinstance(one, Mapping) and isinstance(other, Mapping):",
+     "isinstance(one, Mapping) and isinstance(other, Mapping)",
+     "(isinstance(one, Mapping)) or (isinstance(other, Mapping))"):
+        "types are checked when a record is read",
+    ("evaluation/result.py",
+     "if isinstance(one, tuple) and isinstance(other, tuple):",
+     "isinstance(one, tuple) and isinstance(other, tuple)",
+     "(isinstance(one, tuple)) or (isinstance(other, tuple))"):
+        "types are checked when a record is read",
+    ("evaluation/comparison.py",
+     "tested = self.mcnemar_holm < 1 - self.interval.confidence",
+     "self.mcnemar_holm < 1 - self.interval.confidence",
+     "(self.mcnemar_holm) <= (1 - self.interval.confidence)"):
+        "1 - 0.95 is no p-value that occurs",
+    ("evaluation/comparison.py",
+     "if weights[0] is not None and weights[0] == weights[1]:",
+     "0",
+     "1"):
+        "what is equal is None on both sides or on neither",
+    ("evaluation/radii.py",
+     "classes = checked_logits(model, x[:1]).shape[1]",
+     "1",
+     "2"):
+        "all images have as many classes",
+    ("evaluation/radii.py",
+     'noise = sigma if method == "smoothing" else None',
+     'sigma if method == "smoothing" else None',
+     "sigma"):
+        "sigma is given for smoothing only",
+    ("evaluation/radii.py",
+     "rows = rows + sigma * torch.empty_like(rows).normal_()",
+     "rows + sigma * torch.empty_like(rows).normal_()",
+     "(rows) - (sigma * torch.empty_like(rows).normal_())"):
+        "the noise is symmetric",
 }  # fmt: skip

@@ -1,0 +1,147 @@
+"""The rows of an evaluation, field by field, and the settings of ``evaluate`` at their edges."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from learn2perturb.attacks import FGSM, PGD, Attack
+from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.evaluation import evaluate
+from learn2perturb.noise import perturb
+
+X = torch.rand(40, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(40) % 2
+
+
+def plain(x: Tensor) -> Tensor:
+    score = x.flatten(1).mean(dim=1, keepdim=True)
+    return torch.cat([3 * score, 1.5 + 0 * score], dim=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift(Attack):
+    """Moves every pixel by eps and says so."""
+
+    def perturb(self, query: Any, x: Tensor, y: Tensor) -> Tensor:
+        query.logits(x)
+        return x + self.eps
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.flatten(1))
+
+
+def noisy() -> nn.Module:
+    torch.manual_seed(0)
+    return perturb(Net().eval(), input_shape=(1, 2, 2), sites="fc", init=0.5)
+
+
+def test_the_fields_of_clean_and_attacked_rows():
+    clean, attacked = evaluate(plain, (X * 0.5, Y), {"shift": Shift(0.1)}, batch_size=15).rows
+    assert (clean.attack, clean.attack_type, clean.parameters, clean.eps) == ("clean", None, {}, None)
+    assert (clean.linf, clean.l2, clean.forward_passes, clean.backward_passes, clean.seconds) == (0, 0, 0, 0, 0)
+    assert clean.zero_gradients is None
+    assert (attacked.attack, attacked.attack_type, attacked.eps) == ("shift", "Shift", 0.1)
+    assert attacked.linf == pytest.approx(0.1, abs=1e-6)
+    assert attacked.l2 == pytest.approx(0.2, abs=1e-6)  # of four pixels
+    assert (attacked.forward_passes, attacked.backward_passes) == (1, 0)
+    assert 0 < attacked.seconds < 60
+    for row in (clean, attacked):
+        assert (row.noise, row.stochastic, row.predictor, row.members, row.draws, row.n) == (
+            True, False, "single", 1, 1, 40,
+        )  # fmt: skip
+
+
+def test_one_draw_has_one_member_whatever_is_asked_for_ensembles():
+    found = evaluate(noisy(), (X, Y), draws=3, members=5, predictor=["single", "vote"])
+    assert [(row.predictor, row.noise, row.members, row.draws) for row in found.rows] == [
+        ("single", True, 1, 3), ("vote", True, 5, 3), ("single", False, 1, 1),
+    ]  # fmt: skip
+
+
+def test_noise_is_on_but_for_the_rows_that_say_so():
+    found = evaluate(noisy(), (X, Y), draws=20)
+    on, off = found.rows
+    assert (on.noise, on.stochastic, off.noise, off.stochastic) == (True, True, False, False)
+    assert on.std > 0
+    assert off.std is None
+    assert [score.predictor for score in on.pooled] == ["vote", "mean_probability"]
+    once = evaluate(noisy(), (X, Y), draws=1).rows[0]
+    assert (once.std, once.pooled) == (None, ())
+    assert [score.members for score in evaluate(noisy(), (X, Y), draws=2).rows[0].pooled] == [2, 2]
+
+
+@pytest.mark.parametrize(("zero", "warned"), [(1, False), (2, True), (40, True)])
+def test_zero_gradients_are_told_from_a_twentieth_of_the_images_on(zero, warned):
+    def flat(x: Tensor) -> Tensor:
+        """No gradient where the first pixel is 0."""
+        return plain(x * x[:, :, :1, :1].detach().sign())
+
+    x = X.clamp_min(0.01)
+    x[:zero, 0, 0, 0] = 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        row = evaluate(flat, (x, Y), {"fgsm": FGSM(0.001)}, batch_size=15).row("fgsm")
+    assert row.zero_gradients == zero
+    assert any("is exactly zero at the first step" in str(one.message) for one in caught) is warned
+
+
+def test_a_list_of_sizes_is_for_attacks_that_have_one():
+    attacks = {"pgd": PGD(0.3, 0.1, 1)}
+    found = evaluate(plain, (X, Y), attacks, eps=[0.1, 0.2, 0.1])
+    assert [row.eps for row in found.rows] == [None, 0.1, 0.2]  # each once
+    assert [row.eps for row in evaluate(plain, (X, Y), attacks, eps=0.2).rows] == [None, 0.2]
+    assert [row.eps for row in evaluate(plain, (X, Y), attacks).rows] == [None, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "reason"),
+    [
+        ({"attacks": [PGD()]}, ConfigError, "attacks is a list, must map names to attacks"),
+        ({"attacks": {"pgd": PGD}}, ConfigError, "attack 'pgd' is the class PGD, must be an Attack"),
+        ({"attacks": {"pgd": 3}}, ConfigError, "attack 'pgd' is a int, must be an Attack"),
+        ({"attacks": {"": PGD()}}, ConfigError, "an attack is named ''"),
+        ({"attacks": {"clean": PGD()}}, ConfigError, "an attack is named 'clean'"),
+        ({"attacks": {3: PGD()}}, ConfigError, "an attack is named 3"),
+        ({"attacks": {"pgd": PGD(targeted=True)}}, ConfigError, "attack 'pgd' is targeted"),
+        ({"attacks": {"pgd": PGD()}, "eps": []}, ConfigError, "eps is an empty list"),
+        ({"attacks": {"pgd": PGD()}, "eps": object()}, ConfigError, "eps is a object, must be a number or a list"),
+        (
+            {"attacks": {"a": PGD(), "b": PGD(0.5, norm="l2")}, "eps": 0.1},
+            ConfigError,
+            "eps would be the radius of attacks of norms l2 and linf",
+        ),
+        ({"predictor": 3}, ConfigError, "predictor is 3, must be one or more of single, vote"),
+        ({"predictor": []}, ConfigError, "predictor is an empty list"),
+        ({"predictor": "voted"}, UnknownNameError, "did you mean 'vote'"),
+        ({"seed": -1}, ConfigError, "seed is -1, must be a whole number >= 0"),
+        ({"seed": True}, ConfigError, "seed is True"),
+        ({"seed": 1.0}, ConfigError, "seed is 1.0"),
+        ({"limit": 0}, ConfigError, "limit"),
+        ({"draws": 0}, ConfigError, "draws"),
+        ({"members": 0}, ConfigError, "members"),
+        ({"batch_size": 0}, ConfigError, "batch_size"),
+    ],
+)
+def test_settings_that_are_refused(settings, error, reason):
+    with pytest.raises(error, match=reason):
+        evaluate(plain, (X, Y), **settings)
+
+
+def test_settings_at_their_least():
+    found = evaluate(plain, (X, Y), seed=0, limit=1, draws=1, members=1, batch_size=1)
+    assert (found.seed, found.rows[0].n, found.metadata["limit"], found.metadata["batch_size"]) == (0, 1, 1, 1)
+    assert (found.confidence, found.resamples, found.num_classes) == (0.95, 2000, 2)
+    twice = evaluate(plain, (X, Y), predictor=["vote", "single", "vote"])
+    assert [row.predictor for row in twice.rows] == ["vote", "single"]
