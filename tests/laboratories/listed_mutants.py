@@ -84,7 +84,7 @@ LISTED = (
            ("tests/attacks/test_square.py",)),
     Listed("the batch-size check tolerates more", "evaluation/inputs.py", "_TOLERANCE = 1e-3", "_TOLERANCE = 5e-1",
            ("tests/evaluation",)),
-    Listed("replay only while training", "noise/feature.py", "        if self.replay is not None:\n",
+    Listed("replay only while training", "noise/base.py", "        if self.replay is not None:\n",
            "        if self.replay is not None and self.training:\n", ("tests/noise",)),
 )  # fmt: skip
 
