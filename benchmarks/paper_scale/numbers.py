@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shlex
 
-import numpy as np
-
 from benchmarks.paper_scale.plan import PLAN, Cell, Plan
 from benchmarks.paper_scale.state import State
-from learn2perturb.evaluation import Row, paired_bootstrap
+from learn2perturb.evaluation import Row
+from learn2perturb.evaluation.intervals import Scores, paired_difference
 
 MISSING = "missing"
 CLEAN = "clean"
@@ -29,7 +28,7 @@ def row_of(plan: Plan, state: State, run: str, cell: str, *, noise: bool = True)
 
 
 def accuracy(row: Row | None) -> str:
-    """Return accuracy in %, its deviation over draws, and its interval over images."""
+    """Return accuracy in %, its deviation over draws, and its interval over images and draws."""
     if row is None:
         return MISSING
     spread = "" if row.std is None else f" ± {100 * row.std:.2f}"
@@ -40,8 +39,8 @@ def lead(first: Row | None, second: Row | None) -> str:
     """Return ``first`` less ``second`` in points, paired over the same images, with its interval."""
     if first is None or second is None or first.n != second.n:
         return MISSING
-    left, right = (np.asarray(row.correct.unpack(), dtype=np.float64).mean(axis=0) for row in (first, second))
-    found = paired_bootstrap(left, right)
+    left, right = (Scores(row.correct.unpack(), random=row.stochastic) for row in (first, second))
+    found = paired_difference(left, right)
     return f"{100 * found.mean:+.2f} [{100 * found.interval.low:+.2f}, {100 * found.interval.high:+.2f}]"
 
 

@@ -65,7 +65,7 @@ def publish(plan: Plan, state: State, run: str, folder: Path | None = None) -> P
         "",
         "## Numbers",
         "",
-        "Accuracy in %; brackets: 95 % intervals over images; ±: over scoring draws that no attack has seen.",
+        "Accuracy in %; brackets: 95 % intervals over images and draws; ±: over scoring draws that no attack has seen.",
         "",
         *_numbers(plan, state, run),
         "",

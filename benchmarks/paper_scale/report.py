@@ -38,8 +38,8 @@ def write_report(plan: Plan, state: State, out: Path) -> Path:
         [
             "# Paper scale",
             "",
-            f"Plan: `{plan.path.name}`. Accuracy in % on {_images(plan, state)}; brackets: 95 % intervals over images;",
-            "±: deviation over scoring draws that no attack has seen.",
+            f"Plan: `{plan.path.name}`. Accuracy in % on {_images(plan, state)};",
+            "brackets: 95 % intervals over images and draws; ±: deviation over scoring draws that no attack has seen.",
         ],
         ["## The paper's table 1 beside ours", "", *_paper(plan, state)],
         ["## Every cell", "", *_cells(plan, state)],

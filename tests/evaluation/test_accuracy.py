@@ -76,7 +76,7 @@ def test_draws_have_the_closed_form_mean_std_vote_and_worst_of_n() -> None:
     assert vote["vote"].accuracy == pytest.approx(stats.binom.sf(49, 100, P), abs=0.001)
     assert vote["vote"].note == vote["mean_probability"].note == POOLED_NOTE
     assert row.interval.low <= P <= row.interval.high
-    assert row.interval.method == "bootstrap"
+    assert row.interval.method == "two-way"
     assert row.interval.high - row.interval.low == pytest.approx(2 * 1.96 * one / 10, rel=0.2)
 
 

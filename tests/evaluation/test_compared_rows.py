@@ -33,7 +33,7 @@ def row(attack: str = "clean", count: int = 40, **changes: Any) -> Row:
         "members": 1, "linf": 0.0, "l2": 0.0, "forward_passes": 0.0, "backward_passes": 0.0, "seconds": 0.0,
     } | changes  # fmt: skip
     given = values.pop("predictions", right(count))
-    found = statistics(given, LABELS, {}, stochastic=values["stochastic"], seed=0, confidence=0.95, resamples=50)
+    found = statistics(given, LABELS, {}, stochastic=values["stochastic"], batches=(), confidence=0.95)
     return Row(**values | found)
 
 
@@ -182,11 +182,10 @@ def test_the_numbers_of_a_difference():
     assert (one.first_accuracy, one.second_accuracy, one.n) == (50 / 60, 40 / 60, 60)
     assert one.difference == pytest.approx(10 / 60)
     assert one.standard_error == pytest.approx(np.sqrt(10 / 60 * 50 / 60 / 60), rel=0.05)
-    assert one.interval.resamples == 10_000
+    assert (one.interval.method, one.interval.resamples, one.test) == ("two-way", 0, "mcnemar")
     p = mcnemar(right(50)[0] == 0, right(40)[0] == 0)
-    assert (one.mcnemar, one.mcnemar_holm) == (p, 2 * p)  # Holm: the smaller of two
+    assert (one.mcnemar, one.mcnemar_holm) == (one.p_value, one.p_holm) == (p, 2 * p)  # Holm: the smaller of two
     assert (other.mcnemar, other.mcnemar_holm) == (1.0, 1.0)
-    assert found.metadata["resamples"] == 10_000
     assert found.metadata["weights"] == ["aa", "bb"]
     assert found.metadata["steps"] == [None, None]
     assert found.confidence == 0.95
@@ -237,8 +236,9 @@ def test_the_printed_comparison():
         "  fgsm of the first",
         "note: a note",
         "",
-        "Difference: first less second; 90 % interval: paired bootstrap over images.",
-        "McNemar: exact, on one scoring of each; Holm's correction for 2 rows.",
+        "Difference: first less second; 90 % interval: paired, over images and draws.",
+        "McNemar: exact, of networks without noise; t: over images and draws.",
+        "Both with Holm's correction for 2 rows.",
         "One training seed of each: the interval says nothing about other seeds.",
     ]
     short = str(Comparison("one", "two", (BETTER,), 0.95, {"steps": [None, 5]}))

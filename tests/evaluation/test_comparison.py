@@ -168,6 +168,8 @@ def test_records_from_before_the_hashes_load_and_say_so(tmp_path):
 def test_better_needs_the_interval_and_the_test():
     real = compare(evaluation(0.9), evaluation(0.7)).differences[0]
     assert "is better" in real.sentence
-    assert "neither" in dataclasses.replace(real, mcnemar_holm=0.06).sentence
-    assert "is better" in dataclasses.replace(real, mcnemar_holm=0.04).sentence
+    assert "neither" in dataclasses.replace(real, p_holm=0.06).sentence
+    assert "is better" in dataclasses.replace(real, p_holm=0.04).sentence
+    before = dataclasses.replace(real, p_holm=None, p_value=None)  # a record of version 1
+    assert "neither" in dataclasses.replace(before, mcnemar_holm=0.06).sentence
     assert "neither" in dataclasses.replace(real, interval=dataclasses.replace(real.interval, low=-0.01)).sentence

@@ -22,6 +22,7 @@ from learn2perturb.evaluation.diagnostics import BUDGETS, CHECKS, QUICK, Diagnos
 from learn2perturb.evaluation.diagnostics.blackbox import SURROGATE
 from learn2perturb.evaluation.diagnostics.draws import gradient_slope, row_slope
 from learn2perturb.evaluation.diagnostics.verdict import Draft, Statement, conclude, judge
+from learn2perturb.evaluation.intervals import Scores
 from learn2perturb.evaluation.significance import exceeds, holm
 from learn2perturb.noise import fixed_noise, perturb, perturb_weights
 
@@ -466,32 +467,32 @@ def test_one_unlucky_draw_among_many_points_is_no_break():
 
 
 def claim(difference: np.ndarray, *, absolute: bool = False, allowed: float = 0.0) -> Draft:
-    zero = np.zeros_like(difference)
-    return Draft(1, "good", (Statement("text", "broken", difference, zero, allowed, absolute),))
+    scores = [Scores(right[None]) for right in (difference > 0, difference < 0)]
+    return Draft(1, "good", (Statement("text", "broken", *scores, allowed, absolute),))
 
 
 def test_a_claim_fails_beyond_two_standard_errors_only():
     values = np.array([1.0] * 60 + [0.0] * 20 + [-1.0] * 20)
-    assert judge([claim(values)], 0)[0].status == "failed"
-    assert judge([claim(values, allowed=0.4)], 0)[0].status == "passed"
-    assert judge([claim(-values)], 0)[0].status == "passed"
-    assert judge([claim(-values, absolute=True)], 0)[0].status == "failed"
+    assert judge([claim(values)])[0].status == "failed"
+    assert judge([claim(values, allowed=0.4)])[0].status == "passed"
+    assert judge([claim(-values)])[0].status == "passed"
+    assert judge([claim(-values, absolute=True)])[0].status == "failed"
     both = np.array([1.0] * 29 + [0.0] * 56 + [-1.0] * 15)  # 2.2 standard errors: enough for one side, not for two
-    assert judge([claim(both)], 0)[0].status == "failed"
-    assert judge([claim(both, absolute=True)], 0)[0].status == "passed"
+    assert judge([claim(both)])[0].status == "failed"
+    assert judge([claim(both, absolute=True)])[0].status == "passed"
     near = np.array([1.0] * 30 + [0.0] * 50 + [-1.0] * 20)
-    assert judge([claim(near)], 0)[0].status == "passed"
+    assert judge([claim(near)])[0].status == "passed"
     strict = dataclasses.replace(claim(near).claims[0], strict=True)
-    doubtful = judge([dataclasses.replace(claim(near), claims=(strict,))], 0)[0]
+    doubtful = judge([dataclasses.replace(claim(near), claims=(strict,))])[0]
     assert doubtful.status == "not shown"
     assert "may be chance" in doubtful.sentence
 
 
 def test_many_claims_are_corrected():
     values = np.array([1.0] * 38 + [0.0] * 42 + [-1.0] * 20)  # 2.4 standard errors
-    assert judge([claim(values)], 0)[0].status == "failed"
+    assert judge([claim(values)])[0].status == "failed"
     rest = [claim(np.zeros(100)) for _ in range(20)]
-    checks = judge([claim(values), *rest], 0)
+    checks = judge([claim(values), *rest])
     assert [check.status for check in checks] == ["passed"] * 21
     assert checks[0].claims[0].adjusted > checks[0].claims[0].p_value
 
@@ -501,12 +502,12 @@ def test_honest_models_seldom_fail_by_chance():
     failures = 0
     for _ in range(40):
         drafts = [claim(rng.choice([-1.0, 0.0, 1.0], 100, p=[0.1, 0.8, 0.1])) for _ in range(20)]
-        failures += any(check.status == "failed" for check in judge(drafts, 0))
+        failures += any(check.status == "failed" for check in judge(drafts))
     assert failures <= 5  # uncorrected it is a third of them
 
 
 def test_few_images_pass_nothing():
-    checks = judge([claim(np.zeros(50))], 0)
+    checks = judge([claim(np.zeros(50))])
     assert conclude(checks, lowest="x", accuracy=0.5, n=99, eps="linf 8/255")[0] == "not shown"
     assert conclude(checks, lowest="x", accuracy=0.5, n=100, eps="linf 8/255")[0] == "trusted"
 

@@ -132,7 +132,7 @@ def test_majority_breaks_ties_to_the_smallest_class() -> None:
 
 def test_which_interval() -> None:
     assert accuracy_interval(CORRECT[:1]).method == "wilson"
-    assert accuracy_interval(CORRECT).method == "bootstrap"
+    assert accuracy_interval(CORRECT).method == "two-way"
     never = accuracy_interval(np.zeros((10, 50), dtype=bool))  # a bootstrap of zeros would claim [0, 0]
     assert never == wilson(0, 50)
 

@@ -16,6 +16,7 @@ from learn2perturb.evaluation.diagnostics import QUICK, truth
 from learn2perturb.evaluation.diagnostics.measure import Attacked, Bench, Subject
 from learn2perturb.evaluation.diagnostics.truth import Ratios, ratios, true_gradient
 from learn2perturb.evaluation.diagnostics.verdict import judge
+from learn2perturb.evaluation.intervals import Scores
 from learn2perturb.evaluation.passes import Model
 
 BUDGET = dataclasses.replace(QUICK, name="few", images=24, some=24, scorings=2, eot=1, sweep_eot=1)
@@ -105,11 +106,11 @@ def diagnosed(model: Model, *, left: float = 0.0, rivals: float | None = None):
     def leaving(share: float) -> Attacked:
         right = torch.zeros(2, 24, dtype=torch.bool).numpy()
         right[:, : round(24 * share)] = True
-        return Attacked("canned", bench.x, right)
+        return Attacked("canned", bench.x, Scores(right))
 
     other = leaving(left if rivals is None else rivals)
     draft = true_gradient(bench, ratios(bench), leaving(left), other, {"twin": other})
-    return judge([draft], 0)[0], bench
+    return judge([draft])[0], bench
 
 
 def test_a_true_gradient_passes_without_another_attack():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from learn2perturb.errors import CheckpointError
 from learn2perturb.evaluation import Certification, Evaluation, certify, evaluate
 from learn2perturb.evaluation.certificates import gaussian_dp_radius, laplace_radius, vote_bounds
 from learn2perturb.evaluation.diagnostics import QUICK, diagnose
+from learn2perturb.evaluation.intervals import accuracy_interval, bootstrap_mean
 from learn2perturb.models import build_model
 from learn2perturb.records import PackedIntegers
 
@@ -41,12 +44,40 @@ def test_a_true_record_loads(record, tmp_path):
     assert Evaluation.load(record.save(tmp_path / "a.json")) == record
 
 
-def test_an_interval_that_was_drawn_elsewhere_is_replaced_by_the_one_drawn_here(record, tmp_path):
-    row = record.rows[1]
-    assert row.interval.method == "bootstrap"
-    moved = dataclasses.replace(row.interval, low=row.interval.low + 1e-3)
-    foreign = dataclasses.replace(record, rows=(record.rows[0], dataclasses.replace(row, interval=moved)))
-    assert Evaluation.load(foreign.save(tmp_path / "elsewhere.json")) == record
+def first_version(record: Evaluation, moved: float = 0.0) -> Evaluation:
+    """The same as it was recorded before: a bootstrap over images, and nothing of the passes."""
+    rows = []
+    for row in record.rows:
+        drawn = bootstrap_mean(row.correct.unpack().mean(axis=0), 2000, record.seed).interval
+        rows.append(dataclasses.replace(row, interval=dataclasses.replace(drawn, low=drawn.low + moved)))
+    return dataclasses.replace(record, rows=tuple(rows), resamples=2000, batches=None)
+
+
+_FIRST_INTERVAL = ("low", "high", "confidence", "method", "resamples")
+
+
+def written_as_first(record: Evaluation, path: Path) -> Path:
+    payload = json.loads(record.save(path).read_text())
+    fields = {key: value for key, value in payload.items() if key not in ("checksum", "batches")} | {"version": 1}
+    for row in fields["rows"]:
+        for holder in (row, *row["pooled"]):
+            holder["interval"] = {key: holder["interval"][key] for key in _FIRST_INTERVAL}
+    path.write_text(json.dumps(fields))
+    return path
+
+
+@pytest.mark.parametrize("moved", [0.0, 1e-3])  # a bootstrap drawn elsewhere differs a little
+def test_a_record_of_the_first_version_loads_with_the_interval_of_its_bits(moved, record, tmp_path):
+    loaded = Evaluation.load(written_as_first(first_version(record, moved), tmp_path / "old.json"))
+    for row, new in zip(loaded.rows, record.rows, strict=True):
+        assert row.interval == accuracy_interval(row.correct.unpack())
+        assert (row.interval.method, row.accuracy) == ("two-way", new.accuracy)
+    assert Evaluation.load(loaded.save(tmp_path / "again.json")) == loaded
+
+
+def test_a_record_of_the_first_version_is_still_checked(record, tmp_path):
+    with pytest.raises(CheckpointError, match="interval"):
+        Evaluation.load(written_as_first(first_version(record, 0.2), tmp_path / "forged.json"))
 
 
 @pytest.mark.parametrize("field", ["accuracy", "std", "interval", "worst_of", "pooled", "n", "draws"])

@@ -18,6 +18,7 @@ from learn2perturb.evaluation.diagnostics.blackbox import OWN
 from learn2perturb.evaluation.diagnostics.draws import Slope, _told
 from learn2perturb.evaluation.diagnostics.measure import Attacked, Bench, Subject
 from learn2perturb.evaluation.diagnostics.verdict import Draft, judge
+from learn2perturb.evaluation.intervals import Scores
 from learn2perturb.evaluation.passes import Model
 
 N, SCORINGS = 200, 200
@@ -28,10 +29,11 @@ BUDGET = dataclasses.replace(
 
 
 def measured(accuracy: float, n: int = N) -> Attacked:
-    """As many scorings of each image are right as ``accuracy`` says, so that differences have no spread."""
+    """Of each image and of each scoring as many are right as ``accuracy`` says, so that differences have no spread."""
     right = round(accuracy * SCORINGS)
     assert right == pytest.approx(accuracy * SCORINGS)
-    return Attacked("canned", torch.zeros(n, 1, 1, 1), np.arange(SCORINGS)[:, None].repeat(n, axis=1) < right)
+    turned = (np.arange(SCORINGS)[:, None] + np.arange(n)) % SCORINGS
+    return Attacked("canned", torch.zeros(n, 1, 1, 1), Scores(turned < right, random=True))
 
 
 class Canned:
@@ -52,7 +54,7 @@ class Canned:
 
 
 def status(draft: Draft) -> str:
-    return judge([draft], 0)[0].status
+    return judge([draft])[0].status
 
 
 def says(value: bool) -> str:
@@ -127,7 +129,7 @@ def test_8_the_best_may_be_two_points_ahead(best, fails, monkeypatch):
     bench = Canned(dict.fromkeys((*varied, "target 1", "2 restarts"), 0.5))
     bench.mean_logits, bench.vote = lambda *_: torch.zeros(N, 10), lambda *_: 0.5
     bench.assembled = lambda *_: measured(best)
-    bench.score = lambda *_: measured(0.5).correct
+    bench.score = lambda *_: measured(0.5).scores
     monkeypatch.setattr(whitebox, "_winners", lambda *_: np.zeros(N, dtype=np.int64))
     draft = whitebox.losses(bench, measured(0.5))
     assert status(draft) == says(fails)
@@ -146,14 +148,14 @@ def test_8_the_best_may_be_two_points_ahead(best, fails, monkeypatch):
     ],
 )
 def test_9_a_tenth_and_two_errors_off_the_slope_of_independence(value, error, expected):
-    check = judge([_told(Slope(value, error), Slope(-1.0, 0.0), rows_differ=True)], 0)[0]
+    check = judge([_told(Slope(value, error), Slope(-1.0, 0.0), rows_differ=True)])[0]
     assert check.status == expected
     assert check.notes == ()
 
 
 @pytest.mark.parametrize(("value", "noted"), [(-0.91, False), (-0.89, True), (0.0, True)])
 def test_9_draws_that_rows_share_are_a_note(value, noted):
-    check = judge([_told(Slope(-1.0, 0.0), Slope(value, 0.0), rows_differ=True)], 0)[0]
+    check = judge([_told(Slope(-1.0, 0.0), Slope(value, 0.0), rows_differ=True)])[0]
     assert check.status == "passed"
     assert [("EOT must average over fresh passes" in note) for note in check.notes] == [True] * noted
 
@@ -181,7 +183,8 @@ def best_of(bench: Bench, images: list[Tensor]) -> Attacked:
     best = bench.assembled("best", pool, whitebox._winners(bench, pool))
     # The score of each image is one that an attack has: made by draws that chose nothing, and no better by luck.
     same = [
-        (part.x == best.x).flatten(1).all(dim=1).numpy() & (part.correct == best.correct).all(axis=0) for part in pool
+        (part.x == best.x).flatten(1).all(dim=1).numpy() & (part.scores.correct == best.scores.correct).all(axis=0)
+        for part in pool
     ]
     assert np.any(same, axis=0).all()
     return best

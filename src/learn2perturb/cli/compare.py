@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from learn2perturb.records import Saved
 
 DESCRIPTION = (
-    "Compare two records of `evaluate` on the same images: difference of accuracy, paired-bootstrap interval,\n"
-    "McNemar's exact test. Two records of `diagnose` in the same ball: verdicts, checks and lowest accuracies side by\n"
+    "Compare two records of `evaluate` on the same images: difference of accuracy, its interval,\n"
+    "a test. Two records of `diagnose` in the same ball: verdicts, checks and lowest accuracies side by\n"
     "side. Records of different images are refused."
 )
 EXAMPLE = "learn2perturb compare runs/a/evaluation/test-seed0.json runs/b/evaluation/test-seed0.json"

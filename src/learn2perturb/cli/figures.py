@@ -35,7 +35,7 @@ def check_folder(folder: str | None) -> Path | None:
 
 
 def diagnosis_figures(diagnosis: Diagnosis, folder: Path) -> list[Path]:
-    """Draw accuracy against eps, draws and steps, each with its 95 % interval over images."""
+    """Draw accuracy against eps, draws and steps, each with its 95 % interval."""
     paths = []
     for curve in diagnosis.curves:
         label, scale = _RADII[diagnosis.norm] if curve.axis == "eps" else (_AXES[curve.axis], 1)

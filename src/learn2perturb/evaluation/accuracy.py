@@ -53,7 +53,6 @@ from learn2perturb.progress import Progress, shown
 from learn2perturb.records import PackedIntegers, plain
 
 _CONFIDENCE = 0.95
-_RESAMPLES = 2000
 _ZERO_GRADIENTS = 0.05  # of the images, from which on it is said aloud that their gradients are zero
 _PROBED = 8  # images
 _COUNTS = ("zero_gradients", "c_rising", "loss_falling")  # of images, in an attack's result and in the row
@@ -165,7 +164,7 @@ def evaluate(
             done += len(x)
         if not done:
             raise DataError("the data hold no images; give at least one, and a limit of at least 1")
-        truth = np.concatenate(labels)
+        truth, batches = np.concatenate(labels), tuple(len(part) for part in labels)
         warn_of_subset(source, torch.from_numpy(truth), num_classes)
         if by_row:
             identity = (
@@ -177,9 +176,11 @@ def evaluate(
                 circumstances(place, gear),
             )
             kept = keep if weights is not None else None
-            rows = _rows_in_turn(runs, scored, _Images(source, limit, place, truth, num_classes), told, kept, identity)
+            rows = _rows_in_turn(
+                runs, scored, _Images(source, limit, place, truth, num_classes, batches), told, kept, identity
+            )
         else:
-            rows = [row for run in runs for row in run.rows(truth, num_classes)]
+            rows = [row for run in runs for row in run.rows(truth, num_classes, batches)]
     _warn_of_zero_gradients(rows)
     metadata = {
         **origin(model, data, name, weights=weights, seen=seen),
@@ -189,7 +190,10 @@ def evaluate(
         "findings": findings,
         **circumstances(place, gear),
     }
-    return Evaluation(tuple(rows), PackedIntegers.pack(truth), num_classes, seed, _CONFIDENCE, _RESAMPLES, metadata)
+    return Evaluation(
+        tuple(rows), PackedIntegers.pack(truth), num_classes, seed, _CONFIDENCE, metadata=metadata,
+        batches=PackedIntegers.pack(np.array(batches)),
+    )  # fmt: skip
 
 
 def _batches(source: BatchSource, limit: int | None, place: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -213,6 +217,7 @@ class _Images:
     place: torch.device
     truth: NDArray[np.int64]
     num_classes: int
+    batches: tuple[int, ...]
 
 
 def _rows_in_turn(
@@ -223,7 +228,7 @@ def _rows_in_turn(
     finished: list[tuple[Row, ...]] = []
     if keep is not None:
         finished = taken(keep.open((__version__, identity, [run.identity for run in runs]), sum(counts)), counts)
-    labels = PackedIntegers.pack(images.truth)
+    labels, passes = PackedIntegers.pack(images.truth), PackedIntegers.pack(np.array(images.batches))
     for number, run in enumerate(runs[len(finished) :], start=len(finished)):
         done = 0
         for index, (x, y) in enumerate(_batches(images.source, images.limit, images.place)):
@@ -231,10 +236,10 @@ def _rows_in_turn(
             run.add(model, x, y, index, _share(told, before, len(x), total, run.label))
             done += len(x)
             told(before + len(x), total, run.label)
-        finished.append(tuple(run.rows(images.truth, images.num_classes)))
+        finished.append(tuple(run.rows(images.truth, images.num_classes, images.batches)))
         if keep is not None:
             rows = tuple(itertools.chain.from_iterable(finished))
-            keep.keep(Evaluation(rows, labels, images.num_classes, run.seed, _CONFIDENCE, _RESAMPLES))
+            keep.keep(Evaluation(rows, labels, images.num_classes, run.seed, _CONFIDENCE, batches=passes))
     return list(itertools.chain.from_iterable(finished))
 
 
@@ -361,7 +366,7 @@ class _RowRun:
         if total is not None:
             self.pooled.append(total.argmax(dim=1).cpu().numpy())
 
-    def rows(self, labels: NDArray[np.int64], num_classes: int) -> Iterator[Row]:
+    def rows(self, labels: NDArray[np.int64], num_classes: int, batches: tuple[int, ...]) -> Iterator[Row]:
         """Give the finished rows: one, or one for each predictor that this run serves."""
         predictions = np.concatenate(self.predictions, axis=1)
         pooled = {}
@@ -372,9 +377,8 @@ class _RowRun:
             labels,
             pooled,
             stochastic=self.stochastic,
-            seed=self.seed,
+            batches=batches,
             confidence=_CONFIDENCE,
-            resamples=_RESAMPLES,
         )
         parameters = {} if self.attack is None else _settings(self.attack)
         size = len(labels)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from learn2perturb import records
 from learn2perturb.errors import ConfigError, InputError
-from learn2perturb.evaluation.intervals import Interval, paired_bootstrap
+from learn2perturb.evaluation.intervals import Interval, paired_difference
 from learn2perturb.evaluation.result import Evaluation, Row
-from learn2perturb.evaluation.significance import holm, mcnemar
+from learn2perturb.evaluation.significance import equals, holm, mcnemar
 
-_RESAMPLES = 10_000
 # What the record of a comparison keeps of the metadata of both: its name here -> its name there.
 _KEPT = {"steps": "step", "weights": "weights"}
+_TESTS = {"mcnemar": "McNemar", "t": "t-test"}
 # Settings that change nothing where two passes over an image are the same.
 _EOT = ("eot", "eot_average", "eot_draws")
 # Settings that older records do not hold, with what they were.
@@ -32,11 +32,13 @@ class Difference:
         first, second: the rows compared.
         first_accuracy, second_accuracy: means over scorings.
         difference: first less second.
-        standard_error: of the difference, paired bootstrap over images.
-        interval: of the difference, percentile bootstrap over images.
-        mcnemar: exact p-value, two-sided, from one scoring of each (the first).
+        standard_error: of the difference, over images and draws.
+        interval: of the difference, over images and draws.
+        mcnemar: exact p-value, two-sided, from one scoring of each (the first): of these draws only.
         mcnemar_holm: the same, corrected for the number of rows compared.
         n: images.
+        test: what decides: McNemar's of networks without noise, Student's over images and draws of others.
+        p_value: two-sided, by ``test``; ``p_holm`` the same, corrected.
     """
 
     first: str
@@ -49,6 +51,14 @@ class Difference:
     mcnemar: float
     mcnemar_holm: float
     n: int
+    test: Literal["mcnemar", "t"] = "mcnemar"
+    p_value: float | None = None
+    p_holm: float | None = None
+
+    @property
+    def decided(self) -> float:
+        """The corrected p-value that decides; in records of before McNemar's."""
+        return self.mcnemar_holm if self.p_holm is None else self.p_holm
 
     @property
     def sentence(self) -> str:
@@ -56,7 +66,7 @@ class Difference:
         points = (
             f"{100 * self.difference:+.2f} points [{100 * self.interval.low:+.2f}, {100 * self.interval.high:+.2f}]"
         )
-        tested = self.mcnemar_holm < 1 - self.interval.confidence
+        tested = self.decided < 1 - self.interval.confidence
         if tested and self.interval.low > 0:
             return f"the first is better: {points}"
         if tested and self.interval.high < 0:
@@ -69,7 +79,7 @@ class Comparison(records.Saved):
     """Differences of two evaluations, row by row; ``left_out`` has no partner, ``notes`` say what is not known."""
 
     FORMAT: ClassVar[str] = "learn2perturb.comparison"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2  # 1: intervals over images only, McNemar's test of any network
 
     first: str
     second: str
@@ -87,7 +97,7 @@ class Comparison(records.Saved):
             rows = one.first if one.first == one.second else f"{one.first} against {one.second}"
             lines += [
                 f"{rows}: {100 * one.first_accuracy:.2f} % and {100 * one.second_accuracy:.2f} % of {one.n} images",
-                f"  {one.sentence}, McNemar p = {one.mcnemar_holm:.2g}",
+                f"  {one.sentence}, {_TESTS[one.test]} p = {one.decided:.2g}",
             ]
         if self.left_out:
             lines += ["", "Left out, for want of a row with the same settings of the attack:"]
@@ -95,8 +105,9 @@ class Comparison(records.Saved):
         lines += [f"note: {note}" for note in self.notes]
         lines += [
             "",
-            f"Difference: first less second; {100 * self.confidence:g} % interval: paired bootstrap over images.",
-            f"McNemar: exact, on one scoring of each; Holm's correction for {len(self.differences)} rows.",
+            f"Difference: first less second; {100 * self.confidence:g} % interval: paired, over images and draws.",
+            "McNemar: exact, of networks without noise; t: over images and draws.",
+            f"Both with Holm's correction for {len(self.differences)} rows.",
             "One training seed of each: the interval says nothing about other seeds.",
         ]
         return "\n".join(lines)
@@ -124,10 +135,13 @@ def compare(
     rows = _rows(first, second, pairs)
     found = []
     for left, right in rows:
-        one, other = left.correct.unpack(), right.correct.unpack()
-        estimate = paired_bootstrap(one.mean(axis=0), other.mean(axis=0), _RESAMPLES, first.seed, confidence)
-        found.append((left, right, estimate, mcnemar(one[0], other[0])))
-    corrected = holm([p for *_, p in found])
+        one, other = first.scores(left), second.scores(right)
+        estimate = paired_difference(one, other, confidence=confidence)
+        exact = mcnemar(one.correct[0], other.correct[0])
+        random = left.stochastic or right.stochastic
+        p = equals(estimate.mean, estimate.standard_error, estimate.freedom) if random else exact
+        found.append((left, right, estimate, exact, random, p))
+    corrected, corrected_exact = holm([p for *_, p in found]), holm([exact for _, _, _, exact, _, _ in found])
     differences = tuple(
         Difference(
             first=left.label,
@@ -137,17 +151,21 @@ def compare(
             difference=estimate.mean,
             standard_error=estimate.standard_error,
             interval=estimate.interval,
-            mcnemar=p,
-            mcnemar_holm=adjusted,
+            mcnemar=exact,
+            mcnemar_holm=adjusted_exact,
             n=left.n,
+            test="t" if random else "mcnemar",
+            p_value=p,
+            p_holm=adjusted,
         )
-        for (left, right, estimate, p), adjusted in zip(found, corrected, strict=True)
+        for (left, right, estimate, exact, random, p), adjusted, adjusted_exact in zip(
+            found, corrected, corrected_exact, strict=True
+        )
     )
     names = [str(one.metadata.get("model", "a model")) for one in (first, second)]
     left_out = () if pairs else _left_out(first, second, rows)
     notes = (*_unidentified(first, second), *(note for left, right in rows for note in _unlike(left, right)))
-    metadata: dict[str, Any] = {"resamples": _RESAMPLES}
-    metadata |= {name: [one.metadata.get(key) for one in (first, second)] for name, key in _KEPT.items()}
+    metadata = {name: [one.metadata.get(key) for one in (first, second)] for name, key in _KEPT.items()}
     return Comparison(names[0], names[1], differences, confidence, metadata, left_out, notes)
 
 

@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from learn2perturb import records
 from learn2perturb.errors import CheckpointError, ConfigError, UnknownNameError
-from learn2perturb.evaluation.intervals import Interval, accuracy_interval, majority, mean_and_std, worst_of
+from learn2perturb.evaluation.intervals import (
+    Interval,
+    Scores,
+    accuracy_interval,
+    follows,
+    majority,
+    mean_and_std,
+    worst_of,
+)
 from learn2perturb.records import PackedBits, PackedIntegers
 
 CLEAN = "clean"
@@ -46,8 +54,9 @@ class Row:
     ``noise`` is False on the noise-off rows; ``stochastic`` says whether two scorings of this row can differ at all.
     A scoring of a predictor other than ``"single"`` is made of ``members`` passes.
     ``accuracy`` is the mean over scorings, ``std`` its deviation over scorings (ddof = 1; None for one scoring),
-    ``interval`` is over images.  ``worst_of[n]`` is the accuracy against an adversary who needs one wrong answer in n
-    scorings.  ``linf`` and ``l2`` are mean sizes of the perturbation; passes are image passes of the attack per image.
+    ``interval`` is over images and draws.  ``worst_of[n]`` is the accuracy against an adversary who needs one wrong
+    answer in n scorings.  ``linf`` and ``l2`` are mean sizes of the perturbation; passes are image passes of the attack
+    per image.
     ``correct`` (draws, n) and ``predictions`` (draws, n) are what all accuracies follow from.
     ``zero_gradients`` counts the images whose gradient was exactly zero at the attack's first step (None: it has none).
     ``c_rising`` and ``loss_falling`` count the images on which the search of C&W had not converged (``AttackResult``).
@@ -98,18 +107,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation(records.Saved):
-    """The rows of one evaluation, the labels of its images, and how, where and when it was made."""
+    """The rows of one evaluation, the labels of its images, and how, where and when it was made.
+
+    ``batches`` are the numbers of images in each pass, in order: these may share draws. None: not known.
+    """
 
     FORMAT: ClassVar[str] = "learn2perturb.evaluation"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2  # 1: intervals over images only, by ``resamples`` of a bootstrap
 
     rows: tuple[Row, ...]
     labels: PackedIntegers
     num_classes: int
     seed: int
     confidence: float = 0.95
-    resamples: int = 2000
+    resamples: int = 0
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    batches: PackedIntegers | None = None
+
+    def scores(self, row: Row) -> Scores:
+        """Return which images were right in each scoring of ``row``, and which of them shared a pass."""
+        return Scores(row.correct.unpack(), self._passes(), row.stochastic)
+
+    def _passes(self) -> tuple[int, ...]:
+        return () if self.batches is None else tuple(self.batches.unpack().tolist())
 
     def row(self, attack: str, eps: float | None = None, noise: bool = True, predictor: str = "single") -> Row:
         """Return the one row of ``attack`` (``"clean"`` for none); ``eps`` is needed where several were evaluated.
@@ -147,9 +167,8 @@ class Evaluation(records.Saved):
                         labels,
                         pooled,
                         stochastic=row.stochastic,
-                        seed=self.seed,
+                        batches=self._passes(),
                         confidence=self.confidence,
-                        resamples=self.resamples,
                     ),
                 )
             )
@@ -158,7 +177,7 @@ class Evaluation(records.Saved):
     def _checked(self) -> Evaluation:
         """Check that bits agree with predictions and labels, and every number with the bits; return what these give.
 
-        An interval by bootstrap that was drawn elsewhere may differ a little from the one that is drawn here.
+        The intervals of version 1, over images only, are replaced.
         """
         labels = self.labels.unpack()
         for row in self.rows:
@@ -170,6 +189,8 @@ class Evaluation(records.Saved):
                 raise CheckpointError(f"row {row.label!r} does not fit its predictions and labels; evaluate again")
         recomputed = self.recomputed()
         for row, true in zip(self.rows, recomputed.rows, strict=True):
+            if follows(row.interval, self.scores(row), seed=self.seed):
+                row = dataclasses.replace(row, interval=true.interval)
             name = next((name for name in _FOLLOWING if not _agree(getattr(row, name), getattr(true, name))), None)
             if name is not None:
                 raise CheckpointError(
@@ -215,21 +236,22 @@ def statistics(
     pooled: Mapping[str, NDArray[np.int64]],
     *,
     stochastic: bool,
-    seed: int,
+    batches: tuple[int, ...],
     confidence: float,
-    resamples: int,
 ) -> dict[str, Any]:
-    """Return the fields of a row that follow from ``predictions`` (S, N), ``labels`` (N) and ensembles of its draws."""
+    """Return the fields of a row that follow from ``predictions`` (S, N), ``labels`` (N) and ensembles of its draws.
+
+    ``batches``: images in each pass, empty where it is not known.
+    """
     correct = predictions == labels
     scorings = len(correct)
     mean, std = mean_and_std(correct)
-    options: dict[str, Any] = {"seed": seed, "confidence": confidence, "resamples": resamples}
     return {
         "n": len(labels),
         "draws": scorings,
         "accuracy": mean,
         "std": std,
-        "interval": accuracy_interval(correct, **options),
+        "interval": accuracy_interval(Scores(correct, batches, stochastic), confidence=confidence),
         # Without noise every draw is the same, so the worst of any number of them is the accuracy.
         "worst_of": (
             {n: worst_of(correct, n) for n in WORST_OF if n <= scorings}
@@ -243,7 +265,9 @@ def statistics(
                 predictor=name,
                 members=scorings,
                 accuracy=float((ensemble == labels).mean()),
-                interval=accuracy_interval((ensemble == labels)[None], **options),
+                interval=accuracy_interval(
+                    Scores((ensemble == labels)[None], batches, stochastic), confidence=confidence
+                ),
                 predictions=PackedIntegers.pack(ensemble),
             )
             for name, ensemble in pooled.items()
@@ -310,4 +334,6 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _legend(evaluation: Evaluation) -> str:
     draws = sorted({row.draws for row in evaluation.rows if row.draws > 1})
     over = f"mean +- std over {'/'.join(map(str, draws))} fresh draws; " if draws else ""
-    return f"Accuracy: {over}interval: {100 * evaluation.confidence:g} %, over images (Wilson, or bootstrap of draws)."
+    notes = sorted({row.interval.note for row in evaluation.rows} - {""})
+    legend = f"Accuracy: {over}interval: {100 * evaluation.confidence:g} %, over images and draws."
+    return "\n".join([legend, *(f"NOTE: interval {note}." for note in notes)])

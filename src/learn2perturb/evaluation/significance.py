@@ -1,7 +1,8 @@
-"""Tests on paired images: standard errors by bootstrap, McNemar's exact test, Holm's correction of many."""
+"""Tests on paired images: beyond so many standard errors, McNemar's exact test, Holm's correction of many."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,13 +21,28 @@ def beyond(difference: float, allowed: float) -> bool:
     return difference > allowed + _ROUNDING
 
 
-def exceeds(difference: float, allowed: float, standard_error: float) -> float:
-    """Return the one-sided p-value of "the difference is no more than ``allowed``", ``1 - Phi((d - allowed) / SE)``."""
+def exceeds(difference: float, allowed: float, standard_error: float, freedom: float = math.inf) -> float:
+    """Return the one-sided p-value of "the difference is no more than ``allowed``": ``1 - F((d - allowed) / SE)``.
+
+    F is Student's distribution function of so many degrees of ``freedom``, without end the normal one.
+    """
     from scipy import stats
 
     if standard_error < _ROUNDING:
         return 0.0 if beyond(difference, allowed) else 1.0
-    return float(stats.norm.sf((difference - allowed) / standard_error))
+    return float(stats.t.sf((difference - allowed) / standard_error, freedom))
+
+
+def equals(difference: float, standard_error: float, freedom: float = math.inf) -> float:
+    """Return the two-sided p-value of "there is no difference", by Student's distribution."""
+    return min(1.0, 2 * exceeds(abs(difference), 0.0, standard_error, freedom))
+
+
+def least_seen(standard_error: float, freedom: float = math.inf) -> float:
+    """Return by how much a difference must exceed the allowed one for a single comparison to fail."""
+    from scipy import stats
+
+    return standard_error * float(stats.t.isf(TWO_SIGMA, freedom))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

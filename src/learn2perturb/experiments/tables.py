@@ -241,7 +241,10 @@ def _stored(path: Path) -> Evaluation | None:
 def _notes(
     table: str, cells: Sequence[Cell], settings: Mapping[str, Any], limit: int | None, eot: int
 ) -> Iterator[str]:
-    yield "Accuracy in %, over all images (the paper does not say); intervals of 95 % over images; fresh draws score."
+    yield (
+        "Accuracy in %, over all images (the paper does not say); intervals of 95 % over images and draws; fresh draws "
+        "score."
+    )
     if settings:
         text = ", ".join(f"{name}={value}" for name, value in settings.items())
         yield f"Other settings than the paper's: {text}."

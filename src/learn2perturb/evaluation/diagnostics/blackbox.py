@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from learn2perturb.attacks.balls import BALLS
@@ -17,6 +15,7 @@ from learn2perturb.attacks.surrogate import distil
 from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.evaluation.diagnostics.measure import Attacked, Bench, Subject
 from learn2perturb.evaluation.diagnostics.verdict import Draft, Statement, percent
+from learn2perturb.evaluation.intervals import Scores
 from learn2perturb.evaluation.passes import checked_logits
 from learn2perturb.evaluation.significance import TWO_SIGMA, beyond, exceeds
 
@@ -80,7 +79,7 @@ def blackbox(bench: Bench, reported: Attacked, square: Attacked, transfers: Mapp
     if not transfers:
         not_shown = (
             f"Square leaves {percent(square.accuracy)}, the white-box attack "
-            f"{percent(float(reported.first(len(square.x)).mean()))}; but no source to transfer from is there"
+            f"{percent(reported.first(len(square.x)).mean())}; but no source to transfer from is there"
         )
     else:
         good = (
@@ -96,14 +95,14 @@ def missing_sources(transfers: Mapping[str, Attacked]) -> tuple[str, ...]:
     return tuple(f"transfer from {name} ({what})" for name, what in SOURCES.items() if name not in transfers)
 
 
-def not_beaten(name: str, rival: Attacked, own: NDArray[np.float64]) -> Statement:
+def not_beaten(name: str, rival: Attacked, own: Scores) -> Statement:
     """Claim that the white-box attack, which left ``own``, leaves no more than a rival without gradients."""
     return Statement(
         f"the white-box attack leaves no more than {name}",
-        f"{name} leaves {percent(rival.accuracy)}, the white-box attack {percent(float(own.mean()))}: the model's "
+        f"{name} leaves {percent(rival.accuracy)}, the white-box attack {percent(own.mean())}: the model's "
         "own gradients are worth less than none",
         own,
-        rival.per_image,
+        rival.scores,
     )
 
 
@@ -201,7 +200,7 @@ def noise_off(
             "the white-box attack leaves no more than transfer from the noise-off twin",
             f"{own}: the noise only hides the gradients",
             reported.first(len(transfer.x)),
-            transfer.per_image,
+            transfer.scores,
         )
     ]
     evidence = {"noise off": off.accuracy, "transfer": transfer.accuracy, "white-box": reported.accuracy}
@@ -216,8 +215,8 @@ def noise_off(
                 Statement(
                     "without its noise the network is at most 5 points below PGD training",
                     f"{kept}: it lives on its noise",
-                    trained.per_image,
-                    off.per_image,
+                    trained.scores,
+                    off.scores,
                     NOISE_OFF_BELOW,
                     strict=True,
                 )

@@ -13,10 +13,9 @@ from learn2perturb.errors import InputError
 from learn2perturb.evaluation.diagnostics.layout import table
 from learn2perturb.evaluation.diagnostics.record import Diagnosis
 from learn2perturb.evaluation.diagnostics.verdict import percent
-from learn2perturb.evaluation.intervals import Interval, paired_bootstrap
+from learn2perturb.evaluation.intervals import Interval, paired_difference
 from learn2perturb.evaluation.result import format_eps
 
-_RESAMPLES = 10_000
 _ABSENT = "not there"
 
 
@@ -168,11 +167,9 @@ def _paired(what: str, first: Diagnosis, one: str, second: Diagnosis, other: str
     """Compare two measurements on the images that both are of: the first ones, in the same order."""
     left, right = first.measurement(one), second.measurement(other)
     n = min(left.n, right.n)
-    shares = [measured.correct.unpack()[:, :n].mean(axis=0) for measured in (left, right)]
-    estimate = paired_bootstrap(shares[0], shares[1], _RESAMPLES, first.seed)
-    return PairedAccuracy(
-        what, one, other, float(shares[0].mean()), float(shares[1].mean()), estimate.mean, estimate.interval, n
-    )
+    scores = first.scores(left).first(n), second.scores(right).first(n)
+    estimate = paired_difference(*scores)
+    return PairedAccuracy(what, one, other, scores[0].mean(), scores[1].mean(), estimate.mean, estimate.interval, n)
 
 
 def _unlike(first: Diagnosis, second: Diagnosis) -> Iterable[str]:

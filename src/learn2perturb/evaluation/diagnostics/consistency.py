@@ -8,7 +8,7 @@ from learn2perturb.errors import CheckpointError
 from learn2perturb.evaluation.diagnostics.record import CHECKS, Check, Diagnosis, Judged, Measurement
 from learn2perturb.evaluation.diagnostics.trial import p_value
 from learn2perturb.evaluation.diagnostics.verdict import conclude
-from learn2perturb.evaluation.intervals import accuracy_interval
+from learn2perturb.evaluation.intervals import follows
 from learn2perturb.evaluation.significance import TWO_SIGMA, exceeds, holm
 
 _ROUNDING = 1e-9  # of an accuracy
@@ -25,7 +25,7 @@ def check_consistency(found: Diagnosis) -> None:
     if labels.ndim != 1 or not len(labels) or labels.min() < 0 or labels.max() >= found.num_classes:
         raise CheckpointError(f"the labels are none of {found.num_classes} classes; {_MEND}")
     for one in found.measurements:
-        _check_measurement(one, len(labels), found.seed)
+        _check_measurement(one, len(labels), found)
     if [check.number for check in found.checks] != list(CHECKS)[: len(found.checks)]:
         raise CheckpointError(f"the checks are {', '.join(str(check.number) for check in found.checks)}; {_MEND}")
     _check_claims(found)
@@ -42,7 +42,7 @@ def check_consistency(found: Diagnosis) -> None:
         raise CheckpointError(f"the verdict is {found.verdict!r}, and its checks give {verdict!r}; {_MEND}")
 
 
-def _check_measurement(one: Measurement, images: int, seed: int) -> None:
+def _check_measurement(one: Measurement, images: int, found: Diagnosis) -> None:
     correct = one.correct.unpack()
     if correct.ndim != 2 or correct.shape[1] != one.n or not 0 < one.n <= images or not len(correct):
         raise CheckpointError(f"measurement {one.name!r} is of {one.n} images, and its bits are of others; {_MEND}")
@@ -51,7 +51,7 @@ def _check_measurement(one: Measurement, images: int, seed: int) -> None:
         raise CheckpointError(
             f"measurement {one.name!r} has accuracy {one.accuracy:.6g}, but its bits give {true:.6g}; {_MEND}"
         )
-    if not one.interval.agrees(accuracy_interval(correct, seed=seed)):
+    if not follows(one.interval, found.scores(one), seed=found.seed):
         raise CheckpointError(f"the interval of measurement {one.name!r} is not that of its bits; {_MEND}")
 
 
@@ -67,8 +67,8 @@ def _check_claims(found: Diagnosis) -> None:
 
 def _p_values(claim: Judged) -> tuple[float, float]:
     """Return the p-values of a claim on the difference and on its size: the record does not say which it is."""
-    size = exceeds(abs(claim.difference), claim.allowed, claim.standard_error)
-    return exceeds(claim.difference, claim.allowed, claim.standard_error), min(1.0, 2 * size)
+    size = exceeds(abs(claim.difference), claim.allowed, claim.standard_error, claim.freedom)
+    return exceeds(claim.difference, claim.allowed, claim.standard_error, claim.freedom), min(1.0, 2 * size)
 
 
 def _check_status(check: Check) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from learn2perturb.attacks import PGD, Attack, build_attack
@@ -22,6 +21,7 @@ from learn2perturb.evaluation.diagnostics.claim import ANY, Claim, named
 from learn2perturb.evaluation.diagnostics.measure import Bench
 from learn2perturb.evaluation.diagnostics.record import Measurement
 from learn2perturb.evaluation.diagnostics.trial import Trial, put_on_trial
+from learn2perturb.evaluation.intervals import Scores, passes_of
 from learn2perturb.evaluation.passes import checked_logits
 from learn2perturb.evaluation.predictors import AVERAGE, scores, winners
 from learn2perturb.evaluation.result import format_eps
@@ -164,8 +164,8 @@ def _scored(bench: Bench, claim: Claim | None, own: Mapping[str, Tensor]) -> lis
     return found
 
 
-def _answers(bench: Bench, purpose: str, x: Tensor, claim: Claim | None) -> NDArray[np.bool_]:
-    """Return which answers of the claimed predictor are right, (S, n), by draws that nothing else has seen."""
+def _answers(bench: Bench, purpose: str, x: Tensor, claim: Claim | None) -> Scores:
+    """Return which answers of the claimed predictor are right, by draws that nothing else has seen."""
     rule, members = ("single", 1) if claim is None else (str(claim.predictor), claim.members or 1)
     scorings = []
     with torch.no_grad(), bench.subject.ready() as model:
@@ -176,4 +176,4 @@ def _answers(bench: Bench, purpose: str, x: Tensor, claim: Claim | None) -> NDAr
                 answer = winners(scores(rule, lambda images: checked_logits(model, images), x[rows], members))
                 right.append(answer == bench.y[rows].cpu().numpy())
             scorings.append(np.concatenate(right))
-    return np.stack(scorings)
+    return Scores(np.stack(scorings), passes_of(len(x), bench.batch_size), random=True)

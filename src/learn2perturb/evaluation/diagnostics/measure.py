@@ -21,7 +21,7 @@ from learn2perturb.engine.modes import dropouts_off
 from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.evaluation.diagnostics.budget import Budget
 from learn2perturb.evaluation.diagnostics.record import Measurement
-from learn2perturb.evaluation.intervals import accuracy_interval
+from learn2perturb.evaluation.intervals import Scores, accuracy_interval, passes_of
 from learn2perturb.evaluation.parts import attacked
 from learn2perturb.evaluation.passes import Model, checked_logits
 from learn2perturb.noise import noise_disabled
@@ -59,26 +59,20 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Attacked:
-    """Adversarial images (n) and which of them were classified rightly in each scoring, (S, n)."""
+    """Adversarial images (n) and which of them were classified rightly in each scoring."""
 
     name: str
     x: Tensor
-    correct: NDArray[np.bool_]
-
-    @property
-    def per_image(self) -> NDArray[np.float64]:
-        """Share of scorings that were right, for each image."""
-        shares: NDArray[np.float64] = self.correct.mean(axis=0)
-        return shares
+    scores: Scores
 
     @property
     def accuracy(self) -> float:
         """Mean over scorings and images."""
-        return float(self.correct.mean())
+        return self.scores.mean()
 
-    def first(self, n: int) -> NDArray[np.float64]:
-        """Return ``per_image`` of the first ``n`` images."""
-        return self.per_image[:n]
+    def first(self, n: int) -> Scores:
+        """Return the scores of the first ``n`` images."""
+        return self.scores.first(n)
 
 
 @final
@@ -143,37 +137,37 @@ class Bench:
                 if self.progress is not None:
                     self.progress(self._passes, max(self._expected, self._passes), name)
         x_adv = torch.cat(parts)
-        correct = self.score(name, x_adv, victim)
+        scores = self.score(name, x_adv, victim)
         parameters = plain(attack)
         parameters.pop("seed", None)
         alone = source is self.subject and victim is self.subject and targets is None and source.gradient
         self._keep(
-            name, type(attack).__name__, parameters, correct, forwards / n, backwards / n, seconds, by_itself=alone
+            name, type(attack).__name__, parameters, scores, forwards / n, backwards / n, seconds, by_itself=alone
         )
         if rival and victim is self.subject:
-            self.rivals[name] = float(correct.mean())
+            self.rivals[name] = scores.mean()
         if victim is self.subject and (attack.norm, attack.eps) == (self.attack.norm, self.attack.eps):
             self._keep_images(name, x_adv)
-        return Attacked(name, x_adv, correct)
+        return Attacked(name, x_adv, scores)
 
     def scored(self, name: str, x: Tensor, *, kind: str, rival: bool = False) -> Attacked:
         """Score images that no attack of ours has just made, on our model."""
-        correct = self.score(name, x, self.subject)
-        self._keep(name, kind, {}, correct, 0.0, 0.0, 0.0)
+        scores = self.score(name, x, self.subject)
+        self._keep(name, kind, {}, scores, 0.0, 0.0, 0.0)
         if rival:
-            self.rivals[name] = float(correct.mean())
+            self.rivals[name] = scores.mean()
             self._keep_images(name, x)
-        return Attacked(name, x, correct)
+        return Attacked(name, x, scores)
 
     def measured(self, name: str) -> Measurement:
         """Return the measurement of that name."""
         return next(one for one in self.measurements if one.name == name)
 
-    def record(self, name: str, of: str, correct: NDArray[np.bool_]) -> None:
+    def record(self, name: str, of: str, scores: Scores) -> None:
         """Keep another scoring of the images of the measurement ``of``."""
         one = self.measured(of)
         self._keep(
-            name, one.attack, one.parameters, correct, one.forward_passes, one.backward_passes, one.seconds,
+            name, one.attack, one.parameters, scores, one.forward_passes, one.backward_passes, one.seconds,
             by_itself=one.by_itself,
         )  # fmt: skip
 
@@ -187,16 +181,17 @@ class Bench:
     def assembled(self, name: str, parts: Sequence[Attacked], winner: NDArray[np.int64]) -> Attacked:
         """Keep for image i what part ``winner[i]`` found and how it was scored, by draws that chose no winner."""
         images = np.arange(len(winner))
-        draws = min(len(part.correct) for part in parts)
-        correct = np.stack([part.correct[:draws] for part in parts])[winner, :, images].T
+        draws = min(len(part.scores.correct) for part in parts)
+        correct = np.stack([part.scores.correct[:draws] for part in parts])[winner, :, images].T
+        scores = dataclasses.replace(parts[0].scores, correct=correct)
         x = torch.stack([part.x for part in parts])[torch.as_tensor(winner), torch.as_tensor(images)]
-        self._keep(name, "best of", {}, correct, 0.0, 0.0, 0.0)
-        self.rivals[name] = float(correct.mean())
+        self._keep(name, "best of", {}, scores, 0.0, 0.0, 0.0)
+        self.rivals[name] = scores.mean()
         self._keep_images(name, x)
-        return Attacked(name, x, correct)
+        return Attacked(name, x, scores)
 
-    def score(self, name: str, x: Tensor, victim: Subject) -> NDArray[np.bool_]:
-        """Return which images were classified rightly in each scoring, (S, n): fresh draws from a stream of its own."""
+    def score(self, name: str, x: Tensor, victim: Subject) -> Scores:
+        """Return which images were classified rightly in each scoring: fresh draws from a stream of its own."""
         scorings = []
         with torch.no_grad(), victim.ready() as model:
             for draw in range(self.budget.scorings if victim.stochastic else 1):
@@ -205,7 +200,7 @@ class Bench:
                     seed_everything(self.seed, "score", name, batch, draw)
                     right.append(checked_logits(model, x[rows]).argmax(dim=1) == self.y[rows])
                 scorings.append(torch.cat(right).cpu().numpy())
-        return np.stack(scorings)
+        return Scores(np.stack(scorings), passes_of(len(x), self.batch_size), victim.stochastic)
 
     def mean_margin(self, purpose: str, x: Tensor, y: Tensor, draws: int) -> Tensor:
         """Return ``max_{j != y} z_j - z_y`` of each image, the mean over fresh draws, shape (n,)."""
@@ -258,7 +253,7 @@ class Bench:
         name: str,
         kind: str,
         parameters: dict[str, Any],
-        correct: NDArray[np.bool_],
+        scores: Scores,
         forwards: float,
         backwards: float,
         seconds: float,
@@ -269,10 +264,10 @@ class Bench:
                 name=name,
                 attack=kind,
                 parameters=parameters,
-                n=correct.shape[1],
-                accuracy=float(correct.mean()),
-                interval=accuracy_interval(correct, seed=self.seed),
-                correct=PackedBits.pack(correct),
+                n=scores.n,
+                accuracy=scores.mean(),
+                interval=accuracy_interval(scores),
+                correct=PackedBits.pack(scores.correct),
                 forward_passes=forwards,
                 backward_passes=backwards,
                 seconds=seconds,

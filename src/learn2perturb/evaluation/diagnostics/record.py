@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from learn2perturb import records
 from learn2perturb.errors import UnknownNameError
 from learn2perturb.evaluation.diagnostics.claim import Claim
 from learn2perturb.evaluation.diagnostics.trial import Trial
-from learn2perturb.evaluation.intervals import Interval
+from learn2perturb.evaluation.intervals import Interval, Scores, accuracy_interval, passes_of
 from learn2perturb.records import PackedBits, PackedIntegers
 
 Status = Literal["passed", "failed", "not shown", "does not apply"]
@@ -47,7 +48,7 @@ class Judged:
         text: the statement.
         difference: paired over ``n`` images.
         allowed: the threshold.
-        standard_error: of the difference, bootstrap over images.
+        standard_error: of the difference, over images and draws; ``freedom``: its degrees of freedom.
         p_value: one-sided, of the statement.
         adjusted: the same after Holm's correction over all statements of the diagnosis.
         holds: whether it was not refuted.
@@ -61,6 +62,7 @@ class Judged:
     p_value: float
     adjusted: float
     holds: bool
+    freedom: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Point:
-    """One accuracy on a curve, with its 95 % interval over images."""
+    """One accuracy on a curve, with its 95 % interval."""
 
     at: float
     accuracy: float
@@ -132,7 +134,7 @@ class Diagnosis(records.Saved):
     """
 
     FORMAT: ClassVar[str] = "learn2perturb.diagnosis"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 2  # 1: intervals and standard errors over images only, by bootstrap
 
     verdict: Verdict
     summary: str
@@ -174,11 +176,21 @@ class Diagnosis(records.Saved):
                 return one
         raise UnknownNameError.of("measurement", name, {one.name for one in self.measurements})
 
-    def _check(self) -> None:
-        """Check that accuracies, claims, statuses and the verdict follow from the data they are of."""
+    def scores(self, one: Measurement) -> Scores:
+        """Return which images were right in each scoring of a measurement, and which of them shared a pass."""
+        batch_size = self.metadata.get("batch_size")
+        passes = passes_of(one.n, batch_size) if isinstance(batch_size, int) and batch_size > 0 else ()
+        return Scores(one.correct.unpack(), passes, self.stochastic)
+
+    def _checked(self) -> Diagnosis:
+        """Check that all follows from the data it is of; return it with the intervals that the bits give now."""
         from learn2perturb.evaluation.diagnostics.consistency import check_consistency
 
         check_consistency(self)
+        if self.trial is not None:  # it stands on the intervals that are recorded
+            return self
+        measurements = tuple(replace(one, interval=accuracy_interval(self.scores(one))) for one in self.measurements)
+        return replace(self, measurements=measurements)
 
     @classmethod
     def upgraded(cls, fields: dict[str, Any], version: int) -> dict[str, Any]:

@@ -81,8 +81,8 @@ def diagnose(
 ) -> Diagnosis:
     """Check whether the robustness of ``model`` is real: ten checks, curves, and a verdict in plain words.
 
-    A check that was not run counts as not shown. Statistical claims fail beyond two standard errors (paired bootstrap
-    over images), corrected by Holm over all of them. Passing is no proof.
+    A check that was not run counts as not shown. Statistical claims fail beyond two standard errors (of paired
+    images and of draws), corrected by Holm over all of them. Passing is no proof.
 
     Args:
         model: any callable from images in [0, 1] (N, C, H, W) to logits (N, classes); a module is put in eval mode.
@@ -181,7 +181,7 @@ def diagnose(
             bench, given, quiet if claimed else None, learned, claimed=claimed, replay=replay, blind=blind
         )
         decided = decision.decide(bench, stated)
-    checks = judge(drafts, seed)
+    checks = judge(drafts)
     verdict, summary = conclude(
         checks, lowest=decided.lowest, accuracy=bench.measured(decided.lowest).accuracy, n=len(x),
         eps=f"{attack.norm} {format_eps(attack.eps)}", claim=decided.claim, trial=decided.trial,

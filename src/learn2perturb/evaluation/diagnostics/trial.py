@@ -72,7 +72,10 @@ def put_on_trial(measured: Sequence[Scored], accuracy: float, *, tried: Sequence
 
 def p_value(measured: Scored, accuracy: float) -> float:
     """Return the one-sided p-value of "at least ``accuracy`` is left", by the upper half of the 95 % interval."""
-    return exceeds(accuracy - measured.accuracy, 0.0, (measured.interval.high - measured.accuracy) / _Z)
+    interval = measured.interval
+    return exceeds(
+        accuracy - measured.accuracy, 0.0, (interval.high - measured.accuracy) / interval.quantile, interval.freedom
+    )
 
 
 def drop_seen(measured: Scored, accuracy: float, *, tried: int) -> float:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from learn2perturb.evaluation.diagnostics.claim import ANY, Claim
 from learn2perturb.evaluation.diagnostics.record import CHECKS, NO_PROOF, Check, Judged, Measurement, Status, Verdict
 from learn2perturb.evaluation.diagnostics.trial import Trial
-from learn2perturb.evaluation.intervals import paired_bootstrap
-from learn2perturb.evaluation.significance import TWO_SIGMA, beyond, exceeds, holm
+from learn2perturb.evaluation.intervals import Scores, paired_difference
+from learn2perturb.evaluation.significance import TWO_SIGMA, beyond, exceeds, holm, least_seen
 
 # Checks -> what is not to be trusted if one of them failed; the first that fits is said.
 _USELESS = (
@@ -54,7 +51,7 @@ class Draft:
 
 @dataclass(frozen=True, eq=False)
 class Statement:
-    """``mean(first - second) <= allowed``, paired over images.
+    """``mean(first - second) <= allowed``, paired over images; ``second`` may be a number.
 
     ``absolute`` compares the size of the difference. Two standard errors are allowed on top; where ``strict`` is set,
     a difference that is only within them is not shown rather than passed.
@@ -62,33 +59,35 @@ class Statement:
 
     text: str
     broken: str
-    first: NDArray[np.float64]
-    second: NDArray[np.float64]
+    first: Scores
+    second: Scores | float
     allowed: float = 0.0
     absolute: bool = False
     strict: bool = False
 
 
-def judge(drafts: Sequence[Draft], seed: int) -> tuple[Check, ...]:
+def judge(drafts: Sequence[Draft]) -> tuple[Check, ...]:
     """Return the checks, each claim judged at two standard errors after Holm's correction over all of them."""
     statements = [statement for draft in drafts for statement in draft.claims]
-    estimates = [paired_bootstrap(one.first, one.second, seed=seed) for one in statements]
+    estimates = [paired_difference(one.first, one.second) for one in statements]
     p_values = []
     for one, estimate in zip(statements, estimates, strict=True):
         if one.absolute:
-            p_values.append(min(1.0, 2 * exceeds(abs(estimate.mean), one.allowed, estimate.standard_error)))
+            size = exceeds(abs(estimate.mean), one.allowed, estimate.standard_error, estimate.freedom)
+            p_values.append(min(1.0, 2 * size))
         else:
-            p_values.append(exceeds(estimate.mean, one.allowed, estimate.standard_error))
+            p_values.append(exceeds(estimate.mean, one.allowed, estimate.standard_error, estimate.freedom))
     judged = [
         Judged(
             text=one.text,
             difference=estimate.mean,
             allowed=one.allowed,
             standard_error=estimate.standard_error,
-            n=len(one.first),
+            n=one.first.n,
             p_value=p,
             adjusted=adjusted,
             holds=adjusted > TWO_SIGMA,
+            freedom=estimate.freedom,
         )
         for one, estimate, p, adjusted in zip(statements, estimates, p_values, holm(p_values), strict=True)
     ]
@@ -212,10 +211,10 @@ def _by_itself(claim: Claim, measured: Mapping[str, Measurement]) -> list[str]:
 
 
 def _seen(checks: Sequence[Check], n: int) -> list[str]:
-    most = max((claim.standard_error for check in checks for claim in check.claims), default=0.0)
+    most = max((least_seen(one.standard_error, one.freedom) for check in checks for one in check.claims), default=0.0)
     if most <= 0:
         return []
-    return [f"{n} images: differences below about {200 * most:.0f} points cannot be seen everywhere."]
+    return [f"{n} images: differences below about {100 * most:.0f} points cannot be seen everywhere."]
 
 
 def _named(checks: Sequence[Check]) -> str:

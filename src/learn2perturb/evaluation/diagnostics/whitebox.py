@@ -17,7 +17,7 @@ from learn2perturb.engine.finite import members_of
 from learn2perturb.evaluation.diagnostics.measure import Attacked, Bench
 from learn2perturb.evaluation.diagnostics.record import Curve, Point
 from learn2perturb.evaluation.diagnostics.verdict import Draft, Statement, percent
-from learn2perturb.evaluation.intervals import accuracy_interval
+from learn2perturb.evaluation.intervals import Scores, accuracy_interval
 from learn2perturb.evaluation.result import format_eps
 from learn2perturb.evaluation.significance import beyond
 from learn2perturb.sizes import whole_box
@@ -52,8 +52,8 @@ def iterative(bench: Bench, reported: Attacked) -> Draft:
             Statement(
                 "the iterative attack leaves no more than the one-step attack",
                 f"{both}: more steps make the attack weaker, so its gradients lead astray",
-                reported.per_image,
-                one.per_image,
+                reported.scores,
+                one.scores,
             ),
         ),
         evidence={"iterative": reported.accuracy, "one step": one.accuracy},
@@ -86,35 +86,34 @@ def distortion(bench: Bench, clean: Attacked) -> tuple[Draft, Curve]:
     budget = bench.budget
     base = dataclasses.replace(bench.attack, eot=budget.sweep_eot)
     sizes = [0.0, *budget.eps_grid]
-    rows = [clean.correct[:, : budget.some]]
+    rows = [clean.first(budget.some)]
     for eps in budget.eps_grid:
         found = bench.attacked(f"eps {format_eps(eps)}", with_eps(base, eps), budget.some, rival=False)
-        rows.append(found.correct)
-    shares = [row.mean(axis=0) for row in rows]
+        rows.append(found.scores)
     claims = [
         Statement(
             f"accuracy does not rise from eps {format_eps(before) or 0} to {format_eps(after)}",
             f"accuracy rises from eps {format_eps(before) or 0} to {format_eps(after)}",
-            shares[index + 1],
-            shares[index],
+            rows[index + 1],
+            rows[index],
         )
         for index, (before, after) in enumerate(itertools.pairwise(sizes))
     ]
     chance = 1 / bench.num_classes
-    last, widest = float(shares[-1].mean()), format_eps(sizes[-1])
+    last, widest = rows[-1].mean(), format_eps(sizes[-1])
     claims.append(
         Statement(
             f"accuracy falls to chance ({percent(chance)}) at eps {widest}",
             f"at eps {widest} {percent(last)} are left, where chance is {percent(chance)}",
-            shares[-1],
-            np.full_like(shares[-1], chance),
+            rows[-1],
+            chance,
         )
     )
     draft = Draft(
         5,
-        f"accuracy falls from {percent(float(shares[0].mean()))} to {percent(last)} at eps {widest}",
+        f"accuracy falls from {percent(rows[0].mean())} to {percent(last)} at eps {widest}",
         tuple(claims),
-        evidence={f"eps {format_eps(eps) or 0}": float(row.mean()) for eps, row in zip(sizes, rows, strict=True)},
+        evidence={f"eps {format_eps(eps) or 0}": row.mean() for eps, row in zip(sizes, rows, strict=True)},
     )
     return draft, _curve(bench, "eps", sizes, rows)
 
@@ -130,28 +129,28 @@ def converged(bench: Bench, reported: Attacked) -> tuple[Draft, list[Curve]]:
         rows = {}
         for draws in budget.draw_curve:
             if (draws, attack.restarts) == (attack.eot, 1):
-                rows[draws] = reported.correct[:, : budget.some]
+                rows[draws] = reported.first(budget.some)
                 continue
             more = dataclasses.replace(attack, eot=draws, restarts=1)
-            rows[draws] = bench.attacked(f"{draws} draws", more, budget.some).correct
+            rows[draws] = bench.attacked(f"{draws} draws", more, budget.some).scores
         curves.append(_curve(bench, "draws", list(rows), list(rows.values())))
         claims.append(_same("draws", budget.draw_curve[-1] // 4, budget.draw_curve[-1], rows, evidence, told))
     rows = {}
     for steps in budget.step_curve:
         longer = dataclasses.replace(attack, steps=steps, eot=budget.sweep_eot, restarts=1)
-        rows[steps] = bench.attacked(f"{steps} steps", longer, budget.some).correct
+        rows[steps] = bench.attacked(f"{steps} steps", longer, budget.some).scores
     curves.append(_curve(bench, "steps", list(rows), list(rows.values())))
     claims.append(_same("steps", budget.step_curve[-1] // 2, budget.step_curve[-1], rows, evidence, told))
     return Draft(7, ", ".join(told), tuple(claims), evidence=evidence), curves
 
 
 def _same(
-    axis: str, few: int, many: int, rows: dict[int, np.ndarray], evidence: dict[str, float], told: list[str]
+    axis: str, few: int, many: int, rows: dict[int, Scores], evidence: dict[str, float], told: list[str]
 ) -> Statement:
     """Claim that ``many`` draws or steps leave as much as ``few``."""
-    first, second = rows[few].mean(axis=0), rows[many].mean(axis=0)
-    evidence |= {f"{count} {axis}": float(row.mean()) for count, row in rows.items()}
-    text = f"{few} {axis} leave {percent(float(first.mean()))}, {many} {axis} {percent(float(second.mean()))}"
+    first, second = rows[few], rows[many]
+    evidence |= {f"{count} {axis}": row.mean() for count, row in rows.items()}
+    text = f"{few} {axis} leave {percent(first.mean())}, {many} {axis} {percent(second.mean())}"
     told.append(text)
     return Statement(
         f"{many} {axis} change no more than half a point against {few}",
@@ -174,12 +173,12 @@ def losses(bench: Bench, reported: Attacked) -> Draft:
     aimed = dataclasses.replace(base, loss="margin", targeted=True)
     for rank in range(min(budget.targets, bench.num_classes - 1)):
         candidates.append(bench.attacked(f"target {rank + 1}", aimed, n, targets=order[:, rank]))
-    first = dataclasses.replace(reported, x=reported.x[:n], correct=reported.correct[:, :n])
+    first = dataclasses.replace(reported, x=reported.x[:n], scores=reported.first(n))
     pool = [first, *candidates]
     if (
         bench.subject.stochastic
     ):  # all by the same draws: of rare ones that a pass shares, each has as many as the others
-        pool = [dataclasses.replace(one, correct=bench.score("best of", one.x, bench.subject)) for one in pool]
+        pool = [dataclasses.replace(one, scores=bench.score("best of", one.x, bench.subject)) for one in pool]
     best = best_of(bench, "best of all losses and restarts", pool)
     first = pool[0]
     text = (
@@ -197,8 +196,8 @@ def losses(bench: Bench, reported: Attacked) -> Draft:
             Statement(
                 "the best of all losses, averages, draws, targets and restarts is at most 2 points ahead",
                 f"{text}: the reported attack is too weak, report the best",
-                first.per_image,
-                best.per_image,
+                first.scores,
+                best.scores,
                 BEST_AHEAD,
             ),
         ),
@@ -251,9 +250,6 @@ def _winners(bench: Bench, pool: Sequence[Attacked]) -> NDArray[np.int64]:
     return winners
 
 
-def _curve(bench: Bench, axis: str, at: list, rows: list[np.ndarray]) -> Curve:  # type: ignore[type-arg]
-    points = tuple(
-        Point(float(value), float(row.mean()), accuracy_interval(row, seed=bench.seed))
-        for value, row in zip(at, rows, strict=True)
-    )
-    return Curve(axis, rows[0].shape[1], points)  # type: ignore[arg-type]
+def _curve(bench: Bench, axis: str, at: list, rows: list[Scores]) -> Curve:  # type: ignore[type-arg]
+    points = tuple(Point(float(value), row.mean(), accuracy_interval(row)) for value, row in zip(at, rows, strict=True))
+    return Curve(axis, rows[0].n, points)  # type: ignore[arg-type]
