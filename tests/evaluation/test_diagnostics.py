@@ -328,7 +328,7 @@ def test_draws_shared_by_a_batch_are_a_note_not_a_fault(networks, digits, kind):
     assert check.status == "passed", check.sentence
     assert len(check.notes) == 1
     assert "EOT must average over fresh passes" in check.notes[0]
-    assert "intervals over images are too narrow" in str(found)
+    assert "are not independent, which intervals and standard errors allow for" in str(found)
     assert records.from_json(records.to_json(found), Diagnosis).check(9).notes == check.notes
 
 

@@ -26,8 +26,7 @@ REPLAYED = "its draws are replayed, so an average over draws averages nothing, a
 SAME = "two calls give the same answer although the model has noise"
 SHARED = (
     "so EOT must average over fresh passes, as the attacks here do: copies of an image in one batch average less than "
-    "they seem to; and images scored in one pass are not independent, so intervals over images are too narrow: compare "
-    "several scorings"
+    "they seem to; and images scored in one pass are not independent, which intervals and standard errors allow for"
 )
 # Parts of the passes, each left out once: enough to tell an error, few enough to keep the sums of each.
 _PARTS = 12
