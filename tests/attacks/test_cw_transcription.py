@@ -153,6 +153,24 @@ def test_the_margin_along_a_noisy_path_is_smoothed():
         assert torch.equal(state.candidate_norm < math.inf, smooth > 0.1)
 
 
+def test_single_draws_are_taken_as_they_are():
+    x = torch.rand(3, *SHAPE)
+    search, state = searching(Wavering(), {"steps": 40, "keep": "single"}, x)
+    assert search.window == 1
+    search._propose(state, x, torch.ones(3), torch.tensor([-9.0, -9.0, 9.0]), 0)
+    search._propose(state, x, torch.ones(3), torch.tensor([1.0, -1.0, 1.0]), 1)
+    assert (state.candidate_norm < math.inf).tolist() == [True, False, True]
+
+
+def test_a_margin_of_exactly_the_confidence_is_not_enough():
+    x, y = torch.rand(2, *SHAPE), torch.zeros(2, dtype=torch.int64)
+    result = CW(confidence=0.5, steps=3, search_steps=1).run(
+        lambda images: two_logits(0.5 + 0 * images.flatten(1).sum(dim=1)), x, y
+    )
+    assert result.backward_passes == 3
+    assert torch.equal(result.x_adv, x)
+
+
 @pytest.mark.parametrize("smoothed", [False, True])
 def test_only_a_nearer_point_replaces_a_candidate(smoothed):
     x = torch.rand(3, *SHAPE)

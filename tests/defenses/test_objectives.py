@@ -74,6 +74,7 @@ def test_trades_adversary_of_settings(monkeypatch, batch):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_adversary_of_trades_by_hand(norm, batch):
     network, x, y = batch
+    x[:, :, 0, 0], x[:, :, 1, 1] = 1.0, 0.0  # the box binds
     attack = TradesAdversary(EPS, step_size=0.04, steps=3, norm=norm, seed=None)
     torch.manual_seed(1)
     found = attack(network, x, y)
@@ -132,6 +133,20 @@ def test_the_adversary_starts_at_its_epoch(epoch, delay, attacked, objective, ba
     assert torch.equal(losses.clean_correct, network(x).argmax(dim=1) == y)
     if not attacked:
         torch.testing.assert_close(losses.total.detach(), losses.clean)
+
+
+def test_the_clean_loss_is_that_of_the_network_itself_where_it_has_no_weight(batch):
+    network, x, y = batch
+    at = settings(awp=0.1, alpha=0.0, attack_labels="predicted")
+    losses = mixed_loss(network, x, y, Clock(0, 0, 1), at)
+    torch.testing.assert_close(losses.clean, F.cross_entropy(network(x), y).detach())
+    moved = mixed_loss(network, x, y, Clock(0, 0, 1), settings(awp=0.1))
+    assert moved.clean > losses.clean  # at weights that were moved against the loss
+
+
+def test_answers_are_checked_without_gradients_too():
+    with torch.inference_mode():
+        assert forward(lambda x: x.flatten(1), torch.rand(2, 1, 2, 2)).shape == (2, 4)
 
 
 def test_without_a_weight_there_is_no_adversary(batch):

@@ -12,7 +12,7 @@ from learn2perturb.defenses import Clock, build_defense
 from learn2perturb.defenses.rse import RSE
 from learn2perturb.defenses.settings import OpenSettings, Settings, number
 from learn2perturb.errors import ConfigError
-from learn2perturb.noise import noise_parameters, noise_sites
+from learn2perturb.noise import noise_modules, noise_parameters, noise_sites
 
 # name -> lowest, highest, whether a refusal speaks of pixels
 NUMBERS = {
@@ -158,6 +158,7 @@ OPTIONS = [
     ("pni", "init", [0, 0.25], [-1e-9], "init is .*; it must be a number at least 0"),
     ("pixeldp", "epsilon", [1e-9, 5.0], [0, 0.0], "epsilon must be above 0, delta between 0 and 1"),
     ("pixeldp", "delta", [1e-9, 0.999], [0, 1, 1.0], "epsilon must be above 0, delta between 0 and 1"),
+    ("pixeldp", "delta", [0.5], [-0.1, 1.001], "delta is .*; it must be a number between 0 and 1"),
     ("pixeldp", "bound", [0, 3.0], [-1e-9], "bound is .*; it must be a number at least 0"),
     ("pixeldp", "parseval_step", [0, 1], [-1e-9, 1.001], "parseval_step is .*; it must be a number between 0 and 1"),
     ("pixeldp", "parseval_loops", [0, 10], [-1], "parseval_loops must be a whole number of at least 0"),
@@ -318,6 +319,16 @@ def test_released_means_are_uniform_by_the_fan_in_and_of_norms_from_0_to_1():
     assert 0 <= norm.weight.original.min() < 0.05
     assert 0.95 < norm.weight.original.max() <= 1
     assert (norm.bias.original == 0).all()
+    single = nn.Sequential(nn.Flatten(), nn.Linear(4, 1))
+    build_defense("adv_bnn", {"mean_init": "released"}).prepare(single, (1, 2, 2))
+    assert single[1].parametrizations.weight.original.abs().max() <= 0.5
+
+
+def test_a_regulariser_of_ones_own_counts_once():
+    assert build_defense("pgd_at").regulariser_weight(Clock(3, 0, 5)) == 1
+    weights = [build_defense("learn2perturb").regulariser_weight(Clock(epoch, 0, 5)) for epoch in (20, 21)]
+    assert weights == pytest.approx([1e-4, 1e-4 / 1.5])
+    assert build_defense("learn2perturb", TARGET).regulariser_weight(Clock(30, 0, 5)) == 1
 
 
 @pytest.mark.parametrize("variant", ["weight", "output", "input"])
@@ -338,3 +349,20 @@ def test_the_schedule_of_the_regulariser_stands_still_without_a_learning_rate():
     step = 1e-4 / (2 * math.sqrt(0.25))
     assert next(moving) == pytest.approx(0.25 + step)
     assert next(moving) == pytest.approx(0.25 + step + 1e-4 / (2 * math.sqrt(0.25 + step)))  # no momentum is set
+
+
+@pytest.mark.parametrize(
+    ("ramp", "step", "share"), [(True, 0, 0.1), (False, 0, 1.0), (True, 9300, 1.0), (False, 9, 1.0)]
+)
+def test_the_noise_of_pixeldp_in_a_pass_of_the_loss(ramp, step, share):
+    defense = build_defense("pixeldp", {"ramp": ramp})
+    network = defense.prepare(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)), (1, 4, 4))
+    (noise,) = noise_modules(network)
+    whole, seen = noise.theta.item(), []
+    network[0].register_forward_pre_hook(lambda *_: seen.append(noise.theta.item()))
+    x, y = torch.rand(4, 1, 4, 4), torch.arange(4) % 3
+    losses = defense.loss(network, x, y, Clock(0, step, 10_000), settings_of({}))
+    assert seen == [pytest.approx(share * whole)]
+    torch.testing.assert_close(losses.total.detach(), losses.clean)
+    assert losses.extra["noise_deviation"].item() == pytest.approx(whole)
+    assert noise.theta.item() == pytest.approx(whole)

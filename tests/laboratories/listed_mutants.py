@@ -259,4 +259,24 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "rows + sigma * torch.empty_like(rows).normal_()",
      "(rows) - (sigma * torch.empty_like(rows).normal_())"):
         "the noise is symmetric",
+    ("attacks/few_pixel.py", "trial = base + scale * (first - second)", "base + scale * (first - second)",
+     "(base) - (scale * (first - second))"): "first and second are drawn alike",
+    ("attacks/few_pixel.py", "kept = margins <= 0", "margins <= 0", "(margins) < (0)"):
+        "a margin of 0 is asked about once more, and kept",
+    ("attacks/fab.py", "room = torch.where(sign > 0, 1 - x, torch.where(sign < 0, x, 0.0)).clamp_min(0.0)",
+     "sign > 0", "(sign) >= (0)"): "where the sign is 0 the result is multiplied by it",
+    ("attacks/fab.py", "room = torch.where(sign > 0, 1 - x, torch.where(sign < 0, x, 0.0)).clamp_min(0.0)",
+     "sign < 0", "(sign) <= (0)"): "where the sign is 0 the result is multiplied by it",
+    ("defenses/pixeldp.py", "return 1.0 if share > 0.9 else share", "share > 0.9", "(share) >= (0.9)"):
+        "no step has a share of 0.9",
+    ("defenses/rse.py", "return mixed_loss(model, x, y, clock, replace(settings, alpha=1.0, beta=0.0))", "1.0", "2.0"):
+        "with beta 0 the clean loss has no weight",
+    ("defenses/none.py", "return mixed_loss(model, x, y, clock, replace(settings, alpha=1.0, beta=0.0))", "1.0", "2.0"):
+        "with beta 0 the clean loss has no weight",
+    ("defenses/pixeldp.py", "losses = mixed_loss(model, x, y, clock, replace(settings, alpha=1.0, beta=0.0))", "1.0",
+     "2.0"):
+        "with beta 0 the clean loss has no weight",
+    ("noise/sensitivity.py",
+     "sums = [met[..., i::down, j::across].sum((-2, -1)).max() for i in range(down) for j in range(across)]",
+     "-2", "2"): "of four dimensions",
 }  # fmt: skip
