@@ -27,6 +27,7 @@ ABLE: dict[str, tuple[bool, bool, bool, tuple[str, ...], tuple[str, ...]]] = {
     "FAB": (True, True, True, BOTH, ("margin",)),
     "Square": (False, False, True, BOTH, ("margin", "ce")),
     "SPSA": (False, False, True, BOTH, EVERY),
+    "ARC": (True, False, False, BOTH, ("margin",)),
     "AutoAttack": (True, False, False, BOTH, ("margin",)),
     "CW": (True, True, True, ("l2",), ("margin",)),
     "FewPixel": (False, False, True, ("l0",), EVERY),
@@ -37,7 +38,11 @@ ABLE: dict[str, tuple[bool, bool, bool, tuple[str, ...], tuple[str, ...]]] = {
 OWN: dict[str, dict[str, Any]] = {
     "FGSM": {},
     # Learn2Perturb, section 4: 7 steps of 0.01 (NaN: that, or what fits the radius).
-    "PGD": {"step_size": math.nan, "steps": 7, "random_start": True, "restarts": 1},
+    "PGD": {"step_size": math.nan, "steps": 7, "random_start": True, "restarts": 1, "eot_draws": "fresh"},
+    # Dbouk, Shanbhag 2022, algorithm 2: 20 rounds; the step (NaN) is a quarter of the radius.
+    "ARC": {
+        "loss": "margin", "step_size": math.nan, "steps": 20, "targets": 3, "random_start": True, "restarts": 1,
+    },
     # Croce, Hein 2020: 100 iterations, one run.
     "APGD": {"steps": 100, "targets": 0, "restarts": 1, "random_start": True, "early_stop": True},
     # The same, section 5: FAB-T with 9 target classes, 100 iterations.
@@ -90,6 +95,7 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
 NUMBERS: dict[str, dict[str, Any]] = {
     "base": {"TOLERANCE": 1e-6},
     "gradients": {"_LARGEST_WEIGHT": 1e30},
+    "arc": {"_BEYOND": 0.05},
     "apgd": {"_MOMENTUM": 0.75, "_RHO": 0.75},  # algorithm 1: alpha and rho
     "auto_attack": {"VERSIONS": ("standard", "rand")},
     "fab": {  # section 3: alpha_max, eta, beta, and the final search
