@@ -148,14 +148,16 @@ def test_8_the_best_may_be_two_points_ahead(best, fails, monkeypatch):
     ],
 )
 def test_9_a_tenth_and_two_errors_off_the_slope_of_independence(value, error, expected):
-    check = judge([_told(Slope(value, error), Slope(-1.0, 0.0), rows_differ=True)])[0]
+    check = judge([_told(Slope(value, error), "logits", Slope(-1.0, 0.0), differ=True, rows_differ=True, enough=True)])[
+        0
+    ]
     assert check.status == expected
     assert check.notes == ()
 
 
 @pytest.mark.parametrize(("value", "noted"), [(-0.91, False), (-0.89, True), (0.0, True)])
 def test_9_draws_that_rows_share_are_a_note(value, noted):
-    check = judge([_told(Slope(-1.0, 0.0), Slope(value, 0.0), rows_differ=True)])[0]
+    check = judge([_told(Slope(-1.0, 0.0), "logits", Slope(value, 0.0), differ=True, rows_differ=True, enough=True)])[0]
     assert check.status == "passed"
     assert [("EOT must average over fresh passes" in note) for note in check.notes] == [True] * noted
 

@@ -58,7 +58,10 @@ class Judged:
         """``false pass`` or ``false alarm``, or nothing."""
         if self.entry.kind == "masked":
             return "false pass" if self.passed_all and self.lowest > adaptive_accuracy(self.entry) + MISSED else ""
-        return "false alarm" if self.numbers("failed") or self.refusal else ""
+        failed = set(self.numbers("failed"))
+        if self.entry.lives_on_noise:  # what check 6 is there to say
+            failed.discard(6)
+        return "false alarm" if failed or self.refusal else ""
 
 
 def judged(entry: Entry, *, seed: int = 0, names: tuple[str, ...] = SOURCES, limit: int = IMAGES) -> Judged:
