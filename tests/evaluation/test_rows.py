@@ -142,6 +142,6 @@ def test_settings_that_are_refused(settings, error, reason):
 def test_settings_at_their_least():
     found = evaluate(plain, (X, Y), seed=0, limit=1, draws=1, members=1, batch_size=1)
     assert (found.seed, found.rows[0].n, found.metadata["limit"], found.metadata["batch_size"]) == (0, 1, 1, 1)
-    assert (found.confidence, found.resamples, found.num_classes) == (0.95, 2000, 2)
+    assert (found.confidence, found.resamples, found.num_classes) == (0.95, 0, 2)
     twice = evaluate(plain, (X, Y), predictor=["vote", "single", "vote"])
     assert [row.predictor for row in twice.rows] == ["vote", "single"]

@@ -98,7 +98,7 @@ def test_a_finite_ensemble_is_attacked_exactly(norm, sharing, probabilities, mon
     best = next(one for one in bench.measurements if one.name.startswith("best of all"))
     assert best.accuracy == draft.evidence["best"]
     own = best.correct.unpack()
-    assert all(any(np.array_equal(own[:, i], one.correct[:, i]) for one in pool) for i in range(N))
+    assert all(any(np.array_equal(own[:, i], one.scores.correct[:, i]) for one in pool) for i in range(N))
     arc = next(one for one in bench.measurements if one.name == "ARC")
     assert arc.parameters["norm"] == norm
 
@@ -129,7 +129,7 @@ def test_rare_shared_draws_fail_no_check_by_chance(seed):
     bench = bench_of(model, PGD(EPS, 0.02, 1), budget, seed=seed)
     bench.y = torch.zeros(N, dtype=torch.int64)
     draft = whitebox.losses(bench, bench.attacked("reported", bench.attack, N))
-    assert judge([draft], 0)[0].status == "passed", draft.evidence
+    assert judge([draft])[0].status == "passed", draft.evidence
     assert draft.evidence["best"] == draft.evidence["reported"]
 
 

@@ -129,7 +129,7 @@ def test_another_gradient_is_no_failure_but_needs_attacks_without():
 
 @pytest.mark.parametrize(("rivals", "status"), [(0.5, "passed"), (11 / 24, "not shown")])
 def test_what_may_be_stronger_than_false_gradients_is_not_shown(rivals, status, monkeypatch):
-    monkeypatch.setattr(truth, "descent", lambda bench, _: Attacked("d", bench.x, np.arange(24)[None] < 12))
+    monkeypatch.setattr(truth, "descent", lambda bench, _: Attacked("d", bench.x, Scores(np.arange(24)[None] < 12)))
     check, _ = diagnosed(straight_through, left=0.5, rivals=rivals)
     assert check.status == status
     assert ("Square and transfer from twin may be stronger" in check.sentence) == (status == "not shown")

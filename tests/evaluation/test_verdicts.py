@@ -233,7 +233,7 @@ def searched(broken: int, left: int, monkeypatch) -> str:
         return torch.where(torch.arange(len(x)) < broken, 1.0, -1.0)
 
     monkeypatch.setattr(blackbox, "_margin", margins)
-    return status(blackbox.random_search(bench, Attacked("reported", bench.x, np.ones((1, left), bool))))
+    return status(blackbox.random_search(bench, Attacked("reported", bench.x, Scores(np.ones((1, left), bool)))))
 
 
 @pytest.mark.parametrize(
