@@ -34,7 +34,7 @@ import learn2perturb as l2p
 from learn2perturb.attacks import APGD, CW, PGD, Attack, FewPixel
 from learn2perturb.engine import gears
 from learn2perturb.engine.random import seed_everything
-from learn2perturb.training.environment import environment
+from learn2perturb.runs.environment import environment
 
 EPS, STEP = 8 / 255, 2 / 255
 DRAWS = 10  # scorings of what is left of a stochastic network

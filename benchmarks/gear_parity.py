@@ -21,7 +21,7 @@ import torch
 import learn2perturb as l2p
 from learn2perturb.engine import gears
 from learn2perturb.progress import Reporter
-from learn2perturb.training.environment import environment
+from learn2perturb.runs.environment import environment
 from learn2perturb.training.state import Training
 
 GEARS = ("plain", "fast", "fast-compiled")  # the last as long trainings are: attack and training passes

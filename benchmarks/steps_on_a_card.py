@@ -22,8 +22,8 @@ import torch
 from learn2perturb.data import ImageData
 from learn2perturb.engine import compile_time, gears
 from learn2perturb.progress import Reporter
+from learn2perturb.runs.environment import environment
 from learn2perturb.training import TrainConfig
-from learn2perturb.training.environment import environment
 from learn2perturb.training.recorded import WARM_UPS
 from learn2perturb.training.state import Training
 

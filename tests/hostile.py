@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from learn2perturb.evaluation import Evaluation
-from learn2perturb.training import TrainConfig, load, read_config
+from learn2perturb.runs import load
+from learn2perturb.training import TrainConfig, read_config
 from learn2perturb.training.folder import check_folder
 
 
@@ -51,7 +52,7 @@ def _record(folder: pathlib.Path) -> bytes:
 def _network(_: pathlib.Path) -> bytes:
     from learn2perturb.models import build_model
     from learn2perturb.noise import perturb
-    from learn2perturb.training.checkpoint import model_bytes
+    from learn2perturb.runs.checkpoint import model_bytes
 
     network = perturb(build_model("digits_cnn", input_shape=(1, 8, 8)), input_shape=(1, 8, 8))
     return model_bytes(network, {"config": {"eps": 0.1}, "input_shape": [1, 8, 8], "defense": "learn2perturb"})

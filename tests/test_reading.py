@@ -15,7 +15,8 @@ from learn2perturb.checks import check_count
 from learn2perturb.errors import CheckpointError, ConfigError, DataError, Learn2PerturbError
 from learn2perturb.reading import parse_json, parse_yaml, read_bytes, reading
 from learn2perturb.records import PackedBits, PackedIntegers
-from learn2perturb.training import TrainConfig, load, read_config
+from learn2perturb.runs import load
+from learn2perturb.training import TrainConfig, read_config
 from tests.hostile import KINDS, Kind, mutations
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

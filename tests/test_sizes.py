@@ -10,9 +10,10 @@ import pytest
 from learn2perturb.attacks import PGD, Attack
 from learn2perturb.attacks.balls import BALLS
 from learn2perturb.cli.main import main
+from learn2perturb.diagnosis import diagnose
+from learn2perturb.diagnosis.budget import QUICK, with_grid
 from learn2perturb.errors import ConfigError
-from learn2perturb.evaluation import defaults, diagnose
-from learn2perturb.evaluation.diagnostics.budget import QUICK, with_grid
+from learn2perturb.evaluation import defaults
 from learn2perturb.registry import ATTACKS
 from learn2perturb.sizes import LINF_EPS, reach, sweep, usual_eps, usual_step, whole_box
 

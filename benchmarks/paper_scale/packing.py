@@ -23,7 +23,7 @@ from benchmarks.paper_scale.rounding import rounded_model, rounded_resume
 from benchmarks.paper_scale.state import WEIGHT_BITS, State
 from learn2perturb.errors import CheckpointError
 from learn2perturb.records import atomic_write
-from learn2perturb.training.checkpoint import MODEL, RESUME, checkpoints
+from learn2perturb.runs.checkpoint import MODEL, RESUME, checkpoints
 
 PART = 15 * 2**20
 MOST = 60 * 2**20

@@ -16,8 +16,8 @@ from learn2perturb import zoo
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.records import atomic_write
 from learn2perturb.registry import DEFENSES, MODELS
+from learn2perturb.runs.checkpoint import read_model, sealed
 from learn2perturb.training import read_metrics
-from learn2perturb.training.checkpoint import read_model, sealed
 
 # Where something lay on the machine that trained: no concern of a reader's.
 _LOCAL = {"data_dir": None, "device": "auto"}

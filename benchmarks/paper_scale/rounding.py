@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learn2perturb.training.checkpoint import read_model, read_resume, resume_bytes, sealed
+from learn2perturb.runs.checkpoint import read_model, read_resume, resume_bytes, sealed
 
 
 def rounded(tensor: Tensor, bits: int) -> Tensor:

@@ -19,8 +19,8 @@ from typing import Any
 from benchmarks.paper_scale.rounding import rounded_model
 from learn2perturb.evaluation import Evaluation
 from learn2perturb.records import atomic_write
+from learn2perturb.runs.checkpoint import MODEL, checkpoints
 from learn2perturb.training import read_metrics
-from learn2perturb.training.checkpoint import MODEL, checkpoints
 
 # A network too large to be carried whole beside others is kept at 24 bits from the moment that it is finished, so that
 # all of its numbers are of the same weights.

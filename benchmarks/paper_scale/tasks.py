@@ -15,6 +15,7 @@ import learn2perturb as l2p
 from benchmarks.paper_scale.plan import Cell, Plan
 from benchmarks.paper_scale.state import State
 from learn2perturb.attacks import Source, Transfer
+from learn2perturb.checks import fraction
 from learn2perturb.cli import evaluate as verb
 from learn2perturb.cli.bench.floor import measure_rates
 from learn2perturb.cli.bench.scene import Scene
@@ -22,15 +23,14 @@ from learn2perturb.cli.bench.settings import BENCHED, BenchSettings
 from learn2perturb.cli.bench.step import needed
 from learn2perturb.cli.main import main as learn2perturb
 from learn2perturb.cli.options import Parser
+from learn2perturb.engine.devices import choose_device
 from learn2perturb.engine.modes import in_mode
 from learn2perturb.errors import TrainingError
 from learn2perturb.noise import NoiseFree, Perturbation, noise_modules
 from learn2perturb.records import atomic_write
+from learn2perturb.runs.checkpoint import read_model
+from learn2perturb.runs.loading import locate
 from learn2perturb.training import TrainConfig
-from learn2perturb.training.checkpoint import read_model
-from learn2perturb.training.config import fraction
-from learn2perturb.training.loading import locate
-from learn2perturb.training.state import choose_device
 
 FLOOR, TRAIN, EVALUATE = "floor", "train", "evaluate"
 

@@ -26,11 +26,11 @@ _HOMES = {
     "load_data": "learn2perturb.data",
     "train": "learn2perturb.training",
     "TrainConfig": "learn2perturb.training",
-    "load": "learn2perturb.training",
+    "load": "learn2perturb.runs",
     "black_box": "learn2perturb.evaluation",
     "evaluate": "learn2perturb.evaluation",
-    "diagnose": "learn2perturb.evaluation",
-    "certify": "learn2perturb.evaluation",
+    "diagnose": "learn2perturb.diagnosis",
+    "certify": "learn2perturb.certification",
     "errors": "learn2perturb.errors",
 }
 
@@ -61,9 +61,11 @@ __all__ = [
 if TYPE_CHECKING:
     from learn2perturb import attacks, errors
     from learn2perturb.attacks import list_attacks
+    from learn2perturb.certification import certify
     from learn2perturb.data import load_data
     from learn2perturb.defenses import list_defenses
-    from learn2perturb.evaluation import black_box, certify, diagnose, evaluate
+    from learn2perturb.diagnosis import diagnose
+    from learn2perturb.evaluation import black_box, evaluate
     from learn2perturb.models import build_model, list_models
     from learn2perturb.noise import (
         fixed_noise,
@@ -73,7 +75,8 @@ if TYPE_CHECKING:
         perturb,
         remove_noise,
     )
-    from learn2perturb.training import TrainConfig, load, train
+    from learn2perturb.runs import load
+    from learn2perturb.training import TrainConfig, train
 else:  # hidden from the type checker, which would otherwise believe that every name exists
 
     def __getattr__(name: str):

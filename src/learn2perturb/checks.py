@@ -60,3 +60,20 @@ def check_step(name: str, value: Any, eps: float, *, norm: str = "linf") -> None
 def fitting_step(step: float, eps: float, radius: float) -> float:
     """Return the step for a ball of ``radius``, of one made for ``eps``: the same, in proportion where it is larger."""
     return step if step <= radius or radius == 0 else step * (radius / eps)
+
+
+def fraction(value: Any) -> float:
+    """Return a number written as a number or as a fraction such as ``8/255``.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    text = str(value).strip()
+    try:
+        top, slash, bottom = text.partition("/")
+        number = float(top) / float(bottom) if slash else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(f"{value!r} is not a number; write 0.03 or 8/255") from None
+    if not math.isfinite(number):
+        raise ConfigError(f"{value!r} is not a finite number; write 0.03 or 8/255")
+    return number

@@ -26,8 +26,8 @@ from learn2perturb import zoo
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.evaluation import Evaluation
 from learn2perturb.noise import noise_modules
+from learn2perturb.runs.checkpoint import checkpoints
 from learn2perturb.training import read_metrics
-from learn2perturb.training.checkpoint import checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A checkpoint after every step, so that a slice can be cut anywhere.

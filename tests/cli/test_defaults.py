@@ -10,9 +10,11 @@ import sys
 import pytest
 
 import learn2perturb as l2p
+from learn2perturb.certification import certify
 from learn2perturb.cli.main import VERBS, main
 from learn2perturb.cli.options import Parser
-from learn2perturb.evaluation import Evaluation, certify, diagnose, evaluate
+from learn2perturb.diagnosis import diagnose
+from learn2perturb.evaluation import Evaluation, evaluate
 from learn2perturb.experiments.tables import reproduce
 
 # verb -> the function that it calls

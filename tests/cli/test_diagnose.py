@@ -10,12 +10,13 @@ import shlex
 import pytest
 import torch
 
+from learn2perturb.certification import Certification
 from learn2perturb.cli import sources
 from learn2perturb.cli.main import main
 from learn2perturb.cli.subject import read_run
-from learn2perturb.evaluation import Certification, Comparison, Diagnosis
-from learn2perturb.evaluation.diagnostics import budget
-from learn2perturb.training.loading import load
+from learn2perturb.diagnosis import Diagnosis, budget
+from learn2perturb.evaluation import Comparison
+from learn2perturb.runs.loading import load
 
 TINY = dataclasses.replace(
     budget.QUICK, name="quick", images=16, some=8, scorings=2, eot=2, sweep_eot=1, steps=4, unbounded_steps=5,

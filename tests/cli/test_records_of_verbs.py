@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import learn2perturb as l2p
+from learn2perturb.certification import Certification, certify
 from learn2perturb.cli.main import main
 from learn2perturb.cli.subject import name_of, save_record
 from learn2perturb.engine.identity import fingerprint_of_weights
 from learn2perturb.errors import CheckpointError
-from learn2perturb.evaluation import Certification, Evaluation, certify, evaluate
+from learn2perturb.evaluation import Evaluation, evaluate
 from learn2perturb.records import atomic_write
 
 STEPS = 2
@@ -71,7 +72,7 @@ def test_weights_that_changed_since_are_of_no_known_step(run):
 
 
 def test_the_step_of_a_run_of_before_is_that_of_its_checkpoint(run, monkeypatch):
-    from learn2perturb.training import loading
+    from learn2perturb.runs import loading
 
     read = loading.read_model
     monkeypatch.setattr(loading, "read_model", lambda path: (read(path)[0], {**read(path)[1], "step": None}))

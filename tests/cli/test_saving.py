@@ -9,10 +9,11 @@ import os
 import pytest
 
 from learn2perturb.attacks.base import Attack
+from learn2perturb.certification import Certification
 from learn2perturb.cli.main import main
+from learn2perturb.diagnosis import Diagnosis, budget
 from learn2perturb.errors import CheckpointError
-from learn2perturb.evaluation import Certification, Diagnosis, Evaluation
-from learn2perturb.evaluation.diagnostics import budget
+from learn2perturb.evaluation import Evaluation
 from learn2perturb.records import Saved, check_writable
 
 MADE = (
@@ -57,7 +58,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(
 ):
     nothing_can_be_made(monkeypatch, tmp_path)
     monkeypatch.setattr(Attack, "run", lambda *_: pytest.fail("an attack was run"))
-    monkeypatch.setattr("learn2perturb.evaluation.radii._votes", lambda *_: pytest.fail("votes were counted"))
+    monkeypatch.setattr("learn2perturb.certification.certifying._votes", lambda *_: pytest.fail("votes were counted"))
     assert main([verb, str(trained), *VERBS[verb][0], "--device=cpu", "--out", str(tmp_path / "record.json")]) == 2
     assert "Permission denied; nothing was computed" in capsys.readouterr().err
 

@@ -13,9 +13,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 import learn2perturb as l2p
 from learn2perturb.attacks import PGD
 from learn2perturb.data import make_source
+from learn2perturb.diagnosis.budget import QUICK, budget_of
 from learn2perturb.engine.labels import class_numbers
 from learn2perturb.errors import InputError
-from learn2perturb.evaluation.diagnostics.budget import QUICK, budget_of
 
 N = 32
 X = torch.rand(N, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ import learn2perturb as l2p
 from learn2perturb.attacks import PGD
 from learn2perturb.data import ImageData, load_data, make_source
 from learn2perturb.data.subset import balanced_order, known_labels
-from learn2perturb.evaluation.diagnostics.budget import QUICK, resized
+from learn2perturb.diagnosis.budget import QUICK, resized
 
 CLASSES = 10
 
@@ -106,7 +106,7 @@ def diagnose(data: object) -> object:
     budget = resized(QUICK, 100)
     changes = {"some": 4, "unbounded_steps": 2, "samples": 2, "square_queries": 2, "restarts": 1, "scorings": 1}
     changes |= {"step_curve": (1, 2), "draw_curve": (1, 4), "eps_grid": (2 / 255, 1.0), "slope_repeats": 3}
-    budget = l2p.evaluation.diagnostics.budget.budget_of(budget, **changes)
+    budget = l2p.diagnosis.budget.budget_of(budget, **changes)
     return l2p.diagnose(network(), data, budget=budget, attack=PGD(0.1, 0.05, 1))
 
 
@@ -166,8 +166,8 @@ def test_a_rare_class_is_not_missed_where_the_set_is_known() -> None:
 
 
 def test_the_costly_checks_of_a_small_sorted_set_see_all_classes() -> None:
+    from learn2perturb.diagnosis.diagnosing import _images
     from learn2perturb.engine.identity import ImagesFingerprint
-    from learn2perturb.evaluation.diagnostics.run import _images
 
     _, y = _images(make_source(sorted_digits(), limit=1000), torch.device("cpu"), 0, ImagesFingerprint())
     assert len(y) == 500 and y[:20].bincount().tolist() == [2] * CLASSES

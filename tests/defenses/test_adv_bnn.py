@@ -13,7 +13,8 @@ from learn2perturb.defenses import Clock, build_defense
 from learn2perturb.errors import ConfigError
 from learn2perturb.models import build_model
 from learn2perturb.noise import kl_divergence, noise_modules, noise_sites
-from learn2perturb.training import TrainConfig, load, train
+from learn2perturb.runs import load
+from learn2perturb.training import TrainConfig, train
 from learn2perturb.training.alternating import iterate
 
 LR, EPS, STEP, STEPS, SHARE, PRIOR, INIT, EXAMPLES = 0.01, 0.1, 0.04, 2, 0.5, 0.3, 0.2, 40

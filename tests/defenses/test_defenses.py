@@ -14,10 +14,11 @@ from learn2perturb.evaluation import evaluate
 from learn2perturb.models import list_models
 from learn2perturb.noise import fixed_noise
 from learn2perturb.registry import DEFENSES
-from learn2perturb.training import TrainConfig, load, train
-from learn2perturb.training.checkpoint import read_model
+from learn2perturb.runs import load
+from learn2perturb.runs.checkpoint import read_model
+from learn2perturb.runs.loading import locate
+from learn2perturb.training import TrainConfig, train
 from learn2perturb.training.config import RECIPES
-from learn2perturb.training.loading import locate
 
 NAMES = [entry.name for entry in DEFENSES]
 # Their papers train on clean images only.

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
+from learn2perturb.certification.bounds import pixeldp_radius, vote_bounds
 from learn2perturb.defenses import Clock, build_defense
 from learn2perturb.defenses.pixeldp import noise_deviation, noise_ramp, parseval
 from learn2perturb.errors import ConfigError, SiteError
-from learn2perturb.evaluation.certificates import pixeldp_radius, vote_bounds
 from learn2perturb.models import Normalize, build_model
 from learn2perturb.noise import fixed_noise, noise_modules, noise_parameters, noise_sites
 from learn2perturb.noise.sensitivity import sensitivity

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from learn2perturb.attacks import PGD
+from learn2perturb.certification import certify
 from learn2perturb.engine.halving import Halving, out_of_memory
 from learn2perturb.errors import MemoryLimitError
-from learn2perturb.evaluation import certify, evaluate
+from learn2perturb.evaluation import evaluate
 from learn2perturb.training import TrainConfig, train
 
 CPU = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"

@@ -10,7 +10,7 @@ import pytest
 
 from learn2perturb.errors import ConfigError, InputError
 from learn2perturb.evaluation import Comparison, compare
-from learn2perturb.evaluation.comparison import Difference
+from learn2perturb.evaluation.comparing import Difference
 from learn2perturb.evaluation.intervals import Interval
 from learn2perturb.evaluation.result import Evaluation, Row, statistics
 from learn2perturb.evaluation.significance import mcnemar

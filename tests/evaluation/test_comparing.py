@@ -1,149 +1,175 @@
-"""Two diagnoses side by side: what is compared, and what cannot be."""
-
 from __future__ import annotations
 
 import dataclasses
-import json
 
-import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from learn2perturb.cli.main import main
-from learn2perturb.errors import InputError
-from learn2perturb.evaluation import compare_diagnoses
-from learn2perturb.evaluation.diagnostics import CHECKS, Check, Claim, Diagnosis, DiagnosisComparison, Measurement
-from learn2perturb.evaluation.diagnostics.trial import put_on_trial
-from learn2perturb.evaluation.diagnostics.verdict import conclude
-from learn2perturb.evaluation.intervals import accuracy_interval
-from learn2perturb.records import PackedBits, PackedIntegers
+from learn2perturb.attacks import FGSM, PGD
+from learn2perturb.errors import ConfigError, InputError, UnknownNameError
+from learn2perturb.evaluation import Comparison, Evaluation, compare, evaluate
 
-N = 200
+N = 400
 
 
-def measured(name: str, right: int, n: int = N) -> Measurement:
-    bits = (np.arange(n) < right)[None]
-    return Measurement(name, "PGD", {}, n, right / n, accuracy_interval(bits), PackedBits.pack(bits), 1.0, 1.0, 0.0)
+def right_on(share: float, seed: int):
+    """A model that is right on a given random share of the images: the image is its own number."""
+    right = torch.rand(N, generator=torch.Generator().manual_seed(seed)) < share
+
+    def model(x: Tensor) -> Tensor:
+        number = (x.flatten(1)[:, 0] * N).round().long().clamp(max=N - 1)
+        return torch.nn.functional.one_hot((~right[number]).long(), 2).float() * 3 + 0 * x.flatten(1)[:, :1]
+
+    return model
 
 
-def diagnosis(right: int = 100, failed: int | None = None, claimed: Claim | None = None, n: int = N) -> Diagnosis:
-    """Of a network that keeps ``right`` of ``n`` images under its strongest attack."""
-    checks = tuple(
-        Check(number, name, "failed" if number == failed else "passed", "Text.") for number, name in CHECKS.items()
+X = (torch.arange(N) / N).view(N, 1, 1, 1)
+DATA = (X, torch.zeros(N, dtype=torch.int64))
+
+
+def evaluation(share: float, seed: int = 0, data=DATA):
+    return evaluate(right_on(share, seed), data, draws=1, name=f"model {share}")
+
+
+def test_a_real_difference_is_found_and_signed():
+    found = compare(evaluation(0.9), evaluation(0.7)).differences[0]
+    assert found.difference == pytest.approx(0.2, abs=0.05)
+    assert found.interval.low > 0
+    assert found.mcnemar < 1e-6
+    assert found.sentence.startswith("the first is better: +")
+    assert compare(evaluation(0.7), evaluation(0.9)).differences[0].sentence.startswith("the second is better: -")
+
+
+def test_pairing_sees_what_two_intervals_do_not():
+    # The same seed: where 0.70 is right, 0.73 is too, so the difference has next to no noise.
+    one, other = evaluation(0.73), evaluation(0.70)
+    assert one.rows[0].interval.low < other.rows[0].interval.high
+    found = compare(one, other).differences[0]
+    assert found.interval.low > 0
+    assert found.standard_error < 0.01
+
+
+def test_equal_models_are_not_told_apart():
+    same = compare(evaluation(0.8), evaluation(0.8)).differences[0]
+    assert (same.difference, same.mcnemar) == (0.0, 1.0)
+    wrong = sum(
+        compare(evaluation(0.8, 2 * k), evaluation(0.8, 2 * k + 1)).differences[0].sentence[0] == "t" for k in range(12)
     )
-    few = measured("square", right // 2, N // 2)
-    everything = (measured("clean", n - 5, n), measured("reported", right + 10, n), measured("best", right, n), few)
-    claim = None if claimed is None else claimed.settled(norm="linf", eps=0.1, n=n)
-    trial = None if claim is None else put_on_trial([everything[2]], claim.accuracy, tried=["best"])
-    known = {one.name: one for one in everything}
-    verdict, summary = conclude(
-        checks, lowest="best", accuracy=right / n, n=n, eps="linf 0.1", claim=claim, trial=trial, measured=known
-    )
-    return Diagnosis(
-        verdict=verdict, summary=summary, checks=checks, curves=(), measurements=everything, findings=(),
-        lowest="best", labels=PackedIntegers.pack(np.arange(n) % 10), num_classes=10, stochastic=False, eps=0.1,
-        norm="linf", seed=0, budget={"name": "quick", "images": n},
-        metadata={"model": "net", "data": "digits", "images": "h", "weights": f"w{right}"}, claim=claim, trial=trial,
-    )  # fmt: skip
+    assert wrong <= 2
 
 
-def changed(one: Diagnosis, **metadata: object) -> Diagnosis:
-    return dataclasses.replace(one, metadata=one.metadata | metadata)
+def test_records_of_other_images_are_refused():
+    first = evaluation(0.8)
+    with pytest.raises(InputError, match="400 images, the second of 100"):
+        compare(first, evaluation(0.8, data=(X[:100], DATA[1][:100])))
+    labels = DATA[1].clone()
+    labels[:3] = 1
+    with pytest.raises(InputError, match="labels of 3 of 400"):
+        compare(first, evaluation(0.8, data=(X, labels)))
+    other = dataclasses.replace(first, metadata={**first.metadata, "data": "cifar10"})
+    with pytest.raises(InputError, match="cifar10"):
+        compare(first, other)
 
 
-def test_verdicts_checks_and_lowest_accuracies_stand_side_by_side(tmp_path):
-    first, second = diagnosis(100, claimed=Claim(0.9)), diagnosis(60, failed=2)
-    found = compare_diagnoses(first, second)
-    assert found.verdicts == ("refuted", "not trusted")
-    assert [(one.number, one.first, one.second) for one in found.checks][:2] == [
-        (1, "passed", "passed"), (2, "passed", "failed")
-    ]  # fmt: skip
-    lowest = found.accuracies[-1]
-    assert (lowest.first_accuracy, lowest.second_accuracy, lowest.n) == (0.5, 0.3, N)
-    assert lowest.difference == pytest.approx(0.2)
-    # Paired: all 40 images that differ differ one way, which is far narrower than two intervals apart.
-    assert 0.14 < lowest.interval.low < 0.2 < lowest.interval.high < 0.26
-    assert lowest.sentence.startswith("more of the first is left: +20.0 points")
-    assert "no difference is shown: +0.0" in found.accuracies[0].sentence
-    text = str(found)
-    assert "first : net: REFUTED (claimed 90 % under any attack l_inf with 0.1 of 200 images)" in text
-    assert "2   white-box beats black-box        passed  failed" in text
-    assert DiagnosisComparison.load(found.save(tmp_path / "c.json")) == found
+def test_rows_are_paired_by_settings_or_by_hand(tmp_path):
+    linear = lambda x: torch.cat([x.flatten(1), 0.5 - x.flatten(1)], dim=1)  # noqa: E731
+    first = evaluate(linear, DATA, {"fgsm": FGSM(0.1)}, draws=1)
+    second = evaluate(linear, DATA, {"other": FGSM(0.1)}, draws=1)
+    assert [one.second for one in compare(first, second).differences] == ["clean", "other 0.1"]
+    found = compare(first, second, pairs=[("fgsm", "other"), ("clean", "clean")])
+    assert [one.difference for one in found.differences] == [0.0, 0.0]
+    assert "Holm's correction for 2 rows" in str(found)
+    assert Comparison.load(found.save(tmp_path / "comparison.json")) == found
+    with pytest.raises(UnknownNameError, match="did you mean 'fgsm'"):
+        compare(first, second, pairs=[("fgms", "other")])
+    with pytest.raises(ConfigError, match="no row in common"):
+        compare(dataclasses.replace(first, rows=first.rows[1:]), evaluate(linear, DATA, draws=1))
 
 
-def test_measurements_of_fewer_images_are_paired_on_those_of_both():
-    first = dataclasses.replace(diagnosis(100), lowest="square")
-    lowest = compare_diagnoses(first, diagnosis(60)).accuracies[-1]
-    assert (lowest.first, lowest.second, lowest.n) == ("square", "best", N // 2)
-    assert (lowest.first_accuracy, lowest.second_accuracy) == (0.5, 0.6)  # the first 100 of the second
-
-
-def test_the_same_diagnosis_twice_differs_in_nothing():
-    one = diagnosis()
-    found = compare_diagnoses(one, one)
-    assert {row.difference for row in found.accuracies} == {0.0}
-    assert found.notes == ("both are of the same weights (w100)",)
+def linear(x: Tensor) -> Tensor:
+    return torch.cat([x.flatten(1), 0.5 - x.flatten(1)], dim=1)
 
 
 @pytest.mark.parametrize(
-    ("other", "reason"),
+    ("other", "differs"),
     [
-        (dataclasses.replace(diagnosis(), eps=0.3), "of linf 0.1, the second of linf 0.3; diagnose both in one ball"),
-        (dataclasses.replace(diagnosis(), norm="l2"), "of linf 0.1, the second of l2 0.1"),
-        (diagnosis(n=150), "of 200 images, the second of 150; diagnose both on the same images"),
-        (changed(diagnosis(), data="cifar10"), "of digits, 10 classes, the second of cifar10"),
-        (dataclasses.replace(diagnosis(), num_classes=11), "the second of digits, 11 classes"),
-        (changed(diagnosis(), images="other"), "the images of the two are not the same"),
-        (
-            dataclasses.replace(diagnosis(), labels=PackedIntegers.pack((np.arange(N) + 1) % 10)),
-            "the images of the two are not the same",
-        ),
-        ("runs/a", "a str is no diagnosis; give what diagnose returned"),
+        (PGD(0.1, 0.01, 1), "steps"),
+        (PGD(0.1, 0.02, 3), "step_size"),
+        (PGD(0.1, 0.01, 3, norm="l2"), "norm"),
+        (PGD(0.1, 0.01, 3, random_start=False), "random_start"),
+        (PGD(0.1, 0.01, 3, loss="margin"), "loss"),
+        (PGD(0.1, 0.01, 3, restarts=2), "restarts"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(other, reason):
-    for pair in ((diagnosis(), other), (other, diagnosis())):
-        with pytest.raises(InputError) as caught:
-            compare_diagnoses(*pair)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match=reason):
-        compare_diagnoses(diagnosis(), other)
+def test_attacks_of_one_name_and_other_settings_are_left_out_and_said(other, differs):
+    first = evaluate(linear, DATA, {"pgd": PGD(0.1, 0.01, 3)}, draws=1)
+    found = compare(first, evaluate(linear, DATA, {"pgd": other}, draws=1))
+    assert [one.first for one in found.differences] == ["clean"]
+    assert len(found.left_out) == 2
+    if differs != "norm":
+        assert f"differs in {differs}" in found.left_out[0]
+    assert found.left_out[0] in str(found)
+    by_hand = compare(first, evaluate(linear, DATA, {"pgd": other}, draws=1), pairs=[("pgd", "pgd")])
+    assert any("not the same attack" in note and differs in note for note in by_hand.notes)
 
 
-@pytest.mark.parametrize(
-    ("other", "note"),
-    [
-        (
-            dataclasses.replace(diagnosis(60), budget={"name": "full", "images": N}),
-            "the budgets differ (name quick and",
-        ),
-        (dataclasses.replace(diagnosis(60), seed=3), "the seeds differ: 0 and 3"),
-        (changed(diagnosis(60), parameters={"steps": 3}, attack="PGD-3"), "the reported attacks differ"),
-        (changed(diagnosis(60), sources=["twin"]), "the sources differ: none; twin"),
-        (changed(diagnosis(60), images=None), "the second record holds no hash of its images"),
-        (diagnosis(60, claimed=Claim(0.9, predictor="vote")), "of other predictors: single draws and vote of 10"),
-    ],
-)
-def test_settings_that_differ_are_named(other, note):
-    assert any(text.startswith(note) or note in text for text in compare_diagnoses(diagnosis(), other).notes)
-    assert compare_diagnoses(diagnosis(), diagnosis(60)).notes == ()
+def test_eot_does_not_count_without_noise_only():
+    one, ten = (evaluate(linear, DATA, {"pgd": PGD(0.1, 0.01, 3, eot=eot)}, draws=1) for eot in (1, 10))
+    assert [row.second for row in compare(one, ten).differences] == ["clean", "pgd 0.1"]
+
+    def noisy(x: Tensor) -> Tensor:
+        return linear(x + 0.01 * torch.randn_like(x))
+
+    one, ten = (evaluate(noisy, DATA, {"pgd": PGD(0.1, 0.01, 3, eot=eot)}, draws=2) for eot in (1, 10))
+    found = compare(one, ten)
+    assert [row.second for row in found.differences] == ["clean"]
+    assert "eot" in found.left_out[0]
 
 
-def test_at_the_command_line(tmp_path, capsys):
-    paths = [str(one.save(tmp_path / f"{right}.json")) for right in (100, 60) for one in (diagnosis(right),)]
-    assert main(["compare", *paths, "--out", str(tmp_path / "c.json")]) == 0
-    assert "lowest: 50.0 % and 30.0 % of 200 images; more of the first is left" in capsys.readouterr().out
-    assert DiagnosisComparison.load(tmp_path / "c.json").verdicts == ("trusted", "trusted")
-    assert main(["compare", *paths, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["accuracies"][2]["sentence"].startswith("more of the first is left")
-    for words, mend in (
-        ([*paths, "--out", str(tmp_path / "c.json")], "so that nothing is lost"),
-        ([paths[0], str(tmp_path / "c.json")], "give two of diagnose or two of evaluate"),
-        ([str(tmp_path), paths[1]], "give two of diagnose or two of evaluate"),
-        ([*paths, "--pair", "a=b"], "leave it out"),
-        ([paths[0], "nowhere.json"], "give two of diagnose"),
-    ):
-        assert main(["compare", *words]) == 2
-        error = capsys.readouterr().err
-        assert mend in error
-        assert error.count("\n") == 1
+def test_a_single_draw_is_never_paired_with_a_vote():
+    def noisy(x: Tensor) -> Tensor:
+        return linear(x + 0.3 * torch.randn_like(x))
+
+    single, vote, bigger = (
+        evaluate(noisy, DATA, draws=2, predictor=predictor, members=members)
+        for predictor, members in (("single", 10), ("vote", 10), ("vote", 20))
+    )
+    probability = evaluate(noisy, DATA, draws=2, predictor="mean_probability", members=10)
+    for other in (single, bigger, probability):
+        with pytest.raises(ConfigError, match="no row in common"):
+            compare(other, vote)
+    both = evaluate(noisy, DATA, draws=2, predictor=["single", "vote"])
+    assert [(one.first, one.second) for one in compare(both, both).differences] == [
+        ("clean", "clean"),
+        ("clean, vote", "clean, vote"),
+    ]
+
+
+def test_other_images_of_equal_labels_are_refused_and_batches_do_not_count():
+    first = evaluation(0.8)
+    moved = X.clone()
+    moved[7] += 1e-4
+    with pytest.raises(InputError, match="images differ"):
+        compare(first, evaluation(0.8, data=(moved, DATA[1])))
+    same = evaluate(right_on(0.8, 0), DATA, draws=1, batch_size=7)
+    assert same.metadata["images"] == first.metadata["images"]
+
+
+def test_records_from_before_the_hashes_load_and_say_so(tmp_path):
+    first = evaluation(0.8)
+    bare = {key: value for key, value in first.metadata.items() if key not in ("images", "weights")}
+    old = Evaluation.load(dataclasses.replace(first, metadata=bare).save(tmp_path / "old.json"))
+    found = compare(old, first)
+    assert any("the first record holds no hash" in note for note in found.notes)
+    assert not any("the second record" in note for note in found.notes)
+
+
+def test_better_needs_the_interval_and_the_test():
+    real = compare(evaluation(0.9), evaluation(0.7)).differences[0]
+    assert "is better" in real.sentence
+    assert "neither" in dataclasses.replace(real, p_holm=0.06).sentence
+    assert "is better" in dataclasses.replace(real, p_holm=0.04).sentence
+    before = dataclasses.replace(real, p_holm=None, p_value=None)  # a record of version 1
+    assert "neither" in dataclasses.replace(before, mcnemar_holm=0.06).sentence
+    assert "neither" in dataclasses.replace(real, interval=dataclasses.replace(real.interval, low=-0.01)).sentence

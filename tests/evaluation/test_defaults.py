@@ -9,13 +9,10 @@ from typing import Any
 
 import pytest
 
-from learn2perturb.errors import ConfigError, UnknownNameError
-from learn2perturb.evaluation import Predictor, accuracy, certify, compare, defaults, diagnose, evaluate
-from learn2perturb.evaluation import intervals as of_images
-from learn2perturb.evaluation.certification import ABSTAINED
-from learn2perturb.evaluation.comparison import Comparison
-from learn2perturb.evaluation.diagnostics import FULL, QUICK, Diagnosis, blackbox, draws, truth, verdict, whitebox
-from learn2perturb.evaluation.diagnostics.budget import (
+from learn2perturb.certification import certify
+from learn2perturb.certification.record import ABSTAINED
+from learn2perturb.diagnosis import FULL, QUICK, Diagnosis, blackbox, diagnose, draws, truth, verdict, whitebox
+from learn2perturb.diagnosis.budget import (
     BUDGETS,
     Budget,
     budget_of,
@@ -23,6 +20,11 @@ from learn2perturb.evaluation.diagnostics.budget import (
     resized,
     with_grid,
 )
+from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.evaluation import Predictor, compare, defaults, evaluate
+from learn2perturb.evaluation import evaluating as accuracy
+from learn2perturb.evaluation import intervals as of_images
+from learn2perturb.evaluation.comparing import Comparison
 from learn2perturb.evaluation.keeping import PartialEvaluation
 from learn2perturb.evaluation.result import WORST_OF
 from learn2perturb.evaluation.significance import TWO_SIGMA
@@ -69,7 +71,7 @@ NUMBERS = {
     "an adversary's draws": (WORST_OF, (1, 10, 100)),
     "two standard errors, one-sided": (TWO_SIGMA, 0.022750131948179195),
     "no class": (ABSTAINED, -1),
-    # Thresholds of the verdicts: tests/evaluation/test_verdicts.py tries what they decide.
+    # Thresholds of the verdicts: tests/diagnosis/test_verdicts.py tries what they decide.
     "check 3: left unbroken by the whole box": (whitebox.UNBOUNDED_LEFT, 0.01),
     "check 7: more draws or steps change less": (whitebox.CONVERGED, 0.005),
     "check 8: another loss is ahead by no more": (whitebox.BEST_AHEAD, 0.02),

@@ -12,7 +12,7 @@ from learn2perturb import load_data, perturb
 from learn2perturb.attacks import FGSM, PGD
 from learn2perturb.cli.main import main
 from learn2perturb.evaluation import Evaluation, Unfinished, evaluate
-from learn2perturb.evaluation.accuracy import _RowRun
+from learn2perturb.evaluation.evaluating import _RowRun
 from learn2perturb.evaluation.keeping import PartialEvaluation
 
 ATTACKS = {"fgsm": FGSM(0.1), "pgd": PGD(0.1, 0.05, 1, eot=2)}

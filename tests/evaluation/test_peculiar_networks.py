@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from learn2perturb.attacks import PGD
+from learn2perturb.certification import certify
+from learn2perturb.diagnosis import diagnose
 from learn2perturb.errors import InputError
-from learn2perturb.evaluation import Evaluation, certify, diagnose, evaluate
+from learn2perturb.evaluation import Evaluation, evaluate
 from learn2perturb.noise import perturb, perturb_weights
 
 X, Y = torch.rand(24, 1, 6, 6), torch.arange(24) % 3

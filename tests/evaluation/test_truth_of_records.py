@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.attacks import PGD, Transfer
+from learn2perturb.certification import Certification, certify
+from learn2perturb.certification.bounds import gaussian_dp_radius, laplace_radius, vote_bounds
 from learn2perturb.data import load_data
+from learn2perturb.diagnosis import QUICK, diagnose
 from learn2perturb.errors import CheckpointError
-from learn2perturb.evaluation import Certification, Evaluation, certify, evaluate
-from learn2perturb.evaluation.certificates import gaussian_dp_radius, laplace_radius, vote_bounds
-from learn2perturb.evaluation.diagnostics import QUICK, diagnose
+from learn2perturb.evaluation import Evaluation, evaluate
 from learn2perturb.evaluation.intervals import accuracy_interval, bootstrap_mean
 from learn2perturb.models import build_model
 from learn2perturb.records import PackedIntegers

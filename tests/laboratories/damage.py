@@ -16,8 +16,8 @@ from learn2perturb import records, zoo
 from learn2perturb.data import load_data
 from learn2perturb.errors import Learn2PerturbError
 from learn2perturb.evaluation import compare
-from learn2perturb.evaluation.comparison import Comparison
-from learn2perturb.training import load
+from learn2perturb.evaluation.comparing import Comparison
+from learn2perturb.runs import load
 from learn2perturb.training.config import read_config
 from tests.laboratories import crash, fixtures, mutations, runs
 from tests.laboratories.cases import Case, Outcome, of_error

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from learn2perturb.certification import Certification
 from learn2perturb.data import load_data
-from learn2perturb.evaluation import Certification, Diagnosis, Evaluation, compare, diagnose
-from learn2perturb.evaluation.diagnostics.budget import QUICK
-from learn2perturb.training import load
+from learn2perturb.diagnosis import Diagnosis, diagnose
+from learn2perturb.diagnosis.budget import QUICK
+from learn2perturb.evaluation import Evaluation, compare
+from learn2perturb.runs import load
 from tests.laboratories import crash, runs
 from tests.laboratories.disk import Disk, after
 

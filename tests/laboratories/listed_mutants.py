@@ -31,8 +31,8 @@ class Listed:
         return Mutant(self.path, line, self.old, self.new, text.replace(self.old, self.new))
 
 
-_CHECKS, _ATTACKS, _TRAINING = "evaluation/diagnostics", "attacks", "training"
-_VERDICTS = ("tests/evaluation/test_verdicts.py", "tests/evaluation/test_diagnostics.py")
+_CHECKS, _ATTACKS, _TRAINING = "diagnosis", "attacks", "training"
+_VERDICTS = ("tests/diagnosis/test_verdicts.py", "tests/diagnosis/test_diagnosing.py")
 
 LISTED = (
     Listed("CONVERGED tenfold", f"{_CHECKS}/whitebox.py", "CONVERGED = 0.005", "CONVERGED = 0.05", _VERDICTS),
@@ -51,18 +51,18 @@ LISTED = (
     Listed("the monitored set of the training split", f"{_TRAINING}/sources.py",
            'watched: Any = load_data(config.dataset, "test"', 'watched: Any = load_data(config.dataset, "train"',
            ("tests/training",)),
-    Listed("the class chosen on the certifying votes", "evaluation/radii.py", "    counts = votes[",
-           "    chosen = votes.argmax(axis=1)\n    counts = votes[", ("tests/evaluation/test_radii.py",)),
-    Listed("alpha doubled", "evaluation/radii.py", "lower_bound(counts, n, alpha)", "lower_bound(counts, n, 2 * alpha)",
-           ("tests/evaluation/test_radii.py",)),
-    Listed("a row's key without the predictor", "evaluation/comparison.py",
+    Listed("the class chosen on the certifying votes", "certification/certifying.py", "    counts = votes[",
+           "    chosen = votes.argmax(axis=1)\n    counts = votes[", ("tests/certification/test_radii.py",)),
+    Listed("alpha doubled", "certification/certifying.py", "lower_bound(counts, n, alpha)",
+           "lower_bound(counts, n, 2 * alpha)", ("tests/certification/test_radii.py",)),
+    Listed("a row's key without the predictor", "evaluation/comparing.py",
            "(one.attack_type, one.noise, one.predictor)", "(one.attack_type, one.noise, other.predictor)",
-           ("tests/evaluation/test_comparison.py",)),
-    Listed("the first scoring on the attack's stream", "evaluation/accuracy.py",
+           ("tests/evaluation/test_comparing.py",)),
+    Listed("the first scoring on the attack's stream", "evaluation/evaluating.py",
            'seed_everything(self.seed, "score", self.name, eps, batch, draw)',
            'seed_everything(*((self.seed, "score", self.name, eps, batch, draw) if draw else '
            '(derive_seed(self.seed, "attack", self.name, eps, batch), "attack")))',
-           ("tests/evaluation/test_accuracy.py",)),
+           ("tests/evaluation/test_evaluating.py",)),
     Listed("the twin of the same seed", "cli/diagnose.py", "seed=config.seed + 1", "seed=config.seed",
            ("tests/cli/test_diagnose.py",)),
     Listed("APGD's smallest window of 1", f"{_ATTACKS}/apgd.py", "int(0.06 * self.steps), 1)", "1, 1)",
@@ -109,107 +109,107 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "torch.rand((), device=like.device) > 0.5", "(torch.rand((), device=like.device)) >= (0.5)"):
         "one number in 2^24 is 0.5",
     ("attacks/square.py", "side = max(side, 3) | 1  # odd, so that a bump has a centre", "3", "2"): "2 | 1 is 3, too",
-    ("evaluation/certification.py",
+    ("certification/record.py",
      "wrong = np.flatnonzero(~((radii >= least - _ROUNDING) & (radii <= most + _ROUNDING)))",
      "radii >= least - _ROUNDING",
      "(radii) > (least - _ROUNDING)"):
         "an allowance for rounding has no exact edge",
-    ("evaluation/certification.py",
+    ("certification/record.py",
      "wrong = np.flatnonzero(~((radii >= least - _ROUNDING) & (radii <= most + _ROUNDING)))",
      "radii <= most + _ROUNDING",
      "(radii) < (most + _ROUNDING)"):
         "an allowance for rounding has no exact edge",
-    ("evaluation/certificates.py",
+    ("certification/bounds.py",
      "_DELTAS = np.arange(0.001, 0.3, 0.0005)",
      "0.3",
      "0.6"):
         "beyond 0.3 no delta is the best of all",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      "_CHUNK = 64  # basis images in one pass",
      "64",
      "65"):
         "memory and time only",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      "_CHUNK = 64  # basis images in one pass",
      "64",
      "63"):
         "memory and time only",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      "_PROBES = 8",
      "8",
      "9"):
         "one probe more or less",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      "_PROBES = 8",
      "8",
      "7"):
         "one probe more or less",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      'elif getattr(module, "relative", False):',
      "False",
      "True"):
         "every such module has the attribute",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      _BLACK_AND_WHITE,
      "1",
      "2"):
         "one image of zeros, or two",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      "other = torch.cat([other, 1 - x])",
      "1 - x",
      "(1) + (x)"):
         "other images than the first, whichever",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      "other = torch.cat([other, 1 - x])",
      "1",
      "2"):
         "other images than the first, whichever",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      "tried = torch.rand(_PROBES, *shape).to(zero) * 2 - 1",
      "torch.rand(_PROBES, *shape).to(zero) * 2 - 1",
      "(torch.rand(_PROBES, *shape).to(zero) * 2) + (1)"):
         "other random images",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      "tried = torch.rand(_PROBES, *shape).to(zero) * 2 - 1",
      "torch.rand(_PROBES, *shape).to(zero) * 2",
      "(torch.rand(_PROBES, *shape).to(zero)) / (2)"):
         "other random images",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      "tried = torch.rand(_PROBES, *shape).to(zero) * 2 - 1",
      "2",
      "3"):
         "other random images",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      "tried = torch.rand(_PROBES, *shape).to(zero) * 2 - 1",
      "2",
      "1"):
         "other random images",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      "tried = torch.rand(_PROBES, *shape).to(zero) * 2 - 1",
      "1",
      "2"):
         "other random images",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      "if not bool((reached <= allowed * (1 + _ROUNDING) + _ROUNDING).all()):",
      "reached <= allowed * (1 + _ROUNDING) + _ROUNDING",
      "(reached) < (allowed * (1 + _ROUNDING) + _ROUNDING)"):
         "an allowance for rounding has no exact edge",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      "if not bool((reached <= allowed * (1 + _ROUNDING) + _ROUNDING).all()):",
      "allowed * (1 + _ROUNDING)",
      "(allowed) / (1 + _ROUNDING)"):
         "an allowance for rounding has no exact size",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      "if not bool((reached <= allowed * (1 + _ROUNDING) + _ROUNDING).all()):",
      "1 + _ROUNDING",
      "(1) - (_ROUNDING)"):
         "an allowance for rounding has no exact size",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      "if logits.requires_grad or float((rows - rows[:1]).abs().max()) > _ROUNDING * (1 + float(rows.abs().max())):",
      "float((rows - rows[:1]).abs().max()) > _ROUNDING * (1 + float(rows.abs().max()))",
      "(float((rows - rows[:1]).abs().max())) >= (_ROUNDING * (1 + float(rows.abs().max())))"):
         "an allowance for rounding has no exact edge",
-    ("evaluation/first_noise.py",
+    ("certification/first_noise.py",
      "if error > 1e-7 * (1 + float(between.abs().max())):",
      "error > 1e-7 * (1 + float(between.abs().max()))",
      "(error) >= (1e-07 * (1 + float(between.abs().max())))"):
@@ -234,27 +234,27 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "isinstance(one, tuple) and isinstance(other, tuple)",
      "(isinstance(one, tuple)) or (isinstance(other, tuple))"):
         "types are checked when a record is read",
-    ("evaluation/comparison.py",
-     "tested = self.mcnemar_holm < 1 - self.interval.confidence",
-     "self.mcnemar_holm < 1 - self.interval.confidence",
-     "(self.mcnemar_holm) <= (1 - self.interval.confidence)"):
+    ("evaluation/comparing.py",
+     "tested = self.decided < 1 - self.interval.confidence",
+     "self.decided < 1 - self.interval.confidence",
+     "(self.decided) <= (1 - self.interval.confidence)"):
         "1 - 0.95 is no p-value that occurs",
-    ("evaluation/comparison.py",
+    ("evaluation/comparing.py",
      "if weights[0] is not None and weights[0] == weights[1]:",
      "0",
      "1"):
         "what is equal is None on both sides or on neither",
-    ("evaluation/radii.py",
+    ("certification/certifying.py",
      "classes = checked_logits(model, x[:1]).shape[1]",
      "1",
      "2"):
         "all images have as many classes",
-    ("evaluation/radii.py",
+    ("certification/certifying.py",
      'noise = sigma if method == "smoothing" else None',
      'sigma if method == "smoothing" else None',
      "sigma"):
         "sigma is given for smoothing only",
-    ("evaluation/radii.py",
+    ("certification/certifying.py",
      "rows = rows + sigma * torch.empty_like(rows).normal_()",
      "rows + sigma * torch.empty_like(rows).normal_()",
      "(rows) - (sigma * torch.empty_like(rows).normal_())"):

@@ -28,7 +28,7 @@ from tests.laboratories.mutants import Mutant, mutants
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "learn2perturb"
-FOLDERS = ("attacks", "evaluation", "defenses", "noise")
+FOLDERS = ("attacks", "evaluation", "diagnosis", "certification", "defenses", "noise")
 MOST = 0.05  # of the sample may survive
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from learn2perturb.attacks import PGD, Square
 from learn2perturb.data import load_data
+from learn2perturb.diagnosis import Diagnosis, diagnose
 from learn2perturb.engine.random import isolated_rng
 from learn2perturb.errors import InputError
-from learn2perturb.evaluation.diagnostics import Diagnosis, diagnose
 from learn2perturb.terminal import markdown_row
 from tests.literature.networks import EPS, SOURCES, base, sources
 from tests.literature.zoo import Entry

@@ -9,8 +9,8 @@ import threading
 import pytest
 
 from learn2perturb.errors import Interrupted
+from learn2perturb.runs.checkpoint import checkpoints
 from learn2perturb.training import TrainConfig, state, train
-from learn2perturb.training.checkpoint import checkpoints
 from learn2perturb.training.interrupt import SIGNALS, Interrupt
 
 

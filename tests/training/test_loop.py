@@ -15,8 +15,9 @@ from learn2perturb.data import load_data
 from learn2perturb.errors import CheckpointError, ConfigError, InputError, NonFiniteError
 from learn2perturb.models import build_model
 from learn2perturb.noise import fixed_noise, noise_modules, noise_sites
-from learn2perturb.training import TrainConfig, load, train
-from learn2perturb.training.checkpoint import MODEL, checkpoints
+from learn2perturb.runs import load
+from learn2perturb.runs.checkpoint import MODEL, checkpoints
+from learn2perturb.training import TrainConfig, train
 
 
 def config(**changes):

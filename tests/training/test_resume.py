@@ -17,8 +17,9 @@ import torch
 from learn2perturb.engine import compiling, gears
 from learn2perturb.engine.gears import has_native_bfloat16
 from learn2perturb.models import build_model
-from learn2perturb.training import TrainConfig, load, read_metrics, train
-from learn2perturb.training.checkpoint import checkpoints, read_model, read_resume
+from learn2perturb.runs import load
+from learn2perturb.runs.checkpoint import checkpoints, read_model, read_resume
+from learn2perturb.training import TrainConfig, read_metrics, train
 
 TIMED = ("seconds", "images_per_second", "compile_seconds")
 KILLS = 10
@@ -364,7 +365,7 @@ class _Seven:
 
 def test_a_write_that_fails_leaves_the_checkpoints_before_it_loadable(tmp_path, monkeypatch):
     from learn2perturb.errors import CheckpointError
-    from learn2perturb.training import checkpoint
+    from learn2perturb.runs import checkpoint
 
     run = finished(tmp_path)
     before = snapshot(run / "checkpoints")

@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from learn2perturb.defenses.objectives import Losses
 from learn2perturb.engine.identity import fingerprint_of_weights
 from learn2perturb.errors import CheckpointError, ConfigError
-from learn2perturb.training import TrainConfig, load, lock, read_metrics, train
-from learn2perturb.training.alternating import Iteration
-from learn2perturb.training.checkpoint import (
+from learn2perturb.runs import load, lock
+from learn2perturb.runs.checkpoint import (
     MODEL,
     RESUME,
     checkpoints,
@@ -27,6 +26,8 @@ from learn2perturb.training.checkpoint import (
     resume_bytes,
     sealed,
 )
+from learn2perturb.training import TrainConfig, read_metrics, train
+from learn2perturb.training.alternating import Iteration
 from learn2perturb.training.metrics import Totals, noise_report, parse_metrics
 
 X, Y = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 10

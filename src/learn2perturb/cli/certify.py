@@ -6,15 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from learn2perturb.checks import fraction
 from learn2perturb.cli.figures import certification_figure, check_folder
 from learn2perturb.cli.options import add_json, print_json, typed
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.subject import add_passes, add_subject, check_subject, load_subject, new_record, save_record
 from learn2perturb.evaluation import defaults
-from learn2perturb.training.config import fraction
 
 if TYPE_CHECKING:
-    from learn2perturb.evaluation.certification import Certification
+    from learn2perturb.certification.record import Certification
 
 DESCRIPTION = (
     "Certify the majority vote: for each image a radius within which no attack changes it, or an abstention.\n"
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out:
         new_record(arguments, Path(), "certification")  # refuse a wrong place before hours of work
 
-    from learn2perturb.evaluation import certify
+    from learn2perturb.certification import certify
     from learn2perturb.records import check_writable
 
     subject = load_subject(arguments)

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learn2perturb.checks import check_choice
+from learn2perturb.checks import check_choice, fraction
 from learn2perturb.cli.figures import check_folder, diagnosis_figures
 from learn2perturb.cli.options import add_json, print_json
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
@@ -26,10 +26,10 @@ from learn2perturb.cli.subject import (
 )
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation import defaults
-from learn2perturb.training.config import TrainConfig, fraction
+from learn2perturb.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from learn2perturb.evaluation.diagnostics import Claim, Diagnosis
+    from learn2perturb.diagnosis import Claim, Diagnosis
 
 DESCRIPTION = (
     "Check whether the robustness of a network is real: ten checks for masked gradients and faked randomness,\n"
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out:
         new_record(arguments, Path(), "diagnosis")  # refuse a wrong place before hours of work
 
-    from learn2perturb.evaluation import diagnose
+    from learn2perturb.diagnosis import diagnose
     from learn2perturb.records import check_writable
 
     subject = load_subject(arguments)
@@ -139,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def stated(text: str) -> Claim:
     """Read a claim; a bare share is one, too."""
-    from learn2perturb.evaluation.diagnostics.claim import Claim
+    from learn2perturb.diagnosis.claim import Claim
 
     return Claim.of(text)
 
@@ -171,7 +171,7 @@ def _origin(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def summary(found: Diagnosis) -> dict[str, Any]:
     """Return what a program reads: verdicts, evidence and curves, without the raw bits, which are in the record."""
-    from learn2perturb.evaluation.diagnostics.layout import advice
+    from learn2perturb.diagnosis.layout import advice
 
     lowest = found.measurement(found.lowest)
     return {
@@ -206,7 +206,7 @@ def summary(found: Diagnosis) -> dict[str, Any]:
 
 def _claimed(found: Diagnosis) -> dict[str, Any] | None:
     """Return the claim and what came of it."""
-    from learn2perturb.evaluation.diagnostics.advice import described
+    from learn2perturb.diagnosis.advice import described
 
     claim, trial = found.claim, found.trial
     if claim is None or trial is None:
@@ -242,7 +242,7 @@ def _named_sources(given: list[str]) -> dict[str, str]:
 
 
 def _model(place: str, device: str | None) -> Any:
-    from learn2perturb.training.loading import load
+    from learn2perturb.runs.loading import load
 
     model = made_by(place) if is_factory(place) else load(place)
     return model.to(device) if device is not None and hasattr(model, "to") else model

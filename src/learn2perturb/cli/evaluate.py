@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learn2perturb.checks import check_count
+from learn2perturb.checks import check_count, fraction
 from learn2perturb.cli.options import (
     DEFAULT_ATTACKS,
     EOT_DRAWS,
@@ -39,7 +39,6 @@ from learn2perturb.cli.subject import (
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation import defaults
 from learn2perturb.registry import ATTACKS, DATASETS
-from learn2perturb.training.config import fraction
 
 if TYPE_CHECKING:
     from learn2perturb.attacks import Attack
@@ -92,10 +91,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dataset is not None:
         DATASETS.entry(arguments.dataset)
 
+    from learn2perturb.engine.devices import choose_device
     from learn2perturb.evaluation import Unfinished, evaluate
     from learn2perturb.records import check_writable
-    from learn2perturb.training.loading import load
-    from learn2perturb.training.state import choose_device
+    from learn2perturb.runs.loading import load
 
     device = choose_device(arguments.device)
     header, config = read_run(arguments.run)

@@ -44,8 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         if name not in FORMATS:
             raise UnknownNameError.of("export format", name, FORMATS)
 
-    from learn2perturb.training.checkpoint import read_model
-    from learn2perturb.training.loading import locate
+    from learn2perturb.runs.checkpoint import read_model
+    from learn2perturb.runs.loading import locate
 
     header = read_model(locate(arguments.run))[1]
     name = Path(arguments.run.rpartition(":")[2]).resolve().name.removesuffix(".safetensors")
@@ -83,8 +83,8 @@ def _state(source: str, *, without_noise: bool) -> bytes:
     """Return the state dict as safetensors; its header lets ``load`` rebuild the network, others may ignore it."""
     from safetensors.torch import save
 
-    from learn2perturb.training.checkpoint import read_model, sealed
-    from learn2perturb.training.loading import load, locate
+    from learn2perturb.runs.checkpoint import read_model, sealed
+    from learn2perturb.runs.loading import load, locate
 
     state, header = read_model(locate(source))
     if without_noise and header.get("noise"):
@@ -101,8 +101,8 @@ def _state(source: str, *, without_noise: bool) -> bytes:
 def _weights(source: str, *, without_noise: bool) -> dict[str, bool]:
     """Return hash of the weights -> whether the noise is on in rows that are of the exported network."""
     from learn2perturb.engine.identity import fingerprint_of_state, fingerprint_of_weights
-    from learn2perturb.training.checkpoint import read_model
-    from learn2perturb.training.loading import load, locate
+    from learn2perturb.runs.checkpoint import read_model
+    from learn2perturb.runs.loading import load, locate
 
     state, header = read_model(locate(source))
     own = fingerprint_of_state(state)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from learn2perturb.errors import ConfigError
 
 if TYPE_CHECKING:
-    from learn2perturb.evaluation.certification import Certification
-    from learn2perturb.evaluation.diagnostics import Diagnosis
+    from learn2perturb.certification.record import Certification
+    from learn2perturb.diagnosis import Diagnosis
 
 _AXES = {
     "draws": "draws averaged in each gradient",

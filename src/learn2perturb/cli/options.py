@@ -13,10 +13,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from learn2perturb.checks import fraction
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.reading import parse_yaml
 from learn2perturb.terminal import trusted, visible
-from learn2perturb.training.config import fraction
 
 _YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _NOTHING = ("none", "null")

@@ -93,7 +93,7 @@ def _of(arguments: argparse.Namespace, name: str) -> argparse.Namespace:
 
 def _trained(arguments: argparse.Namespace, name: str) -> Trained:
     from learn2perturb.experiments.tables import Trained
-    from learn2perturb.training.loading import locate
+    from learn2perturb.runs.loading import locate
 
     subject = load_subject(_of(arguments, name))
     identity = "" if is_factory(name) else hashlib.sha256(locate(name).read_bytes()).hexdigest()

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from learn2perturb.checks import fraction
 from learn2perturb.cli.options import typed
 from learn2perturb.errors import CheckpointError, ConfigError, DataError
 from learn2perturb.evaluation import defaults
 from learn2perturb.reading import starts_with
 from learn2perturb.registry import DATASETS
-from learn2perturb.training.config import fraction
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,8 +140,8 @@ def load_subject(arguments: argparse.Namespace) -> Subject:
     """
     check_subject(arguments)
 
-    from learn2perturb.training.loading import load
-    from learn2perturb.training.state import choose_device
+    from learn2perturb.engine.devices import choose_device
+    from learn2perturb.runs.loading import load
 
     device = choose_device(arguments.device)
     if is_factory(arguments.run):
@@ -165,8 +165,8 @@ def read_run(run: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         CheckpointError: there is no such run.
     """
-    from learn2perturb.training.checkpoint import read_model
-    from learn2perturb.training.loading import locate
+    from learn2perturb.runs.checkpoint import read_model
+    from learn2perturb.runs.loading import locate
 
     header = read_model(locate(run))[1]
     config: dict[str, Any] = {**(header.get("config") or {})}

@@ -20,3 +20,16 @@ def checked_device(name: str | torch.device) -> torch.device:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ConfigError(f"device is {name!r}, which is not to be had here ({reason}); use cpu or cuda") from None
     return device
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called ``name``; ``auto`` is CUDA, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return checked_device(name)

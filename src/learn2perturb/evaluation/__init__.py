@@ -5,25 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from learn2perturb.evaluation.accuracy import evaluate
     from learn2perturb.evaluation.arrays import black_box
-    from learn2perturb.evaluation.certification import Certification
-    from learn2perturb.evaluation.comparison import Comparison, Difference, compare
-    from learn2perturb.evaluation.diagnostics import Budget, Claim, Diagnosis, compare_diagnoses, diagnose
+    from learn2perturb.evaluation.comparing import Comparison, Difference, compare
+    from learn2perturb.evaluation.evaluating import evaluate
     from learn2perturb.evaluation.exact import exact_accuracy
     from learn2perturb.evaluation.intervals import Estimate, Interval, bootstrap_mean, paired_bootstrap, wilson
     from learn2perturb.evaluation.keeping import Unfinished
     from learn2perturb.evaluation.predictors import PREDICTORS, Predictor
-    from learn2perturb.evaluation.radii import certify
     from learn2perturb.evaluation.result import Evaluation, PooledScore, Row
 
 __all__ = [
     "PREDICTORS",
-    "Budget",
-    "Certification",
     "Claim",
     "Comparison",
-    "Diagnosis",
     "Difference",
     "Estimate",
     "Evaluation",
@@ -34,10 +28,8 @@ __all__ = [
     "Unfinished",
     "black_box",
     "bootstrap_mean",
-    "certify",
     "compare",
     "compare_diagnoses",
-    "diagnose",
     "evaluate",
     "exact_accuracy",
     "paired_bootstrap",
@@ -53,18 +45,13 @@ _LAZY = {
     "Predictor": "predictors",
     "Unfinished": "keeping",
     "black_box": "arrays",
-    "evaluate": "accuracy",
+    "evaluate": "evaluating",
     "exact_accuracy": "exact",
-    "Certification": "certification",
-    "certify": "radii",
-    "Comparison": "comparison",
-    "Difference": "comparison",
-    "compare": "comparison",
-    "Budget": "diagnostics",
+    "Comparison": "comparing",
+    "Difference": "comparing",
+    "compare": "comparing",
     "Claim": "diagnostics",
-    "Diagnosis": "diagnostics",
     "compare_diagnoses": "diagnostics",
-    "diagnose": "diagnostics",
 }
 
 

@@ -7,17 +7,13 @@ from typing import TYPE_CHECKING, Any
 from learn2perturb.training.config import RECIPES, TrainConfig, load_recipe, read_config
 
 if TYPE_CHECKING:
-    from learn2perturb.training.loading import load
     from learn2perturb.training.loop import Run, train
     from learn2perturb.training.metrics import read_metrics
-    from learn2perturb.training.state import choose_device
 
 __all__ = [
     "RECIPES",
     "Run",
     "TrainConfig",
-    "choose_device",
-    "load",
     "load_recipe",
     "read_config",
     "read_metrics",
@@ -25,7 +21,7 @@ __all__ = [
 ]
 
 # What needs torch is imported when it is first asked for: the command line reads a config without it.
-_LAZY = {"Run": "loop", "choose_device": "state", "load": "loading", "read_metrics": "metrics", "train": "loop"}
+_LAZY = {"Run": "loop", "read_metrics": "metrics", "train": "loop"}
 
 
 def __getattr__(name: str) -> Any:

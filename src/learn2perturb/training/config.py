@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from importlib import resources
@@ -11,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from learn2perturb.checks import check_choice, check_count, fitting_step
+from learn2perturb.checks import check_choice, check_count, fitting_step, fraction
 from learn2perturb.defenses.settings import OpenSettings
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.reading import MOST_SETTINGS, parse_yaml, read_bytes, reading
@@ -19,23 +18,6 @@ from learn2perturb.registry import DATASETS, DEFENSES, MODELS
 
 RECIPES = ("paper", "released", "common", "fast")
 ENGINES = ("auto", "plain", "fast")
-
-
-def fraction(value: Any) -> float:
-    """Return a number written as a number or as a fraction such as ``8/255``.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    text = str(value).strip()
-    try:
-        top, slash, bottom = text.partition("/")
-        number = float(top) / float(bottom) if slash else float(text)
-    except (ValueError, ZeroDivisionError):
-        raise ConfigError(f"{value!r} is not a number; write 0.03 or 8/255") from None
-    if not math.isfinite(number):
-        raise ConfigError(f"{value!r} is not a finite number; write 0.03 or 8/255")
-    return number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ import yaml
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.reading import MOST_SETTINGS, parse_yaml, read_bytes, reading
 from learn2perturb.records import atomic_write
-from learn2perturb.training import lock
+from learn2perturb.runs import lock
+from learn2perturb.runs.environment import environment
 from learn2perturb.training.config import TrainConfig
-from learn2perturb.training.environment import environment
 
 # Where a resumed training may differ from what the run folder says: none of these change what is computed.
 _FREE = ("device", "data_dir", "download", "checkpoint_minutes", "tensorboard", "log_every")

@@ -25,8 +25,8 @@ from learn2perturb.engine.random import isolated_rng
 from learn2perturb.errors import ConfigError, Interrupted, TrainingError
 from learn2perturb.progress import Reporter
 from learn2perturb.records import clear_temporaries, make_folder
-from learn2perturb.training import lock
-from learn2perturb.training.checkpoint import checkpoints
+from learn2perturb.runs import lock
+from learn2perturb.runs.checkpoint import checkpoints
 from learn2perturb.training.config import TrainConfig
 from learn2perturb.training.folder import METRICS, SETTINGS, check_folder, write_settings
 from learn2perturb.training.interrupt import Interrupt

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from learn2perturb.errors import CheckpointError
-from learn2perturb.training.checkpoint import MODEL, DamagedError, read_model, read_resume, set_aside
+from learn2perturb.runs.checkpoint import MODEL, DamagedError, read_model, read_resume, set_aside
 from learn2perturb.training.folder import METRICS
 from learn2perturb.training.metrics import parse_metrics
 

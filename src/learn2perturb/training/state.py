@@ -20,7 +20,7 @@ from torch import nn
 from learn2perturb.data import BatchSource, check_labels, warn_of_subset
 from learn2perturb.defenses import Clock, Defense, Losses, Stage, build_defense, forward, training_adversary
 from learn2perturb.engine import gears
-from learn2perturb.engine.devices import checked_device
+from learn2perturb.engine.devices import choose_device
 from learn2perturb.engine.frozen import left_in_eval, train_but
 from learn2perturb.engine.halving import Halving, out_of_memory
 from learn2perturb.engine.modes import blind_to_one_image, in_mode, one_image_explained
@@ -40,16 +40,16 @@ from learn2perturb.models import build_model
 from learn2perturb.noise import noise_modules
 from learn2perturb.progress import Reporter
 from learn2perturb.registry import DEFENSES
-from learn2perturb.training.alternating import Iteration, Optimizers, iterate
-from learn2perturb.training.average import WeightAverage
-from learn2perturb.training.checkpoint import (
+from learn2perturb.runs.checkpoint import (
     check_noise,
     checkpoints,
     model_bytes,
     write_checkpoint,
 )
+from learn2perturb.runs.extra import check_extra_state
+from learn2perturb.training.alternating import Iteration, Optimizers, iterate
+from learn2perturb.training.average import WeightAverage
 from learn2perturb.training.config import TrainConfig
-from learn2perturb.training.extra import check_extra_state
 from learn2perturb.training.folder import SETTINGS, write_settings
 from learn2perturb.training.identity import identity_of_data, identity_of_network
 from learn2perturb.training.metrics import MetricsFile, Totals
@@ -57,19 +57,6 @@ from learn2perturb.training.network import check_trainable, materialise
 from learn2perturb.training.recorded import NaNGuard, RecordedSteps, prepare, set_rate
 from learn2perturb.training.restoring import check_same, metrics_text, newest_whole
 from learn2perturb.training.sources import joined, sources
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``auto`` is CUDA, then MPS, then the CPU.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    return checked_device(name)
 
 
 @contextlib.contextmanager

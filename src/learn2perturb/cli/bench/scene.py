@@ -12,11 +12,11 @@ from torch import Tensor
 from learn2perturb.cli.bench.settings import BenchSettings
 from learn2perturb.data import ImageData, load_data, make_source
 from learn2perturb.engine import gears
+from learn2perturb.engine.devices import choose_device
 from learn2perturb.engine.random import derive_seed
 from learn2perturb.errors import ConfigError
+from learn2perturb.runs.environment import environment
 from learn2perturb.training.config import ENGINES
-from learn2perturb.training.environment import environment
-from learn2perturb.training.state import choose_device
 
 GEARS = tuple(name for name in ENGINES if name != "auto")
 

@@ -1,0 +1,231 @@
+"""``certify``: radii within which no attack at all changes a majority vote, with probability 1 - alpha an image."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from learn2perturb.certification.bounds import gaussian_dp_radius, laplace_radius, vote_bounds
+from learn2perturb.certification.first_noise import check_draws, check_first_noise, first_noise
+from learn2perturb.certification.record import METHODS, Certification, largest_radius, lower_bound, radius_of
+from learn2perturb.checks import check_count, check_size
+from learn2perturb.data import BatchSource, check_labels, make_source, warn_of_subset
+from learn2perturb.engine import gears
+from learn2perturb.engine.identity import ImagesFingerprint
+from learn2perturb.engine.modes import in_mode, own_modes
+from learn2perturb.engine.random import isolated_rng, seed_everything
+from learn2perturb.errors import ConfigError, DataError, NoiseError
+from learn2perturb.evaluation import defaults
+from learn2perturb.evaluation.inputs import check_fixed
+from learn2perturb.evaluation.origin import origin, weights_of
+from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of
+from learn2perturb.noise.sensitivity import checked_convolution, sensitivity
+from learn2perturb.progress import Progress, shown
+from learn2perturb.records import PackedIntegers
+
+
+def certify(
+    model: Model,
+    data: Any,
+    *,
+    n0: int = defaults.CHOOSING_DRAWS,
+    n: int = defaults.CERTIFYING_DRAWS,
+    alpha: float = defaults.ALPHA,
+    method: str = defaults.METHOD,
+    sigma: float | None = None,
+    eps: float = defaults.EPS,
+    limit: int | None = None,
+    batch_size: int = defaults.CERTIFY_BATCH_SIZE,
+    seed: int = defaults.SEED,
+    device: str | torch.device | None = None,
+    name: str | None = None,
+    progress: Progress | bool | None = True,
+) -> Certification:
+    """Certify the majority vote of ``model`` at every image: an l2 radius, or an abstention.
+
+    The class is chosen by ``n0`` draws and certified by ``n`` others (Clopper-Pearson); each image's certificate is
+    wrong with probability ``alpha`` at most.
+
+    Args:
+        model: any callable from images to logits for ``smoothing``; a module with noise for the other methods.
+        data: what ``learn2perturb.data.make_source`` takes.
+        n0: draws that choose the class.
+        n: draws that certify it.
+        alpha: chance of a wrong certificate, for each image.
+        method: ``first_noise`` (Gaussian noise inside, ``R = Phi^-1(p_low) / S``), ``smoothing`` (Cohen et al. 2019,
+            noise of ``sigma`` on the image, ``R = sigma Phi^-1(p_low)``), ``pixeldp`` (Lecuyer et al. 2018), or
+            ``auto``: ``smoothing`` where sigma is given, else ``first_noise``.
+        sigma: standard deviation of the smoothing noise, [0, 1] pixel scale.
+        eps: l_inf size at which the record says whether the certificate is vacuous.
+        limit: certify so many images only, balanced over the classes (the first ones of a loader of yours).
+        batch_size: images in a pass.
+        seed: of all draws.
+        device: where to run; by default where the model is.
+        name: of the model, for the record.
+        progress: show a bar, or plain lines off a terminal; or what is called with (passes done, passes in all, what is
+            going on).
+
+    Raises:
+        NoiseError: the certificate does not hold for this model; the message says why.
+        ConfigError: a setting is not allowed.
+        InputError: the model is no fixed function of an image (see ``diagnose``).
+        DataError: there are no images.
+    """
+    for setting, value in (("n0", n0), ("n", n), ("batch_size", batch_size)):
+        check_count(setting, value)
+    if limit is not None:
+        check_count("limit", limit)
+    check_size("eps", eps, zero=True)
+    method = _method(method, sigma)
+    if isinstance(alpha, bool) or not isinstance(alpha, float) or not 0 < alpha < 1:
+        raise ConfigError(f"alpha is {alpha!r}, must be a number in (0, 1); 0.001 is usual")
+    if not callable(model):
+        raise ConfigError(f"model is a {type(model).__name__}, must be callable: a network or a function")
+    place, weights, seen = device_of(model, device), weights_of(model), ImagesFingerprint()
+    started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
+    with shown(progress) as told, own_modes(), isolated_rng(), in_mode(model, False):
+        source = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=limit)
+        x, y = _all_images(source, place)
+        seen.add(x, y)
+        # Before anything else looks at the model: what is refused here is refused in seconds, not after the votes.
+        constant, site, exact, mechanism = _constant(model, x, method, sigma)
+        check_fixed(model, x, seed)
+        with torch.no_grad():
+            classes = checked_logits(model, x[:1]).shape[1]
+        check_labels(y, classes)
+        warn_of_subset(source, y, classes)
+        noise = sigma if method == "smoothing" else None
+        total = len(x) * (n0 + n)
+        seed_everything(seed, "choose")
+        chosen = _votes(model, x, n0, noise, classes, batch_size, told, (0, total)).argmax(axis=1)
+        seed_everything(seed, "certify")
+        votes = _votes(model, x, n, noise, classes, batch_size, told, (len(x) * n0, total))
+    counts = votes[np.arange(len(votes)), chosen]
+    if method == "pixeldp":
+        p_low, others = vote_bounds(votes, alpha, top=chosen)
+        rule = laplace_radius if mechanism == "laplace" else gaussian_dp_radius
+        radii = rule(p_low, others, sigma=1.0, sensitivity=constant)
+        largest = float(rule(*vote_bounds(_unanimous(n, classes), alpha, top=[0]), sigma=1.0, sensitivity=constant)[0])
+    else:
+        p_low = lower_bound(counts, n, alpha)
+        radii = radius_of(p_low, constant)
+        largest = largest_radius(n, alpha, constant)
+    metadata = {
+        **origin(model, data, name, weights=weights, seen=seen),
+        "date": started,
+        "seconds": time.perf_counter() - clock,
+        "batch_size": batch_size,
+        **circumstances(place, gears.PLAIN),
+    }
+    return Certification(
+        method=method,
+        norm="l1" if mechanism == "laplace" else "l2",
+        constant=float(constant),
+        exact=exact,
+        site=site,
+        sigma=sigma,
+        n0=n0,
+        n=n,
+        alpha=alpha,
+        eps=float(eps),
+        pixels=x[0].numel(),
+        largest=largest,
+        labels=PackedIntegers.pack(y.cpu().numpy()),
+        predictions=PackedIntegers.pack(np.where(radii > 0, chosen, -1)),
+        votes=PackedIntegers.pack(counts),
+        radii=tuple(float(radius) for radius in radii),
+        num_classes=classes,
+        seed=seed,
+        metadata=metadata,
+    )
+
+
+def _method(method: str, sigma: float | None) -> str:
+    if method not in ("auto", *METHODS):
+        raise ConfigError(f"method is {method!r}; allowed: auto, {', '.join(METHODS)}")
+    if method == "auto":
+        method = "first_noise" if sigma is None else "smoothing"
+    if method == "smoothing":
+        number = isinstance(sigma, int | float) and not isinstance(sigma, bool)
+        if not number or not 0 < float(sigma or 0) < float("inf"):
+            raise ConfigError(f"sigma is {sigma!r}; smoothing needs one above 0, in [0, 1] pixel scale, such as 0.25")
+    elif sigma is not None:
+        raise ConfigError(f"sigma is {sigma!r} but method {method!r} has the noise of the model; leave sigma out")
+    return method
+
+
+def _constant(model: Model, x: Tensor, method: str, sigma: float | None) -> tuple[float, str | None, bool, str]:
+    """Return what the radius is divided by, the site, whether the constant is exact, and the kind of noise.
+
+    Raises:
+        NoiseError: the certificate does not hold for this model.
+    """
+    if method == "smoothing":
+        check_draws(model, what="randomised smoothing")
+        assert sigma is not None
+        return 1 / float(sigma), None, True, "gaussian"
+    if not isinstance(model, nn.Module):
+        raise NoiseError(
+            f"the model is a {type(model).__name__}, and method {method!r} must look inside a torch.nn.Module; give "
+            "the module, or use method='smoothing' with a sigma"
+        )
+    if method == "first_noise":
+        found = first_noise(model, x)
+        return found.constant, found.site, found.exact, "gaussian"
+    found_noise = check_draws(model, what="PixelDP's certificate")
+    if len(found_noise) != 1 or found_noise[0][1].theta.numel() != 1 or found_noise[0][1].place != "output":
+        raise NoiseError(
+            f"PixelDP's certificate is for one noise layer with one scale, on the output of the first convolution, and "
+            f"this model has {len(found_noise)}; use method='first_noise', or train with defense pixeldp"
+        )
+    site, noise = found_noise[0]
+    norm = "l2" if noise.distribution == "gaussian" else "l1"
+    check_first_noise(model, x, distributions=("gaussian", "laplace"))
+    bound = float(sensitivity(model, checked_convolution(model.get_submodule(site), site), norm))
+    return bound / float(noise.theta.detach()), site, False, noise.distribution
+
+
+def _unanimous(n: int, classes: int) -> NDArray[np.int64]:
+    votes = np.zeros((1, classes), dtype=np.int64)
+    votes[0, 0] = n
+    return votes
+
+
+def _all_images(source: BatchSource, place: torch.device) -> tuple[Tensor, Tensor]:
+    batches = list(source.epoch(0))
+    if not batches:
+        raise DataError("the data hold no images; give at least one")
+    return torch.cat([x for x, _ in batches]).to(place), torch.cat([y for _, y in batches]).to(place)
+
+
+def _votes(
+    model: Model,
+    x: Tensor,
+    draws: int,
+    sigma: float | None,
+    classes: int,
+    batch_size: int,
+    progress: Progress,
+    span: tuple[int, int],
+) -> NDArray[np.int64]:
+    """Return how often each class was predicted for each image, (N, classes), in ``draws`` passes with fresh draws."""
+    before, total = span
+    counts = torch.zeros(len(x) * classes, dtype=torch.int64, device=x.device)
+    with torch.no_grad():
+        for start in range(0, len(x) * draws, batch_size):
+            stop = min(start + batch_size, len(x) * draws)
+            # Rows of several images share a pass: their draws are independent, and small n fills the batch too.
+            images = torch.arange(start, stop, device=x.device) // draws
+            rows = x[images]
+            if sigma is not None:
+                rows = rows + sigma * torch.empty_like(rows).normal_()
+            predicted = checked_logits(model, rows).argmax(dim=1)
+            counts += torch.bincount(images * classes + predicted, minlength=len(counts))
+            progress(before + stop, total, "votes")
+    return counts.view(len(x), classes).cpu().numpy()

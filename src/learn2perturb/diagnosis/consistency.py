@@ -1,0 +1,104 @@
+"""Is a diagnosis what its own data say? What follows from bits and claims is computed anew and compared."""
+
+from __future__ import annotations
+
+import math
+
+from learn2perturb.diagnosis.record import CHECKS, Check, Diagnosis, Judged, Measurement
+from learn2perturb.diagnosis.trial import p_value
+from learn2perturb.diagnosis.verdict import conclude
+from learn2perturb.errors import CheckpointError
+from learn2perturb.evaluation.intervals import follows
+from learn2perturb.evaluation.significance import TWO_SIGMA, exceeds, holm
+
+_ROUNDING = 1e-9  # of an accuracy
+_MEND = "restore the file or diagnose again"
+
+
+def check_consistency(found: Diagnosis) -> None:
+    """Check the accuracies against the bits, the claims and statuses against the differences, and the verdict.
+
+    Raises:
+        CheckpointError: they contradict each other.
+    """
+    labels = found.labels.unpack()
+    if labels.ndim != 1 or not len(labels) or labels.min() < 0 or labels.max() >= found.num_classes:
+        raise CheckpointError(f"the labels are none of {found.num_classes} classes; {_MEND}")
+    for one in found.measurements:
+        _check_measurement(one, len(labels), found)
+    if [check.number for check in found.checks] != list(CHECKS)[: len(found.checks)]:
+        raise CheckpointError(f"the checks are {', '.join(str(check.number) for check in found.checks)}; {_MEND}")
+    _check_claims(found)
+    for check in found.checks:
+        _check_status(check)
+    _check_curves(found)
+    accuracy = found.measurement(found.lowest).accuracy
+    _check_trial(found)
+    verdict, _ = conclude(
+        found.checks, lowest=found.lowest, accuracy=accuracy, n=len(labels), eps="", claim=found.claim,
+        trial=found.trial, measured={one.name: one for one in found.measurements},
+    )  # fmt: skip
+    if verdict != found.verdict:
+        raise CheckpointError(f"the verdict is {found.verdict!r}, and its checks give {verdict!r}; {_MEND}")
+
+
+def _check_measurement(one: Measurement, images: int, found: Diagnosis) -> None:
+    correct = one.correct.unpack()
+    if correct.ndim != 2 or correct.shape[1] != one.n or not 0 < one.n <= images or not len(correct):
+        raise CheckpointError(f"measurement {one.name!r} is of {one.n} images, and its bits are of others; {_MEND}")
+    true = float(correct.mean())
+    if not _close(one.accuracy, true):
+        raise CheckpointError(
+            f"measurement {one.name!r} has accuracy {one.accuracy:.6g}, but its bits give {true:.6g}; {_MEND}"
+        )
+    if not follows(one.interval, found.scores(one), seed=found.seed):
+        raise CheckpointError(f"the interval of measurement {one.name!r} is not that of its bits; {_MEND}")
+
+
+def _check_claims(found: Diagnosis) -> None:
+    claims = [claim for check in found.checks for claim in check.claims]
+    for claim in claims:
+        if not any(_close(claim.p_value, p) for p in _p_values(claim)):
+            raise CheckpointError(f"the p-value of the claim {claim.text!r} is not that of its difference; {_MEND}")
+    for claim, adjusted in zip(claims, holm([claim.p_value for claim in claims]), strict=True):
+        if not _close(claim.adjusted, adjusted) or claim.holds != (claim.adjusted > TWO_SIGMA):
+            raise CheckpointError(f"the claim {claim.text!r} is not judged as its p-value says; {_MEND}")
+
+
+def _p_values(claim: Judged) -> tuple[float, float]:
+    """Return the p-values of a claim on the difference and on its size: the record does not say which it is."""
+    size = exceeds(abs(claim.difference), claim.allowed, claim.standard_error, claim.freedom)
+    return exceeds(claim.difference, claim.allowed, claim.standard_error, claim.freedom), min(1.0, 2 * size)
+
+
+def _check_status(check: Check) -> None:
+    """Check what the claims decide; what else fails a check is in its sentence only."""
+    if any(not claim.holds for claim in check.claims) and check.status != "failed":
+        raise CheckpointError(f"check {check.number} {check.status!r}, though a claim of it does not hold; {_MEND}")
+
+
+def _check_trial(found: Diagnosis) -> None:
+    """Check the trial of the claim against the measurements that it is of."""
+    claim, trial = found.claim, found.trial
+    if claim is None or trial is None:
+        if claim is not None or trial is not None:
+            raise CheckpointError(f"there is a claim without its trial, or a trial without its claim; {_MEND}")
+        return
+    if (claim.norm, claim.eps) != (found.norm, found.eps):
+        raise CheckpointError(f"the claim is of another ball than the diagnosis; {_MEND}")
+    if trial.found not in trial.p_values or len(trial.tried) < len(trial.p_values):
+        raise CheckpointError(f"the trial of the claim lacks {trial.found!r}; {_MEND}")
+    for name, value in trial.p_values.items():
+        if not _close(value, p_value(found.measurement(name), claim.accuracy)):
+            raise CheckpointError(f"the p-value of {name!r} is not that of its accuracy and the claim; {_MEND}")
+
+
+def _check_curves(found: Diagnosis) -> None:
+    for curve in found.curves:
+        for point in curve.points:
+            if not point.interval.low - _ROUNDING <= point.accuracy <= point.interval.high + _ROUNDING:
+                raise CheckpointError(f"a point of the curve over {curve.axis} lies outside of its interval; {_MEND}")
+
+
+def _close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-6, abs_tol=_ROUNDING)

@@ -1,0 +1,377 @@
+"""``diagnose``: is the robustness of a model real? Ten checks (Athalye et al. 2018 and more), and a verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learn2perturb.attacks import PGD
+from learn2perturb.attacks.balls import BALLS
+from learn2perturb.checks import check_choice, check_count, check_size
+from learn2perturb.data import BatchSource, balanced_rows, check_labels, make_source, warn_of_subset
+from learn2perturb.diagnosis import blackbox, decision, draws, gradientless, truth, whitebox
+from learn2perturb.diagnosis.budget import (
+    Budget,
+    budget_of,
+    gradient_passes,
+    really_searched,
+    resized,
+    value_queries,
+    with_grid,
+)
+from learn2perturb.diagnosis.claim import Claim
+from learn2perturb.diagnosis.images import others
+from learn2perturb.diagnosis.measure import Bench, Subject
+from learn2perturb.diagnosis.record import Curve, Diagnosis
+from learn2perturb.diagnosis.verdict import Draft, conclude, judge
+from learn2perturb.engine import gears
+from learn2perturb.engine.identity import ImagesFingerprint
+from learn2perturb.engine.modes import in_mode, live_dropouts, own_modes
+from learn2perturb.engine.random import isolated_rng, seed_everything
+from learn2perturb.errors import ConfigError, DataError, InputError
+from learn2perturb.evaluation import defaults
+from learn2perturb.evaluation.arrays import BlackBox, tell_queries
+from learn2perturb.evaluation.inputs import (
+    check_batches,
+    check_fixed,
+    in_train_mode,
+    replay_of,
+    warn_of_probabilities,
+)
+from learn2perturb.evaluation.origin import origin, weights_of
+from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of, passes_differ
+from learn2perturb.evaluation.replays import contained, draws_anew
+from learn2perturb.evaluation.result import format_eps
+from learn2perturb.evaluation.values import ValuesOnly, no_gradient
+from learn2perturb.noise import noise_modules
+from learn2perturb.progress import Progress, shown
+from learn2perturb.records import PackedIntegers, plain
+from learn2perturb.sizes import usual_eps, whole_box
+
+
+def diagnose(
+    model: Model,
+    data: Any,
+    *,
+    budget: str | Budget = defaults.BUDGET,
+    eps: float | None = None,
+    norm: str | None = None,
+    attack: PGD | None = None,
+    claim: Claim | str | float | None = None,
+    sources: Mapping[str, Model] | None = None,
+    noise_off: Model | None = None,
+    stochastic: bool | None = None,
+    seed: int = defaults.SEED,
+    limit: int | None = None,
+    batch_size: int = defaults.DIAGNOSE_BATCH_SIZE,
+    device: str | torch.device | None = None,
+    engine: str = defaults.ENGINE,
+    name: str | None = None,
+    progress: Progress | bool | None = True,
+) -> Diagnosis:
+    """Check whether the robustness of ``model`` is real: ten checks, curves, and a verdict in plain words.
+
+    A check that was not run counts as not shown. Statistical claims fail beyond two standard errors (of paired
+    images and of draws), corrected by Holm over all of them. Passing is no proof.
+
+    Args:
+        model: any callable from images in [0, 1] (N, C, H, W) to logits (N, classes); a module is put in eval mode.
+        data: what ``learn2perturb.data.make_source`` takes; ``budget.images`` of it are used, balanced over the
+            classes (the first ones of a loader of yours).
+        budget: ``quick`` (minutes on a CPU), ``full`` (a report), or a :class:`Budget`.
+        eps: radius of the ball, [0, 1] pixel scale; that of ``attack``, by default 8/255 in l_inf; l2 has no default.
+        norm: of the ball, ``linf`` or ``l2``; that of ``attack``, by default ``linf``.
+        attack: the reported attack, whose accuracy is in question; by default EOT-PGD-20 with steps of eps / 4.
+        claim: an accuracy that is claimed, to be confirmed or refuted: a share, a :class:`Claim`, or a text such as
+            ``51 % under pgd20 with 8/255``. Its attack, norm, eps and images are taken where no others are given.
+        sources: networks that attacks are transferred from, by name: ``undefended``, ``pgd_at`` (also the baseline of
+            check 6), ``twin`` (an independent training of the same defense), and any other. The own noise-off twin
+            needs none. One that is not given is named as missing.
+        noise_off: the same network without its noise, images to logits, for check 6. Noise of this package needs none,
+            since it can be switched off; for any other model the check is not shown without.
+        stochastic: whether the model is said to be random; None finds out. Say True of a foreign model, and draws that
+            are missing are caught; False of one that seeds a generator to make up a fixed function.
+        seed: of attacks, scoring and everything else.
+        limit: use so many images, in place of the budget's number.
+        batch_size: images in one pass.
+        device: where to run; by default where the model is.
+        engine: gear of the attacks, ``plain`` (float32), ``auto`` or ``fast``; scoring is in float32, always.
+        name: of the model, for the record.
+        progress: show a bar, or plain lines off a terminal; or what is called with (passes done, passes expected, what
+            is going on).
+
+    Raises:
+        ConfigError: a setting is not allowed.
+        UnknownNameError: an unknown budget.
+        InputError: the model is no fixed function of an image: it stays in train mode, moves its BatchNorm statistics
+            in a pass, or answers differently in another batch; or its output is no logits. Or ``noise_off`` is none.
+        DataError: there are no images, or all are of one class.
+    """
+    if not callable(model):
+        raise ConfigError(f"model is a {type(model).__name__}, must be callable: a network or a function")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed is {seed!r}, must be a whole number >= 0; 0 is the default")
+    check_count("batch_size", batch_size)
+    plan = budget_of(budget)
+    stated = None if claim is None else Claim.of(claim)
+    limit = decision.limit_of(stated, limit)
+    if limit is not None:
+        check_count("limit", limit)
+        plan = resized(plan, limit)
+    attack = _reported(*decision.asked(stated, attack, eps, norm, plan), plan)
+    for key, source in (sources or {}).items():
+        if not callable(source):
+            raise ConfigError(f"source {key!r} is a {type(source).__name__}, must be callable: a network or a function")
+    if noise_off is not None and not callable(noise_off):
+        raise ConfigError(f"noise_off is a {type(noise_off).__name__}, must be callable: the network without its noise")
+    place, weights, seen = device_of(model, device), weights_of(model), ImagesFingerprint()
+    started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
+    findings = _train_mode_finding(model)
+    everyone = [model, *(sources or {}).values(), *([] if noise_off is None else [noise_off])]
+    with shown(progress) as told, own_modes(), isolated_rng(), _all_in_eval_mode(everyone):
+        images = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=plan.images)
+        x, y = _images(images, place, seed, seen)
+        decision.check_images(stated, len(x))
+        plan = with_grid(resized(plan, len(x)), attack.norm, attack.eps, _checked_pixels(attack, x))
+        given_model = model
+        classes = images.num_classes or max(2, int(y.max()) + 1)
+        model, blind = _askable(model, x, classes)
+        replay = replay_of(model, x, seed)
+        if not replay or stochastic is False:
+            findings += check_batches(model, x, seed)
+        if not blind:
+            findings += warn_of_probabilities(model, x, seed)
+        modules = noise_modules(model) if isinstance(model, nn.Module) else []
+        draws_noise = draws_anew(model, x[:8], seed)
+        said = bool(replay) if stochastic is None else stochastic
+        claimed = said or draws_noise or any(module.enabled for module in modules)
+        work: float = gradient_passes(plan, stochastic=draws_noise, sources=len(sources or {}))
+        if blind:
+            queries = value_queries(really_searched(plan), stochastic=draws_noise)
+            tell_queries(told, given_model, queries)
+            work = queries / 3  # as the bench counts passes without a gradient
+        gear = gears.select(engine, place, pixels=int(work) * x.shape[2] * x.shape[3])
+        with torch.no_grad():
+            num_classes = checked_logits(model, x[:1]).shape[1]
+        check_labels(y, num_classes)
+        findings += warn_of_subset(images, y, num_classes)
+        subject = Subject(contained(model, x[:8], seed), draws_noise, gradient=not blind)
+        bench = Bench(
+            subject, x, y, attack, plan, seed=seed, gear=gear, batch_size=batch_size, expected_passes=work,
+            progress=told,
+        )  # fmt: skip
+        given = {key: _source(source, x, seed, classes) for key, source in (sources or {}).items()}
+        quiet = None
+        if noise_off is not None:
+            quiet = _given_twin(noise_off, bench, seed, classes)
+        elif modules or live_dropouts(model):
+            quiet = _own_twin(bench)
+        learned = functools.partial(others, data, x, plan.surrogate_queries // 2, batch_size=batch_size, seed=seed)
+        drafts, curves = _checks(
+            bench, given, quiet if claimed else None, learned, claimed=claimed, replay=replay, blind=blind
+        )
+        decided = decision.decide(bench, stated)
+    checks = judge(drafts)
+    verdict, summary = conclude(
+        checks, lowest=decided.lowest, accuracy=bench.measured(decided.lowest).accuracy, n=len(x),
+        eps=f"{attack.norm} {format_eps(attack.eps)}", claim=decided.claim, trial=decided.trial,
+        measured={one.name: one for one in bench.measurements},
+    )  # fmt: skip
+    metadata = {
+        **origin(given_model, data, name, weights=weights, seen=seen),
+        "attack": truth.DESCENT if blind else whitebox.title(attack, stochastic=draws_noise),
+        "parameters": {key: value for key, value in plain(attack).items() if key != "seed"},
+        "sources": sorted(given),
+        "noise_off": "given" if noise_off is not None else "none" if quiet is None else "own",
+        "date": started,
+        "seconds": time.perf_counter() - clock,
+        **({"queries": given_model.queries} if isinstance(given_model, BlackBox) else {}),
+        "batch_size": batch_size,
+        **circumstances(place, gear),
+    }
+    return Diagnosis(
+        verdict=verdict,
+        summary=summary,
+        checks=checks,
+        curves=tuple(curves),
+        measurements=tuple(bench.measurements),
+        findings=tuple(findings),
+        lowest=decided.lowest,
+        labels=PackedIntegers.pack(y.cpu().numpy()),
+        num_classes=bench.num_classes,
+        stochastic=draws_noise,
+        eps=float(attack.eps),
+        norm=attack.norm,
+        seed=seed,
+        budget=plain(bench.budget),
+        metadata=metadata,
+        claim=decided.claim,
+        trial=decided.trial,
+    )
+
+
+def _checks(
+    bench: Bench,
+    sources: Mapping[str, Subject],
+    quiet: Subject | None,
+    learned: Callable[[], Tensor],
+    *,
+    claimed: bool,
+    replay: str,
+    blind: str,
+) -> tuple[list[Draft], list[Curve]]:
+    """Run the checks; return their drafts, in order, and the curves.
+
+    ``blind``: why there are no gradients. ``learned``: gives images from which a surrogate learns, beside those that
+    are attacked.
+    """
+    ratios = None if blind else truth.ratios(bench)
+    if ratios is None or not ratios.near:
+        # Nothing passes before what needs no gradient was tried: a source that is always there, and a real search.
+        bench.budget = really_searched(bench.budget)
+        images = torch.cat([bench.x, learned()])
+        sources = {**sources, blackbox.SURROGATE: blackbox.surrogate(bench, images)}
+    if ratios is None:
+        transfers = blackbox.transferred(bench, sources, quiet)
+        return gradientless.checks(bench, transfers, blind, claimed=claimed, replay=replay), []
+    clean = bench.scored("clean", bench.x, kind="none")
+    reported = bench.attacked("reported", bench.attack, bench.budget.images)
+    square = blackbox.searched(bench, bench.budget.some if ratios.near else bench.budget.images)
+    transfers = blackbox.transferred(bench, sources, quiet)
+    fifth, sizes = whitebox.distortion(bench, clean)
+    seventh, curves = whitebox.converged(bench, reported)
+    drafts = [
+        whitebox.iterative(bench, reported),
+        blackbox.blackbox(bench, reported, square, transfers),
+        whitebox.unbounded(bench),
+        blackbox.random_search(bench, reported),
+        fifth,
+        blackbox.noise_off(bench, reported, sources, transfers, quiet)
+        if claimed
+        else Draft(6, does_not_apply="the model has no noise to switch off"),
+        seventh,
+        whitebox.losses(bench, reported),
+        draws.real(bench, claimed=claimed, replay=replay),
+        truth.true_gradient(bench, ratios, reported, square, transfers),
+    ]
+    return drafts, [sizes, *curves]
+
+
+def _askable(model: Model, x: Tensor, classes: int) -> tuple[Model, str]:
+    """Return the model, and why it has no gradients: then as one that is asked for values only."""
+    reason = no_gradient(model, x[:1])
+    return (ValuesOnly(model, classes), reason) if reason else (model, "")
+
+
+def _source(model: Model, x: Tensor, seed: int, classes: int) -> Subject:
+    model, blind = _askable(model, x, classes)
+    return Subject(contained(model, x[:8], seed), passes_differ(model, x[:8], seed), gradient=not blind)
+
+
+def _own_twin(bench: Bench) -> Subject:
+    """Return the model with our noise and its dropouts switched off; what still differs is noise that nobody knows."""
+    quiet = replace(bench.subject, quiet=True)
+    with quiet.ready() as model:
+        return replace(quiet, stochastic=passes_differ(model, bench.x[:8], bench.seed))
+
+
+def _given_twin(twin: Model, bench: Bench, seed: int, classes: int) -> Subject:
+    """Return the twin that was given, after checking that it has no noise and the same classes.
+
+    Raises:
+        InputError: it has noise, other classes, or is no fixed function of an image.
+    """
+    twin, blind = _askable(twin, bench.x, classes)
+    check_fixed(twin, bench.x, seed)
+    with torch.no_grad():
+        own = checked_logits(twin, bench.x[:1]).shape[1]
+    if own != bench.num_classes:
+        raise InputError(f"noise_off gives {own} classes and the model {bench.num_classes}; give the same network")
+    if passes_differ(twin, bench.x[:8], seed):
+        raise InputError("noise_off still draws noise: two passes of it differ; give the network with its noise off")
+    return Subject(twin, stochastic=False, gradient=not blind)
+
+
+def _reported(attack: PGD | None, eps: float | None, norm: str | None, budget: Budget) -> PGD:
+    """Return the attack whose accuracy is in question."""
+    if attack is None:
+        norm = "linf" if norm is None else norm
+        check_choice("norm", norm, tuple(BALLS))
+        size = usual_eps(norm) if eps is None else eps
+        if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size < math.inf:
+            raise ConfigError(f"eps is {size!r}, must be a number above 0, [0, 1] pixel scale; write 8/255")
+        check_size("eps", size, norm=norm)
+        return PGD(size, size / 4, budget.steps, norm=norm, eot=budget.eot)
+    if not isinstance(attack, PGD):
+        kind = attack.__name__ if isinstance(attack, type) else type(attack).__name__
+        raise ConfigError(
+            f"attack is a {kind}; the checks vary steps and draws of a PGD: give PGD(eps=8/255, steps=20)"
+        )
+    if eps is not None and eps != attack.eps:
+        raise ConfigError(f"eps is {eps!r} and that of the attack {attack.eps!r}; give one of them")
+    if norm is not None and norm != attack.norm:
+        raise ConfigError(f"norm is {norm!r} and that of the attack {attack.norm!r}; give one of them")
+    if attack.targeted or attack.eps == 0:
+        raise ConfigError("the reported attack is targeted, or has eps 0; give an untargeted one with eps > 0")
+    return attack
+
+
+def _checked_pixels(attack: PGD, x: Tensor) -> int:
+    """Return how many numbers an image has.
+
+    Raises:
+        ConfigError: the ball is larger than all images: the eps of an l2 attack is in other units.
+    """
+    pixels = x[0].numel()
+    whole = whole_box(attack.norm, pixels)
+    if attack.eps > whole:
+        raise ConfigError(
+            f"eps is {attack.eps:.6g} and the whole range of these images has {attack.norm} radius {whole:.6g}; eps is "
+            "in [0, 1] pixel scale, such as 0.5"
+        )
+    return pixels
+
+
+def _train_mode_finding(model: Model) -> list[str]:
+    found = in_train_mode(model)
+    if not found:
+        return []
+    shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+    text = f"the model was given in train mode ({shown}); diagnosed in eval mode: call model.eval() to score it"
+    warnings.warn(text, stacklevel=3)
+    return [text]
+
+
+@contextlib.contextmanager
+def _all_in_eval_mode(models: list[Model]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for one in models:
+            stack.enter_context(in_mode(one, False))
+        yield
+
+
+def _images(source: BatchSource, place: torch.device, seed: int, seen: ImagesFingerprint) -> tuple[Tensor, Tensor]:
+    """Return images and labels in an order of which every beginning is balanced: the costly checks take one."""
+    seed_everything(seed, "data")
+    batches = list(source.epoch(0))
+    if not batches:
+        raise DataError("the data hold no images; give at least one")
+    x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    seen.add(x, y)  # in the order of the source, as evaluate sees them
+    if len(y) > 1 and bool((y == y[0]).all()):
+        raise DataError(
+            f"all {len(y)} images are of class {int(y[0])}, which shows nothing; give images of several classes (from "
+            "a sorted set, shuffle it first, or use more)"
+        )
+    rows = balanced_rows(y, len(y), len(y)).to(x.device)
+    return x[rows].to(place), y[rows].to(place)

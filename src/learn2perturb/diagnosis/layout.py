@@ -1,0 +1,83 @@
+"""A diagnosis as text: the verdict, one table of the checks, the evidence, and how to repeat or settle it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from learn2perturb.diagnosis.advice import described, repeated, settled
+from learn2perturb.diagnosis.verdict import percent
+from learn2perturb.evaluation.result import format_eps
+
+if TYPE_CHECKING:
+    from learn2perturb.diagnosis.record import Check, Diagnosis
+
+_HEAD = ("", "check", "status", "key figure")
+# Check -> the evidence that is its key figure; "*" is the lowest of what is not named before it.
+_KEY = {
+    1: ("iterative", "one step"),
+    2: ("white-box", "*"),
+    3: ("accuracy",),
+    6: ("noise off", "white-box"),
+    8: ("reported", "best"),
+}
+
+
+def laid_out(found: Diagnosis) -> str:
+    """Return the diagnosis as it is printed."""
+    head, *rest = found.summary.splitlines()
+    clean = found.measurement("clean")
+    what = f"{found.metadata.get('model', 'model')}: {clean.n} images, {found.norm} {format_eps(found.eps)}"
+    lines = [
+        head,
+        "",
+        *table([_HEAD, *([str(one.number), one.name, one.status, key_figure(one)] for one in found.checks)]),
+    ]
+    lines += ["", f"{what}, budget {found.budget.get('name')}, clean {percent(clean.accuracy)}"]
+    lines += [f"warning: {finding}" for finding in found.findings]
+    for one in found.checks:
+        lines.append(f"{one.number}. {one.sentence}")
+        lines += [f"   missing: {item}" for item in one.missing]
+        lines += [f"   note: {item}" for item in one.notes]
+    lines += ["", *rest, *advice(found)]
+    return "\n".join(lines).rstrip()
+
+
+def advice(found: Diagnosis) -> list[str]:
+    """Return how to repeat what refuted a claim, or to settle what is not shown."""
+    if found.verdict == "refuted" and found.trial is not None:
+        measured = found.measurement(found.trial.found)
+        return [
+            f"Found by {measured.name}: {described(measured)}.",
+            *(f"To repeat it: {text}" for text in repeated(found)),
+        ]
+    if found.verdict in ("not shown", "not trusted"):
+        return [f"To settle it: {text}" for text in settled(found)]
+    return []
+
+
+def key_figure(check: Check) -> str:
+    """Return the figures of a check that tell most, as they fit into a cell of a table."""
+    evidence = check.evidence
+    if check.number == 4 and "left by gradients" in evidence:
+        return f"{evidence.get('broken', 0):.0f} of {evidence['left by gradients']:.0f} images broken"
+    if check.number == 9 and "slope of gradient" in evidence:
+        return f"slope {evidence['slope of gradient']:.2f}"
+    if check.number == 10 and "median" in evidence:
+        return f"{evidence['median']:.2f} [{evidence.get('10 %', 0):.2f}, {evidence.get('90 %', 0):.2f}]"
+    if check.number in (5, 7):
+        return ", ".join(_shares(evidence, list(evidence)[-2:]))
+    return ", ".join(_shares(evidence, _KEY.get(check.number, ())))
+
+
+def _shares(evidence: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    rest = {name: value for name, value in evidence.items() if name not in names}
+    chosen = [min(rest, key=lambda key: rest[key]) if name == "*" and rest else name for name in names]
+    return [f"{name} {percent(evidence[name])}" for name in chosen if name in evidence]
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as aligned lines, the first of them the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

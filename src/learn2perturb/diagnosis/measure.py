@@ -1,0 +1,276 @@
+"""The bench: craft attacks on one model, score them on another, with streams of draws of their own, and keep count."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from learn2perturb.attacks import PGD, SPSA, Attack
+from learn2perturb.attacks.losses import margin
+from learn2perturb.diagnosis.budget import Budget
+from learn2perturb.diagnosis.record import Measurement
+from learn2perturb.engine import gears
+from learn2perturb.engine.halving import Halving
+from learn2perturb.engine.modes import dropouts_off
+from learn2perturb.engine.random import derive_seed, seed_everything
+from learn2perturb.evaluation.intervals import Scores, accuracy_interval, passes_of
+from learn2perturb.evaluation.parts import attacked
+from learn2perturb.evaluation.passes import Model, checked_logits
+from learn2perturb.noise import noise_disabled
+from learn2perturb.progress import Progress
+from learn2perturb.records import PackedBits, plain
+
+_KEPT = 8  # attacks whose images are kept to the end
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to attack or to score: with its noise switched off or as it is; whether two passes of it differ.
+
+    ``gradient``: whether attacks may use its gradient. Where not, SPSA takes their place.
+    """
+
+    model: Model
+    stochastic: bool
+    quiet: bool = False
+    gradient: bool = True
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[Model]:
+        """Switch the noise as it is to be."""
+        with contextlib.ExitStack() as stack:
+            if self.quiet and isinstance(self.model, nn.Module):
+                stack.enter_context(noise_disabled(self.model))
+                stack.enter_context(dropouts_off(self.model))
+            yield self.model
+
+    def suited(self, attack: Attack) -> Attack:
+        """Return the attack without the EOT that a model without noise has no use for."""
+        return attack if self.stochastic else dataclasses.replace(attack, eot=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Attacked:
+    """Adversarial images (n) and which of them were classified rightly in each scoring."""
+
+    name: str
+    x: Tensor
+    scores: Scores
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over scorings and images."""
+        return self.scores.mean()
+
+    def first(self, n: int) -> Scores:
+        """Return the scores of the first ``n`` images."""
+        return self.scores.first(n)
+
+
+@final
+class Bench:
+    """Everything that the checks share: the model, its images, the budget, and what was measured so far."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        x: Tensor,
+        y: Tensor,
+        attack: PGD,
+        budget: Budget,
+        *,
+        seed: int,
+        gear: gears.Gear,
+        batch_size: int,
+        expected_passes: float,
+        progress: Progress | None,
+    ) -> None:
+        self.subject, self.x, self.y, self.attack, self.budget = subject, x, y, attack, budget
+        self.seed, self.gear, self.batch_size, self.progress = seed, gear, batch_size, progress
+        self._fits = Halving()
+        self.measurements: list[Measurement] = []
+        self.rivals: dict[str, float] = {}
+        # The images of the strongest of them, to be scored again.
+        self.kept: dict[str, Tensor] = {}
+        self._passes, self._expected = 0.0, expected_passes
+        with torch.no_grad(), subject.ready() as model:
+            self.num_classes = checked_logits(model, x[:1]).shape[1]
+
+    def attacked(
+        self,
+        name: str,
+        attack: Attack,
+        n: int,
+        *,
+        source: Subject | None = None,
+        victim: Subject | None = None,
+        targets: Tensor | None = None,
+        rival: bool = True,
+    ) -> Attacked:
+        """Attack the first ``n`` images with ``source`` as the model, score them on ``victim``; both default to ours.
+
+        ``rival``: whether the result is an accuracy of our model at the size that is diagnosed, so that it may be the
+        lowest that is known.
+        """
+        source, victim = source or self.subject, victim or self.subject
+        attack = source.suited(attack if source.gradient or not attack.needs_gradient else self._descent(attack))
+        parts, forwards, backwards, seconds = [], 0.0, 0.0, 0.0
+        with source.ready() as model, gears.running(self.gear):
+            for batch, rows in enumerate(self.batches(n)):
+                x = self.gear.place_images(self.x[rows])
+                y = self.y[rows] if targets is None else targets[rows]
+                own = dataclasses.replace(attack, seed=derive_seed(self.seed, "diagnose", name, batch))
+                result = attacked(own, model, x, y, self._fits)
+                parts.append(result.x_adv.to(self.x.dtype).contiguous())
+                forwards += result.forward_passes * len(x)
+                backwards += result.backward_passes * len(x)
+                seconds += result.seconds
+                self._passes += len(x) * max(result.backward_passes, result.forward_passes / 3)
+                if self.progress is not None:
+                    self.progress(self._passes, max(self._expected, self._passes), name)
+        x_adv = torch.cat(parts)
+        scores = self.score(name, x_adv, victim)
+        parameters = plain(attack)
+        parameters.pop("seed", None)
+        alone = source is self.subject and victim is self.subject and targets is None and source.gradient
+        self._keep(
+            name, type(attack).__name__, parameters, scores, forwards / n, backwards / n, seconds, by_itself=alone
+        )
+        if rival and victim is self.subject:
+            self.rivals[name] = scores.mean()
+        if victim is self.subject and (attack.norm, attack.eps) == (self.attack.norm, self.attack.eps):
+            self._keep_images(name, x_adv)
+        return Attacked(name, x_adv, scores)
+
+    def scored(self, name: str, x: Tensor, *, kind: str, rival: bool = False) -> Attacked:
+        """Score images that no attack of ours has just made, on our model."""
+        scores = self.score(name, x, self.subject)
+        self._keep(name, kind, {}, scores, 0.0, 0.0, 0.0)
+        if rival:
+            self.rivals[name] = scores.mean()
+            self._keep_images(name, x)
+        return Attacked(name, x, scores)
+
+    def measured(self, name: str) -> Measurement:
+        """Return the measurement of that name."""
+        return next(one for one in self.measurements if one.name == name)
+
+    def record(self, name: str, of: str, scores: Scores) -> None:
+        """Keep another scoring of the images of the measurement ``of``."""
+        one = self.measured(of)
+        self._keep(
+            name, one.attack, one.parameters, scores, one.forward_passes, one.backward_passes, one.seconds,
+            by_itself=one.by_itself,
+        )  # fmt: skip
+
+    def _keep_images(self, name: str, x: Tensor) -> None:
+        """Keep images, unless those of enough stronger attacks are there: all of them would be much memory."""
+        self.kept[name] = x
+        accuracy = {one.name: one.accuracy for one in self.measurements}
+        for weakest in sorted(self.kept.keys() - {"reported"}, key=lambda key: accuracy[key])[_KEPT:]:
+            del self.kept[weakest]
+
+    def assembled(self, name: str, parts: Sequence[Attacked], winner: NDArray[np.int64]) -> Attacked:
+        """Keep for image i what part ``winner[i]`` found and how it was scored, by draws that chose no winner."""
+        images = np.arange(len(winner))
+        draws = min(len(part.scores.correct) for part in parts)
+        correct = np.stack([part.scores.correct[:draws] for part in parts])[winner, :, images].T
+        scores = dataclasses.replace(parts[0].scores, correct=correct)
+        x = torch.stack([part.x for part in parts])[torch.as_tensor(winner), torch.as_tensor(images)]
+        self._keep(name, "best of", {}, scores, 0.0, 0.0, 0.0)
+        self.rivals[name] = scores.mean()
+        self._keep_images(name, x)
+        return Attacked(name, x, scores)
+
+    def score(self, name: str, x: Tensor, victim: Subject) -> Scores:
+        """Return which images were classified rightly in each scoring: fresh draws from a stream of its own."""
+        scorings = []
+        with torch.no_grad(), victim.ready() as model:
+            for draw in range(self.budget.scorings if victim.stochastic else 1):
+                right = []
+                for batch, rows in enumerate(self.batches(len(x))):
+                    seed_everything(self.seed, "score", name, batch, draw)
+                    right.append(checked_logits(model, x[rows]).argmax(dim=1) == self.y[rows])
+                scorings.append(torch.cat(right).cpu().numpy())
+        return Scores(np.stack(scorings), passes_of(len(x), self.batch_size), victim.stochastic)
+
+    def mean_margin(self, purpose: str, x: Tensor, y: Tensor, draws: int) -> Tensor:
+        """Return ``max_{j != y} z_j - z_y`` of each image, the mean over fresh draws, shape (n,)."""
+        return self._mean(purpose, x, draws, lambda logits, rows: margin(logits, y[rows]))
+
+    def mean_success(self, purpose: str, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+        """Return the share (n,) of fresh draws in which each image is wrong, and the mean margin over the same."""
+
+        def value(logits: Tensor, rows: slice) -> Tensor:
+            wrong = logits.argmax(dim=1) != y[rows]
+            return torch.stack([wrong.to(logits.dtype), margin(logits, y[rows])], dim=1)
+
+        return tuple(self._mean(purpose, x, draws, value).unbind(dim=1))  # type: ignore[return-value]
+
+    def mean_logits(self, purpose: str, x: Tensor, draws: int) -> Tensor:
+        """Return the logits (n, classes), the mean over fresh draws."""
+        return self._mean(purpose, x, draws, lambda logits, _: logits)
+
+    def vote(self, purpose: str, x: Tensor, y: Tensor, draws: int) -> float:
+        """Return the accuracy of the mean probability over fresh draws."""
+        mean = self._mean(purpose, x, draws, lambda logits, _: logits.softmax(dim=1))
+        return float((mean.argmax(dim=1) == y).float().mean())
+
+    def _mean(self, purpose: str, x: Tensor, draws: int, value: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        draws = draws if self.subject.stochastic else 1
+        parts = []
+        with torch.no_grad(), self.subject.ready() as model:
+            for batch, rows in enumerate(self.batches(len(x))):
+                seed_everything(self.seed, purpose, batch)
+                total = value(checked_logits(model, x[rows]), rows)
+                for _ in range(draws - 1):
+                    total = total + value(checked_logits(model, x[rows]), rows)
+                parts.append(total / draws)
+        return torch.cat(parts)
+
+    def _descent(self, attack: Attack) -> Attack:
+        """Return what stands for an attack by gradients where there are none: a descent on values in the same ball.
+
+        Every direction has draws of its own, so that it needs no EOT.
+        """
+        steps, directions = self.budget.descent_steps, self.budget.descent_directions
+        return SPSA(attack.eps, norm=attack.norm, targeted=attack.targeted, steps=steps, directions=directions)
+
+    def batches(self, n: int) -> list[slice]:
+        """Return the rows of each pass over the first ``n`` images."""
+        return [slice(start, min(start + self.batch_size, n)) for start in range(0, n, self.batch_size)]
+
+    def _keep(
+        self,
+        name: str,
+        kind: str,
+        parameters: dict[str, Any],
+        scores: Scores,
+        forwards: float,
+        backwards: float,
+        seconds: float,
+        by_itself: bool = False,
+    ) -> None:
+        self.measurements.append(
+            Measurement(
+                name=name,
+                attack=kind,
+                parameters=parameters,
+                n=scores.n,
+                accuracy=scores.mean(),
+                interval=accuracy_interval(scores),
+                correct=PackedBits.pack(scores.correct),
+                forward_passes=forwards,
+                backward_passes=backwards,
+                seconds=seconds,
+                by_itself=by_itself,
+            )
+        )

@@ -1,0 +1,141 @@
+"""Bring a trained network back: from a run folder, a ``.safetensors`` file, the zoo, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from learn2perturb import zoo
+from learn2perturb.engine.identity import fingerprint_of_weights
+from learn2perturb.errors import CheckpointError, MissingDependencyError
+from learn2perturb.models import build_model
+from learn2perturb.noise import insert, noise_modules, remove_noise
+from learn2perturb.reading import reading
+from learn2perturb.runs.checkpoint import FOLDER, MODEL, check_noise, checkpoints, read_model
+
+HUB = "hf-hub:"
+_PLACES = f"a run folder, a .safetensors file, {zoo.PREFIX}NAME, or {HUB}owner/name"
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise MissingDependencyError("the hub needs huggingface_hub: pip install 'learn2perturb[hub]'") from None
+    try:
+        return Path(hf_hub_download(repo_id=name, filename=MODEL))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{HUB}{name} cannot be fetched ({reason}); check the name and the network") from None
+
+
+def locate(source: str | os.PathLike[str]) -> Path:
+    """Return the safetensors file that ``source`` stands for.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise CheckpointError(f"{source!r} is no path; give {_PLACES}")
+    text = os.fspath(source)
+    if text.startswith(HUB):
+        return _from_hub(text.removeprefix(HUB))
+    if text.startswith(zoo.PREFIX):
+        return zoo.weights(text.removeprefix(zoo.PREFIX))
+    path = Path(text)
+    if path.is_dir():
+        found = checkpoints(path)
+        if found:
+            return found[-1] / MODEL
+        if (path / MODEL).exists():
+            return path / MODEL
+        raise CheckpointError(f"{path} holds no checkpoint; give a run folder that has trained, or a .safetensors file")
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give {_PLACES}")
+    return path
+
+
+def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
+    """Return the network of a run folder, a ``.safetensors`` file, ``zoo:NAME`` or ``hf-hub:owner/name``.
+
+    It is in eval mode, its noise is on.
+
+    Args:
+        source: where it is.
+        model: an instance of the network, if it is not one of this package; its noise is inserted as it was trained.
+
+    Raises:
+        CheckpointError: nothing is there, it is damaged, or it does not fit the network.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise CheckpointError(f"model is a {type(model).__name__}; give an instance of the network, a torch.nn.Module")
+    path = locate(source)
+    state, header = read_model(path)
+    if model is None:
+        if not header:
+            raise CheckpointError(f"{path} does not say of which network it is; give one: load(path, model=network)")
+        if header.get("registered_name") is None:
+            raise CheckpointError(
+                f"{path} is of a network of your own; give an instance: load({str(source)!r}, model=network)"
+            )
+        with reading(f"the network of {path} cannot be built", "use another checkpoint", CheckpointError):
+            model = _built(header, sum(value.numel() for value in state.values()))
+    inserted = bool(header.get("noise")) and not noise_modules(model)
+    try:
+        if inserted:
+            insert(model, header["noise"])
+        if header.get("noise"):
+            check_noise(path, model, state)
+        model.load_state_dict(state)
+    except CheckpointError:
+        if inserted:
+            remove_noise(model)
+        raise
+    except Exception as error:  # a damaged header may describe any noise
+        if inserted:
+            remove_noise(model)
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path} does not fit: {reason}; give the network it was trained with") from None
+    # For records: which step these weights are of, as long as they stay as they are.
+    model.trained = (_step(path, header), fingerprint_of_weights(model))  # type: ignore[assignment]
+    return model.eval()
+
+
+def _step(path: Path, header: dict[str, Any]) -> int | None:
+    """Return the training step of the weights; a run of before says it in the name of its checkpoint only."""
+    step = header.get("step")
+    if step is None and path.name == MODEL and path.parent.parent.name == FOLDER and path.parent.name.isdecimal():
+        step = int(path.parent.name)
+    return step
+
+
+def _built(header: dict[str, Any], weights: int) -> nn.Module:
+    """Return the network that a header names, unless it is larger than what the file holds: first built without memory.
+
+    Raises:
+        CheckpointError: it is; a header of a few bytes could ask for any amount of memory.
+    """
+    name, arguments = header["registered_name"], _arguments(header)
+    with torch.device("meta"):
+        sketch = build_model(name, **arguments)
+    wanted = sum(value.numel() for value in sketch.state_dict().values())
+    if wanted > weights:
+        raise CheckpointError(
+            f"the header asks for a {name} of {wanted:,} weights and the file holds {weights:,}; use another checkpoint"
+        )
+    return build_model(name, **arguments)
+
+
+def _arguments(header: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``build_model``, with the tuples that JSON made lists."""
+
+    def tupled(value: Any) -> Any:
+        return tuple(tupled(item) for item in value) if isinstance(value, list) else value
+
+    arguments = header.get("build_arguments") or {}
+    return {key: tupled(value) for key, value in arguments.items()}
