@@ -157,6 +157,15 @@ def test_one_scoring_of_many_passes_is_told_by_their_differences():
     assert widths[1] > 2 * widths[0]
 
 
+@pytest.mark.parametrize("scorings", [1, 2, 5])
+def test_equal_images_of_passes_of_one_have_an_interval(scorings):
+    """What all images have in common varies in no direction: no quantile of no degrees of freedom."""
+    turned = (np.arange(scorings)[:, None] + np.arange(10 * scorings)) % max(scorings, 2) < 1
+    scores = Scores(turned, (1,) * turned.shape[1], random=True)
+    for found in (accuracy_interval(scores), paired_difference(scores, scores).interval):
+        assert found.low <= found.high
+
+
 def test_the_first_images_keep_their_passes():
     scores = Scores(shared(3, 10, 0.5), (4, 4, 2), random=True)
     assert [scores.first(n).batches for n in (3, 4, 9, 10)] == [(3,), (4,), (4, 4, 1), (4, 4, 2)]

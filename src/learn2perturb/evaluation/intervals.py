@@ -268,16 +268,18 @@ class _Draws:
         seen: from the sums of the passes.
         shared: the same less what draws of their own would give the images.
         freedom: degrees of freedom of both.
+        few: whether the draws are too few for the shared part to have an error of its own.
     """
 
     seen: float
     shared: float
     freedom: float
+    few: bool
 
     @property
     def unsure(self) -> float:
         """What has an error of Satterthwaite's kind."""
-        return self.seen if self.freedom < _FEW else self.shared
+        return self.seen if self.few else self.shared
 
 
 def _over_draws(scores: Scores) -> _Draws | None:
@@ -308,7 +310,7 @@ def _over_draws(scores: Scores) -> _Draws | None:
         factor = squares / (squares - 2 * float((sizes**3).sum()) / n + (squares / n) ** 2)
     scale = factor / (scorings * n) ** 2
     seen = scale * float(np.square(deviations).sum())
-    return _Draws(seen, max(seen - scale * own, 0.0), freedom)
+    return _Draws(seen, max(seen - scale * own, 0.0), freedom, few=scorings == 1 or freedom < _FEW)
 
 
 def _not_covered(tables: Sequence[Scores]) -> str:
@@ -322,7 +324,7 @@ def _combined(images: float, draws: Sequence[_Draws]) -> tuple[float, float]:
     Where draws are few, that of the draws alone if it is wider: of two or three draws, some are alike by chance.
     """
     found = [(images + sum(part.shared for part in draws), [(part.unsure, part.freedom) for part in draws])]
-    few = [part for part in draws if part.freedom < _FEW]
+    few = [part for part in draws if part.few]
     if few:
         found.append((sum(part.seen for part in few), [(part.seen, part.freedom) for part in few]))
     estimates = [(total, _satterthwaite(total, parts)) for total, parts in found]
@@ -331,7 +333,10 @@ def _combined(images: float, draws: Sequence[_Draws]) -> tuple[float, float]:
 
 def _satterthwaite(total: float, parts: Sequence[tuple[float, float]]) -> float:
     error = sum(variance**2 / freedom for variance, freedom in parts)
-    return math.inf if error == 0 else total**2 / error
+    if error == 0 or total == 0:
+        return math.inf
+    # The shared part of the variance is cut at zero, so that the total may be less than what its error is of.
+    return max(total**2 / error, min(freedom for _, freedom in parts))
 
 
 def _quantile(confidence: float, freedom: float) -> float:
