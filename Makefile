@@ -16,7 +16,7 @@ MUTATE_ARGS ?=
 # Small tensors, and threads that spin: with other work on two cores, one thread took tests/compat from minutes to 20 s.
 test test-slow labs labs-sample: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-slow labs labs-sample mutate bench lint types imports format clean
+.PHONY: help setup demo test test-slow test-browser labs labs-sample mutate bench lint types imports format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,7 +38,10 @@ demo: $(STAMP)  ## train three defenses on the digits, attack all three, print t
 
 # Cheapest first, so that a failure is seen early.
 test: lint types imports  ## lint, types, import contract, then every test that is not slow
-	@$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --durations=10 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not browser" --numprocesses 2 --dist loadfile --durations=10 $(PYTEST_ARGS)
+
+test-browser: $(STAMP)  ## the page in headless Chromium (apt-get install chromium)
+	@$(BIN)/python -m pytest -m browser $(PYTEST_ARGS) tests/report
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow --durations=10 $(PYTEST_ARGS)

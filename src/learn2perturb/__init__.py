@@ -27,6 +27,7 @@ _HOMES = {
     "train": "learn2perturb.training",
     "TrainConfig": "learn2perturb.training",
     "load": "learn2perturb.runs",
+    "report": "learn2perturb.report",
     "black_box": "learn2perturb.evaluation",
     "evaluate": "learn2perturb.evaluation",
     "diagnose": "learn2perturb.diagnosis",
@@ -55,6 +56,7 @@ __all__ = [
     "noise_sites",
     "perturb",
     "remove_noise",
+    "report",
     "train",
 ]
 
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
         perturb,
         remove_noise,
     )
+    from learn2perturb.report import report
     from learn2perturb.runs import load
     from learn2perturb.training import TrainConfig, train
 else:  # hidden from the type checker, which would otherwise believe that every name exists

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from learn2perturb.cli import digits
 from learn2perturb.cli.evaluate import summary
 from learn2perturb.cli.options import add_json, print_json, print_table, typed, words
-from learn2perturb.errors import ConfigError, Interrupted, UnknownNameError
+from learn2perturb.errors import ConfigError, Interrupted, MissingDependencyError, UnknownNameError
 from learn2perturb.records import atomic_write, save
 from learn2perturb.registry import DEFENSES
 from learn2perturb.terminal import say
@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     record = digits.side_by_side(results, recipe, arguments.epochs, arguments.seed)
     save(out / "table.json", record)
     atomic_write(out / "table.md", record.markdown())
+    page = _page(out, names)
     single = {name: evaluations[0] for name, evaluations in results.items()}
     # A check of the program on what is known to work, not of the defenses: those are reported as they are.
     checked = tuple(names) == USUAL and recipe == "fast"
@@ -85,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
                     name: [row for one in evaluations for row in summary(one)] for name, evaluations in results.items()
                 },
                 "failures": failures,
+                "page": None if page is None else str(page),
             }
         )
     else:
@@ -96,9 +98,20 @@ def run(arguments: argparse.Namespace) -> int:
         for failure in failures:
             print(f"NOT AS IT SHOULD BE: {failure}")
         print(f"\nruns and records: {out}")
+        print("no page: its charts need learn2perturb[report]" if page is None else f"the same as a page: {page}")
     for failure in failures:
         say(f"learn2perturb: error: the demo failed its own check: {failure}; report it")
     return 1 if failures else 0
+
+
+def _page(out: Path, names: Sequence[str]) -> Path | None:
+    """Write a page of all runs; None where what draws its charts is not installed."""
+    from learn2perturb.report.page import report
+
+    try:
+        return report(*(out / name for name in names), out=out / "page.html")
+    except MissingDependencyError:
+        return None
 
 
 def _folder(out: Path, *, fresh: bool) -> Path:

@@ -27,6 +27,7 @@ VERBS = {
     "compare": "compare two evaluations, or two diagnoses, of the same images, with intervals",
     "diagnose": "check whether the robustness of a model is real: ten checks, a verdict",
     "certify": "certify radii within which no attack changes the majority vote",
+    "report": "write one HTML page of records and runs: claim, verdict, table, charts",
     "export": "write a trained network as safetensors, and a RobustBench model-info file",
     "reproduce": "compute a table of the paper on trained runs, its numbers beside ours",
     "list": "show networks, attacks, defenses, data sets and recipes, with their options",

@@ -1,0 +1,199 @@
+"""The charts of a page, as Vega-Lite specifications: what is drawn, with bands for intervals and words for screens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from learn2perturb.certification import Certification
+from learn2perturb.diagnosis import Diagnosis
+from learn2perturb.diagnosis.record import Curve
+from learn2perturb.evaluation import Evaluation, Row
+from learn2perturb.report.sources import Training
+
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # names the language; nothing is fetched
+Spec = dict[str, Any]
+_AXES = {"draws": "draws averaged in each gradient", "steps": "steps of the attack", "eps": "eps"}
+_MOST_MAPS = 64
+
+
+def _spec(title: str, told: str, **parts: Any) -> Spec:
+    """Return a specification that fills its place, with a description for screen readers."""
+    return {"$schema": SCHEMA, "title": title, "description": told, "width": "container", "height": 240, **parts}
+
+
+def _percent(title: str, *, zero: bool = True) -> Spec:
+    return {"type": "quantitative", "title": title, "scale": {"domain": [0, 100]} if zero else {"zero": False}}
+
+
+def accuracy_curve(diagnosis: Diagnosis, curve: Curve) -> Spec:
+    """Return accuracy against eps, steps or draws with its band, chance and the claimed point."""
+    scale = 255 if curve.axis == "eps" and diagnosis.norm == "linf" else 1
+    unit = " (255ths of the pixel range)" if scale == 255 else ""
+    values = [
+        {
+            "at": scale * point.at, "accuracy": 100 * point.accuracy,
+            "low": 100 * point.interval.low, "high": 100 * point.interval.high,
+        }
+        for point in curve.points
+    ]  # fmt: skip
+    x = {"field": "at", "type": "quantitative", "title": _AXES[curve.axis] + unit, "scale": {"type": "symlog"}}
+    tooltip = [{"field": name, "type": "quantitative", "format": ".4g"} for name in ("at", "accuracy", "low", "high")]
+    layers: list[Spec] = [
+        {
+            "mark": {"type": "area", "opacity": 0.25},
+            "encoding": {"x": x, "y": {"field": "low", **_percent("accuracy, %")}, "y2": {"field": "high"}},
+        },
+        {
+            "mark": {"type": "line", "point": {"size": 60}},
+            "encoding": {"x": x, "y": {"field": "accuracy", **_percent("accuracy, %")}, "tooltip": tooltip},
+        },
+    ]
+    if curve.axis == "eps":
+        layers.append(_rule(100 / diagnosis.num_classes, "chance"))
+    if diagnosis.claim is not None:
+        layers.append(_rule(100 * diagnosis.claim.accuracy, "claimed"))
+    told = "; ".join(f"{value['at']:.4g}: {value['accuracy']:.1f} %" for value in values)
+    return _spec(
+        f"Accuracy against {_AXES[curve.axis]}", f"{told}; n = {curve.n}", data={"values": values}, layer=layers
+    )
+
+
+def _rule(at: float, word: str) -> Spec:
+    """Return a dashed line with its name: no colour alone tells what it is."""
+    return {
+        "data": {"values": [{"at": at, "word": word}]},
+        "layer": [
+            {
+                "mark": {"type": "rule", "strokeDash": [4, 4]},
+                "encoding": {"y": {"field": "at", "type": "quantitative"}},
+            },
+            {
+                "mark": {"type": "text", "align": "left", "dx": 4, "dy": -6, "x": 0},
+                "encoding": {"y": {"field": "at", "type": "quantitative"}, "text": {"field": "word"}},
+            },
+        ],
+    }
+
+
+def noise_over_epochs(training: Training) -> Spec | None:
+    """Return the scale of the noise over epochs beside what the regulariser alone gives; None where none is learned."""
+    names = [key for key in training.epochs[-1] if f"{key}_mean" in training.epochs[-1]] if training.epochs else []
+    values = []
+    for line in training.epochs:
+        for name in names:
+            values.append({"epoch": line["epoch"] + 1, "value": line.get(f"{name}_mean"), "of": f"mean {name}"})
+            if f"{name}_schedule" in line:
+                values.append(
+                    {"epoch": line["epoch"] + 1, "value": line[f"{name}_schedule"], "of": "regulariser alone"}
+                )
+    if not values:
+        return None
+    last = training.epochs[-1]
+    told = ", ".join(f"{name} ends at {last[f'{name}_mean']:.4g}" for name in names)
+    return _lines("Scale of the noise over epochs", told, values, "scale of the noise")
+
+
+def training_curves(training: Training) -> Spec | None:
+    """Return the accuracies of the training over epochs; None before the first."""
+    names = [
+        key for key in (training.epochs[-1] if training.epochs else {}) if key.endswith(("_accuracy", "_clean", "_pgd"))
+    ]
+    values = [
+        {"epoch": line["epoch"] + 1, "value": 100 * line[name], "of": name.replace("_", " ")}
+        for line in training.epochs
+        for name in names
+        if isinstance(line.get(name), float)
+    ]
+    if not values:
+        return None
+    told = ", ".join(f"{name.replace('_', ' ')} {100 * training.epochs[-1][name]:.1f} %" for name in names)
+    return _lines("Accuracy in training over epochs", f"at the end: {told}", values, "accuracy, %")
+
+
+def _lines(title: str, told: str, values: Sequence[Spec], y: str) -> Spec:
+    encoding = {
+        "x": {"field": "epoch", "type": "quantitative", "title": "epoch", "axis": {"tickMinStep": 1}},
+        "y": {"field": "value", "type": "quantitative", "title": y, "scale": {"zero": False}},
+        "color": {"field": "of", "type": "nominal", "title": None},
+        "strokeDash": {"field": "of", "type": "nominal", "title": None},
+        "tooltip": [{"field": "of"}, {"field": "epoch"}, {"field": "value", "format": ".5g"}],
+    }
+    return _spec(title, told, data={"values": list(values)}, mark={"type": "line", "point": True}, encoding=encoding)
+
+
+def certified(certification: Certification) -> Spec:
+    """Return certified accuracy against radius, and the radius that the l_inf ball needs."""
+    top = max(certification.needed, *certification.radii) * 1.05
+    radii = [top * part / 200 for part in range(201)]
+    values = [{"radius": radius, "share": 100 * share} for radius, share in certification.curve(radii)]
+    line = {
+        "mark": {"type": "line", "interpolate": "step-after"},
+        "encoding": {
+            "x": {
+                "field": "radius",
+                "type": "quantitative",
+                "title": f"{certification.norm} radius, [0, 1] pixel scale",
+            },
+            "y": {"field": "share", **_percent("certified accuracy, %")},
+            "tooltip": [{"field": "radius", "format": ".4g"}, {"field": "share", "format": ".1f"}],
+        },
+    }
+    needed = {
+        "data": {"values": [{"at": certification.needed, "word": f"covers l_inf {certification.eps:.4g}"}]},
+        "layer": [
+            {
+                "mark": {"type": "rule", "strokeDash": [4, 4]},
+                "encoding": {"x": {"field": "at", "type": "quantitative"}},
+            },
+            {
+                "mark": {"type": "text", "align": "right", "dx": -4, "y": 10},
+                "encoding": {"x": {"field": "at", "type": "quantitative"}, "text": {"field": "word"}},
+            },
+        ],
+    }
+    told = f"{values[0]['share']:.1f} % at radius 0; the ball of l_inf {certification.eps:.4g} "
+    told += f"needs {certification.needed:.4g}"
+    return _spec("Certified accuracy against radius", told, data={"values": values}, layer=[line, needed])
+
+
+def per_class(evaluation: Evaluation, row: Row, names: Sequence[str]) -> Spec:
+    """Return the accuracy of each class under the attack of ``row``."""
+    labels, correct = evaluation.labels.unpack(), row.correct.unpack()
+    values = []
+    for label in range(evaluation.num_classes):
+        own = labels == label
+        if own.any():
+            values.append({"class": names[label], "accuracy": 100 * float(correct[:, own].mean()), "n": int(own.sum())})
+    told = ", ".join(f"{value['class']}: {value['accuracy']:.0f} %" for value in values)
+    return _spec(
+        f"Accuracy of each class, {row.label}", told, data={"values": values}, mark="bar",
+        encoding={
+            "x": {"field": "class", "type": "nominal", "title": None, "sort": None},
+            "y": {"field": "accuracy", **_percent("accuracy, %")},
+            "tooltip": [{"field": "class"}, {"field": "accuracy", "format": ".1f"}, {"field": "n"}],
+        },
+    )  # fmt: skip
+
+
+def confusion(evaluation: Evaluation, row: Row, names: Sequence[str]) -> Spec:
+    """Return how often each class is taken for each, in shares of the true class, over all draws."""
+    labels, predictions = evaluation.labels.unpack(), row.predictions.unpack()
+    values: list[dict[str, Any]] = []
+    for true in range(evaluation.num_classes):
+        own = predictions[:, labels == true]
+        for guess in range(evaluation.num_classes):
+            share = 100 * float((own == guess).mean()) if own.size else 0.0
+            values.append({"true": names[true], "taken for": names[guess], "share": share})
+    wrong = [value for value in values if value["true"] != value["taken for"]]
+    most = max(wrong, key=lambda value: float(value["share"])) if wrong else None
+    told = f"most often {most['true']} is taken for {most['taken for']}, {most['share']:.0f} %" if most else "one class"
+    return _spec(
+        f"What each class is taken for, {row.label}", told, data={"values": values}, mark="rect",
+        encoding={
+            "x": {"field": "taken for", "type": "nominal", "sort": None},
+            "y": {"field": "true", "type": "nominal", "sort": None},
+            "color": {"field": "share", "type": "quantitative", "title": "%", "scale": {"scheme": "blues"}},
+            "tooltip": [{"field": "true"}, {"field": "taken for"}, {"field": "share", "format": ".1f"}],
+        },
+    )  # fmt: skip

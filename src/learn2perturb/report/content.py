@@ -1,0 +1,268 @@
+"""What stands on a page, as plain values: the verdict, the table, the checks, the charts, how to run it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from learn2perturb.diagnosis import Diagnosis
+from learn2perturb.diagnosis.claim import Claim
+from learn2perturb.diagnosis.layout import advice, key_figure
+from learn2perturb.errors import ConfigError
+from learn2perturb.evaluation import Evaluation, Row
+from learn2perturb.report import charts
+from learn2perturb.report.sources import Material
+
+# What two rows of the table have in common if they are one.
+_SAME = ("model", "attack", "eps", "noise", "predictor", "accuracy", "n", "draws")
+MARKS = {"passed": "✓", "failed": "✗", "not shown": "?", "does not apply": "–"}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart with its place on the page."""
+
+    name: str
+    spec: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what is under it: sentences, rows of a table, charts."""
+
+    title: str
+    sentences: tuple[str, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+    charts: tuple[Chart, ...] = ()
+    checks: tuple[dict[str, Any], ...] = ()
+    commands: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Content:
+    """A page: its first screen, the table of accuracies, and the sections under it."""
+
+    title: str
+    claim: str
+    verdict: str
+    evidence: tuple[str, ...]
+    commands: tuple[str, ...]
+    rows: tuple[dict[str, Any], ...]
+    sections: tuple[Section, ...]
+
+
+def contents(material: Material, claim: str | None) -> Content:
+    """Return what a page of these records says.
+
+    Raises:
+        ConfigError: the claim cannot be read, or a diagnosis was made of another one.
+    """
+    stated = None if claim is None else Claim.of(claim)
+    for path, found in material.diagnoses:
+        if stated is not None and found.claim is not None and found.claim.accuracy != stated.accuracy:
+            raise ConfigError(
+                f"--claim says {100 * stated.accuracy:g} %, and {path} was diagnosed of "
+                f"{100 * found.claim.accuracy:g} %; leave --claim out, or diagnose again"
+            )
+    every = (row for _, evaluation in material.evaluations for row in _rows(evaluation))
+    rows = {tuple(row[key] for key in _SAME): row for row in every}.values()  # the clean row of many records once
+    claimed, verdict, evidence = _verdict(material, stated)
+    names = sorted({str(record.metadata.get("model", "model")) for record in _records(material)})
+    names = names or [training.name for training in material.trainings]
+    return Content(
+        title=", ".join(names),
+        claim=claimed,
+        verdict=verdict,
+        evidence=tuple(evidence),
+        commands=tuple(_commands(material)),
+        rows=tuple(rows),
+        sections=tuple(_sections(material)),
+    )
+
+
+def _records(material: Material) -> list[Any]:
+    return [
+        record for kind in (material.evaluations, material.diagnoses, material.certifications) for _, record in kind
+    ]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def _rows(evaluation: Evaluation) -> Iterable[dict[str, Any]]:
+    """Yield the rows of the table, numbers beside the text they are shown as."""
+    for row in evaluation.rows:
+        settings = ", ".join(f"{name}={_short(value)}" for name, value in row.parameters.items() if value is not None)
+        counts = row.correct.unpack().sum(axis=1)
+        yield {
+            "model": str(evaluation.metadata.get("model", "model")),
+            "attack": row.attack,
+            "eps": row.eps_text,
+            "noise": ("on" if row.stochastic else "none") if row.noise else "off",
+            "predictor": row.predictor if row.predictor == "single" else f"{row.predictor} of {row.members}",
+            "accuracy": 100 * row.accuracy,
+            "std": None if row.std is None else 100 * row.std,
+            "low": 100 * row.interval.low,
+            "high": 100 * row.interval.high,
+            "worst": 100 * row.worst_of[10] if 10 in row.worst_of else None,
+            "n": row.n,
+            "draws": row.draws,
+            "told": f"{row.attack_type or 'no attack'}({settings}); right: {counts.min()} to {counts.max()} of {row.n} "
+            f"in {row.draws} scorings; {row.interval.method} interval; {row.seconds:.1f} s",
+        }
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)
+
+
+def _verdict(material: Material, stated: Claim | None) -> tuple[str, str, list[str]]:
+    """Return what was claimed, the verdict in one sentence, and the evidence."""
+    if material.diagnoses:
+        _, found = material.diagnoses[-1]
+        head, *rest = found.summary.splitlines()
+        claimed = str(found.claim) if found.claim is not None else "nothing was claimed"
+        if stated is not None and found.claim is None:
+            head += f" The claim of {100 * stated.accuracy:g} % was not put to the diagnosis: diagnose with --claim."
+        return claimed, head, [*rest, *advice(found)]
+    claimed = "nothing was claimed" if stated is None else str(stated)
+    lowest = sorted(((_least(one), one) for one in _strongest(material)), key=lambda pair: pair[0].accuracy)
+    if not lowest:
+        return claimed, "No accuracy was measured here.", []
+    (row, evaluation), *others = lowest
+    text = _left(row, evaluation)
+    evidence = [*(f"Of the others: {_left(*pair)}." for pair in others), _no_diagnosis()]
+    if stated is None:
+        return claimed, f"Lowest accuracy found: {text}.", evidence
+    if row.interval.high < stated.accuracy:
+        return claimed, f"Less than is claimed: {text}.", evidence
+    return claimed, f"Not shown: {text}, and nothing says whether these attacks were strong enough.", evidence
+
+
+def _left(row: Row, evaluation: Evaluation) -> str:
+    interval = f"[{_percent(row.interval.low)}, {_percent(row.interval.high)}]"
+    return (
+        f"{_percent(row.accuracy)} % {interval} is left of {evaluation.metadata.get('model', 'model')} by {row.label}"
+    )
+
+
+def _no_diagnosis() -> str:
+    return (
+        "No diagnosis is among the records: whether the gradients can be trusted is not shown (learn2perturb diagnose "
+        "RUN)."
+    )
+
+
+def _commands(material: Material) -> Iterable[str]:
+    import shlex
+
+    for record in _records(material):
+        command = record.metadata.get("command")
+        if isinstance(command, list):
+            yield shlex.join(map(str, command))
+        elif isinstance(command, str):
+            yield command
+
+
+def _sections(material: Material) -> Iterable[Section]:
+    for index, (_, diagnosis) in enumerate(material.diagnoses):
+        yield _diagnosed(diagnosis, index)
+    for index, evaluation in enumerate(_strongest(material)):
+        yield _classes(evaluation, index)
+    for index, (_, certification) in enumerate(material.certifications):
+        spec = charts.certified(certification)
+        yield Section(
+            f"Certificates: {certification.metadata.get('model', 'model')}", (str(certification).splitlines()[0],),
+            charts=(Chart(f"certified-{index}", spec),),
+        )  # fmt: skip
+    for index, training in enumerate(material.trainings):
+        drawn = {"noise": charts.noise_over_epochs(training), "training": charts.training_curves(training)}
+        found = tuple(Chart(f"{name}-{index}", spec) for name, spec in drawn.items() if spec is not None)
+        settings = tuple(
+            (str(key), _short(value)) for key, value in training.config.items() if value not in (None, {}, [])
+        )
+        yield Section(f"Training: {training.name}", facts=settings, charts=found)
+    yield Section("Where and by what", facts=tuple(_circumstances(_records(material))))
+
+
+def _diagnosed(diagnosis: Diagnosis, index: int) -> Section:
+    checks = tuple(
+        {
+            "number": check.number, "name": check.name, "status": check.status, "mark": MARKS[check.status],
+            "figure": key_figure(check), "sentence": check.sentence, "missing": list(check.missing),
+            "notes": list(check.notes),
+        }
+        for check in diagnosis.checks
+    )  # fmt: skip
+    curves = tuple(
+        Chart(f"{curve.axis}-{index}", charts.accuracy_curve(diagnosis, curve))
+        for curve in diagnosis.curves
+        if curve.points
+    )
+    title = f"Diagnosis: {diagnosis.metadata.get('model', 'model')}"
+    return Section(title, tuple(diagnosis.findings), charts=curves, checks=checks)
+
+
+def _least(evaluation: Evaluation) -> Row:
+    """Return the row that leaves least, with the noise as it is used."""
+    return min(evaluation.rows, key=lambda row: (not row.noise, row.accuracy))
+
+
+def _strongest(material: Material) -> Iterable[Evaluation]:
+    """Yield, for each model, the evaluation whose attack leaves least."""
+    found: dict[str, Evaluation] = {}
+    for _, evaluation in material.evaluations:
+        model = str(evaluation.metadata.get("model", "model"))
+        if model not in found or _least(evaluation).accuracy < _least(found[model]).accuracy:
+            found[model] = evaluation
+    yield from found.values()
+
+
+def _classes(evaluation: Evaluation, index: int) -> Section:
+    row = _least(evaluation)
+    names = class_names(evaluation)
+    return Section(
+        f"Classes: {evaluation.metadata.get('model', 'model')}",
+        (f"Under what leaves least with the noise as it is used: {row.label}.",),
+        charts=(
+            Chart(f"classes-{index}", charts.per_class(evaluation, row, names)),
+            Chart(f"confusion-{index}", charts.confusion(evaluation, row, names)),
+        ),
+    )
+
+
+def class_names(evaluation: Evaluation) -> Sequence[str]:
+    """Return the names of the classes, numbers where the record has none."""
+    names = evaluation.metadata.get("classes")
+    if isinstance(names, list) and len(names) == evaluation.num_classes:
+        return [str(name) for name in names]
+    return [str(number) for number in range(evaluation.num_classes)]
+
+
+def _circumstances(records: Iterable[Any]) -> Iterable[tuple[str, str]]:
+    """Yield hardware, versions, dates and hashes of every record, each value once."""
+    seen: dict[str, dict[str, None]] = {}
+    for record in records:
+        for key, value in record.metadata.items():
+            if isinstance(value, Mapping):
+                for inner, text in value.items():
+                    seen.setdefault(f"{key}: {inner}", {})[_short(text)] = None
+            elif value is not None:
+                seen.setdefault(str(key), {})[_short(value)] = None
+    for key, values in seen.items():
+        yield key, "; ".join(values)
+
+
+def as_data(content: Content) -> dict[str, Any]:
+    """Return the numbers of a page, which its script reads and a test compares with the records."""
+    return {
+        "rows": list(content.rows),
+        "charts": {chart.name: chart.spec for section in content.sections for chart in section.charts},
+        "verdict": content.verdict,
+        "claim": content.claim,
+        "checks": [check for section in content.sections for check in section.checks],
+    }

@@ -1,0 +1,119 @@
+"""What a page is made of: records, and run folders with their settings and metrics."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from learn2perturb.certification import Certification
+from learn2perturb.diagnosis import Diagnosis
+from learn2perturb.errors import CheckpointError, ConfigError
+from learn2perturb.evaluation import Evaluation
+from learn2perturb.reading import MOST_SETTINGS, parse_json, parse_yaml, read_bytes, reading
+
+_KINDS: dict[str, type[Evaluation | Diagnosis | Certification]] = {
+    kind.FORMAT: kind for kind in (Evaluation, Diagnosis, Certification)
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run folder: its settings, and a dictionary for each epoch."""
+
+    name: str
+    config: dict[str, Any]
+    epochs: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that a page shows.
+
+    Attributes:
+        evaluations, diagnoses, certifications: records, each with the path that it was read from.
+        trainings: run folders.
+    """
+
+    evaluations: list[tuple[str, Evaluation]] = field(default_factory=list)
+    diagnoses: list[tuple[str, Diagnosis]] = field(default_factory=list)
+    certifications: list[tuple[str, Certification]] = field(default_factory=list)
+    trainings: list[Training] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.evaluations or self.diagnoses or self.certifications or self.trainings)
+
+
+def gather(sources: Iterable[str | os.PathLike[str]]) -> Material:
+    """Return what the sources hold: records (JSON), and run folders with every record in their ``evaluation``.
+
+    Raises:
+        ConfigError: there is no such file, or nothing to show.
+        CheckpointError: a record is damaged, or of a kind that has no page.
+    """
+    found = Material()
+    for source in map(Path, sources):
+        if source.is_dir():
+            _gather_run(source, found)
+        elif source.is_file():
+            _add(source, found)
+        else:
+            raise ConfigError(
+                f"{str(source)!r} is no run folder and no record; give a folder of `train`, or a .json file"
+            )
+    if not found:
+        raise ConfigError("there is nothing to show; give run folders or records of evaluate, diagnose and certify")
+    return found
+
+
+def _gather_run(folder: Path, found: Material) -> None:
+    """Add a run folder, or a folder of records."""
+    settings, metrics = folder / "config.yaml", folder / "metrics.jsonl"
+    if settings.is_file():
+        with reading(f"{settings} cannot be read", "restore it from a copy", CheckpointError):
+            config = parse_yaml(read_bytes(settings, MOST_SETTINGS).decode())
+        found.trainings.append(Training(folder.name, config if isinstance(config, dict) else {}, _epochs(metrics)))
+    records = sorted({*folder.glob("*.json"), *folder.glob("evaluation/*.json")})
+    for path in records:
+        if _format(path) in _KINDS:
+            _add(path, found)
+
+
+def _epochs(path: Path) -> tuple[dict[str, Any], ...]:
+    """Return the lines of finished epochs; what a kill has torn is left out."""
+    lines = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = parse_json(text)
+            except (ValueError, CheckpointError):
+                continue
+            if isinstance(line, dict) and line.get("kind") == "epoch":
+                lines.append(line)
+    return tuple(lines)
+
+
+def _format(path: Path) -> str:
+    """Return what a file says it is; empty where it says nothing."""
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, CheckpointError):
+        return ""
+    return str(value.get("format", "")) if isinstance(value, dict) else ""
+
+
+def _add(path: Path, found: Material) -> None:
+    said = _format(path)
+    if said not in _KINDS:
+        raise CheckpointError(
+            f"{path} is a {said or 'file of another kind'}, must be a record of evaluate, diagnose or certify"
+        )
+    record = _KINDS[said].load(path)
+    if isinstance(record, Evaluation):
+        found.evaluations.append((str(path), record))
+    elif isinstance(record, Diagnosis):
+        found.diagnoses.append((str(path), record))
+    else:
+        found.certifications.append((str(path), record))

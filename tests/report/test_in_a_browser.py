@@ -1,0 +1,127 @@
+"""The page in a real browser: it draws, sorts, filters, copies, prints, and asks nothing of any network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+import learn2perturb as l2p
+from learn2perturb.attacks import PGD
+from learn2perturb.report import report
+from tests.report.test_report import HOSTILE, images, noisy  # the same records
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# What CI has promised and is missing fails there instead of being skipped.
+REQUIRED = bool(os.environ.get("LEARN2PERTURB_REQUIRE_BROWSER"))
+if REQUIRED:
+    import playwright.sync_api as playwright
+else:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: make setup")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None and not REQUIRED, reason="needs Chromium: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    attacks = {name: PGD(0.1, 0.05, steps) for name, steps in (("long", 4), ("short", 1), (HOSTILE, 2))}
+    found = l2p.evaluate(noisy, images(), attacks, draws=4, name="<b>mine</b>", progress=False)
+    return report(found.save(folder / "a.json"), out=folder / "page.html")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as play:
+        started = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def opened(browser, path):
+    """Return a function that opens the page; at the end nothing may have been said or asked for."""
+    said, contexts = [], []
+
+    def open_page(**settings):
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **settings})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: said.append(dialog.message))
+        page.on("request", lambda request: None if request.url == path.as_uri() else said.append(request.url[:60]))
+        page.goto(path.as_uri())
+        page.wait_for_selector("body[data-drawn=true]", timeout=60_000)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"color_scheme": "dark"},
+        {"viewport": {"width": 360, "height": 740}},
+        {"viewport": {"width": 3840, "height": 2160}},
+    ],
+    ids=["light", "dark", "narrow", "4k"],
+)
+def test_every_chart_is_drawn_and_nothing_overflows(settings, opened):
+    page = opened(**settings)
+    drawn = page.eval_on_selector_all(
+        "[data-chart]", "places => places.map(place => place.querySelectorAll('svg').length)"
+    )
+    assert drawn and set(drawn) == {1}
+    width, shown = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert width <= shown
+
+
+def column(page, number):
+    return page.eval_on_selector_all(
+        "#accuracies tbody tr:not([hidden])", f"rows => rows.map(row => row.cells[{number}].textContent.trim())"
+    )
+
+
+def test_sorting_and_filtering(opened):
+    page = opened()
+    accuracy = [float(text.split()[0]) for text in column(page, 5)]
+    page.click("[data-sort=accuracy]")
+    assert [float(text.split()[0]) for text in column(page, 5)] == sorted(accuracy)
+    assert page.get_attribute("th:has([data-sort=accuracy])", "aria-sort") == "ascending"
+    page.click("[data-sort=accuracy]")
+    assert [float(text.split()[0]) for text in column(page, 5)] == sorted(accuracy, reverse=True)
+    page.fill("#filter", "long")
+    assert column(page, 1) == ["long"]
+    page.focus("#accuracies tbody tr:not([hidden])")
+    assert "steps=4" in page.inner_text("#told")
+
+
+@pytest.mark.parametrize(
+    ("kind", "begins"), [("markdown", "| model | attack"), ("csv", '"model","attack"'), ("latex", "\\begin{tabular}")]
+)
+def test_the_table_is_copied(kind, begins, opened):
+    page = opened(permissions=["clipboard-read", "clipboard-write"])
+    page.click(f"[data-copy={kind}]")
+    page.wait_for_function("document.getElementById('copied').textContent !== ''")
+    assert "Copied" in page.inner_text("#copied")
+    assert page.evaluate("navigator.clipboard.readText()").startswith(begins)
+
+
+def test_names_of_a_record_stay_words(opened):
+    page = opened()
+    assert page.inner_text("h1") == "<b>mine</b>"
+    assert HOSTILE in column(page, 1)
+
+
+def test_it_prints_on_paper_with_everything_open(opened):
+    page = opened()
+    assert len(page.pdf(format="A4")) > 10_000
+    assert all(page.eval_on_selector_all("details", "all => all.map(one => one.open)"))
