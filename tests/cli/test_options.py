@@ -11,6 +11,7 @@ from learn2perturb.cli import options
 from learn2perturb.cli.main import main
 from learn2perturb.cli.options import Parser, convert, field_help, guess, kinds_of, parse_attack
 from learn2perturb.cli.train import add_arguments, build_config
+from learn2perturb.defenses.settings import Settings
 from learn2perturb.errors import ConfigError
 from learn2perturb.registry import ATTACKS
 from learn2perturb.training.config import TrainConfig
@@ -59,7 +60,7 @@ def test_a_value_that_does_not_fit_is_refused(kind, value):
 
 
 def test_every_field_of_the_config_is_an_option_with_help():
-    explained = {**field_help(TrainConfig.__mro__[1]), **field_help(TrainConfig)}
+    explained = {**field_help(Settings), **field_help(TrainConfig)}
     parser = Parser()
     add_arguments(parser)
     offered = {action.dest: action for action in parser._actions}

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from learn2perturb.cli.main import main
-from learn2perturb.diagnosis import CHECKS, Check, Claim, Diagnosis, DiagnosisComparison, Measurement
+from learn2perturb.diagnosis import CHECKS, Check, Claim, Diagnosis, DiagnosisComparison, Measurement, compare_diagnoses
 from learn2perturb.diagnosis.trial import put_on_trial
 from learn2perturb.diagnosis.verdict import conclude
 from learn2perturb.errors import InputError
-from learn2perturb.evaluation import compare_diagnoses
 from learn2perturb.evaluation.intervals import accuracy_interval
 from learn2perturb.records import PackedBits, PackedIntegers
 

@@ -202,7 +202,8 @@ def test_the_passes_of_a_diagnosis_are_those_of_its_checks():
     plain = 101 * 5 * 3 + 97 * (5 * (3 + 4 + 23) + 3 + 11)
     assert gradient_passes(budget, stochastic=False, sources=2) == plain
     reported = 5 * 3 * (1 + 2) + 2 * 5
-    compared = 7 * 5 * (3 + 2 + 29 + 23)
+    # Two losses, two averages that cost a third more, held draws; each as six with the sizes.
+    compared = 7 * 5 * (3 + 6 + 29 + 23)
     curves = 5 * (1 + 4) + 7 * (1 + 2)
     forward = (31 * 37 + 17 * 19) // 3  # a pass without a gradient is a third of one with
     noisy = 101 * reported + 97 * (compared + curves + forward + 11 * 13)

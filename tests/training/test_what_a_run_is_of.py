@@ -284,7 +284,7 @@ def test_steps_are_ordered_as_numbers(tmp_path):
 def test_a_second_training_gets_one_line_and_a_dead_ones_lock_is_gone(tmp_path):
     trained(tmp_path)
     holding = (
-        "import sys, pathlib; from learn2perturb.training import lock\n"
+        "import sys, pathlib; from learn2perturb.runs import lock\n"
         "with lock.held(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()\n"
     )
     process = subprocess.Popen(

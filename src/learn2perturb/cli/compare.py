@@ -73,8 +73,7 @@ def _diagnoses(arguments: argparse.Namespace, kinds: list[bool]) -> int:
     if arguments.pair:
         raise ConfigError("--pair names rows of evaluations, and these are diagnoses; leave it out")
 
-    from learn2perturb.diagnosis import Diagnosis
-    from learn2perturb.evaluation import compare_diagnoses
+    from learn2perturb.diagnosis import Diagnosis, compare_diagnoses
 
     found = compare_diagnoses(Diagnosis.load(arguments.first), Diagnosis.load(arguments.second))
     _keep(found, arguments.out)

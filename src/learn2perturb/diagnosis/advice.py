@@ -21,6 +21,7 @@ _USUAL: dict[str, Any] = {
     "targeted": False,
     "eot": 1,
     "eot_average": "loss",
+    "eot_draws": "fresh",
     "random_start": True,
     "restarts": 1,
 }

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PREDICTORS",
-    "Claim",
     "Comparison",
     "Difference",
     "Estimate",
@@ -29,7 +28,6 @@ __all__ = [
     "black_box",
     "bootstrap_mean",
     "compare",
-    "compare_diagnoses",
     "evaluate",
     "exact_accuracy",
     "paired_bootstrap",
@@ -50,8 +48,6 @@ _LAZY = {
     "Comparison": "comparing",
     "Difference": "comparing",
     "compare": "comparing",
-    "Claim": "diagnostics",
-    "compare_diagnoses": "diagnostics",
 }
 
 
