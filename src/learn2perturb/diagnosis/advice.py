@@ -31,7 +31,6 @@ _MORE: Option = ("--full", 'budget="full"')
 _IMAGES: Option = ("--limit 200", "limit=200")
 _TWIN: Option = ("--noise-off module:function", "noise_off=network")
 _TRAINED: Option = ("--train-sources", 'sources={"undefended": network, "pgd_at": network}')
-_GIVEN: Option = ("--source undefended=RUN --source pgd_at=RUN", _TRAINED[1])
 # Checks that fail where gradients mislead: a larger budget of attacks without them is all that can be added here.
 _ADAPTIVE = (
     "no option of this command: gradients mislead here, so an attack made for this defense is needed; give it as "
@@ -86,7 +85,7 @@ def _options(check: Check, found: Diagnosis) -> Iterable[Option]:
     if check.status == "not shown" and check.number == 6 and "the noise-off twin" in check.missing:
         yield _TWIN
     elif check.status == "not shown" and check.missing:
-        yield _TRAINED if found.metadata.get("run") or "command" not in found.metadata else _GIVEN
+        yield _TRAINED
     elif found.budget.get("name") != FULL.name:
         yield _MORE
 
