@@ -14,7 +14,6 @@ from learn2perturb.report.sources import Training
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # names the language; nothing is fetched
 Spec = dict[str, Any]
 _AXES = {"draws": "draws averaged in each gradient", "steps": "steps of the attack", "eps": "eps"}
-_MOST_MAPS = 64
 
 
 def _spec(title: str, told: str, **parts: Any) -> Spec:

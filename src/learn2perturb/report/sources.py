@@ -12,7 +12,7 @@ from learn2perturb.certification import Certification
 from learn2perturb.diagnosis import Diagnosis
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.evaluation import Evaluation
-from learn2perturb.reading import MOST_SETTINGS, parse_json, parse_yaml, read_bytes, reading
+from learn2perturb.reading import MOST_RECORD, MOST_SETTINGS, parse_json, parse_yaml, read_bytes, reading
 
 _KINDS: dict[str, type[Evaluation | Diagnosis | Certification]] = {
     kind.FORMAT: kind for kind in (Evaluation, Diagnosis, Certification)
@@ -58,7 +58,7 @@ def gather(sources: Iterable[str | os.PathLike[str]]) -> Material:
         if source.is_dir():
             _gather_run(source, found)
         elif source.is_file():
-            _add(source, found)
+            _add(source, _format(source), found)
         else:
             raise ConfigError(
                 f"{str(source)!r} is no run folder and no record; give a folder of `train`, or a .json file"
@@ -77,8 +77,9 @@ def _gather_run(folder: Path, found: Material) -> None:
         found.trainings.append(Training(folder.name, config if isinstance(config, dict) else {}, _epochs(metrics)))
     records = sorted({*folder.glob("*.json"), *folder.glob("evaluation/*.json")})
     for path in records:
-        if _format(path) in _KINDS:
-            _add(path, found)
+        said = _format(path)
+        if said in _KINDS:
+            _add(path, said, found)
 
 
 def _epochs(path: Path) -> tuple[dict[str, Any], ...]:
@@ -88,7 +89,7 @@ def _epochs(path: Path) -> tuple[dict[str, Any], ...]:
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 line = parse_json(text)
-            except (ValueError, CheckpointError):
+            except (ValueError, RecursionError):
                 continue
             if isinstance(line, dict) and line.get("kind") == "epoch":
                 lines.append(line)
@@ -98,14 +99,14 @@ def _epochs(path: Path) -> tuple[dict[str, Any], ...]:
 def _format(path: Path) -> str:
     """Return what a file says it is; empty where it says nothing."""
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, CheckpointError):
+        value = parse_json(read_bytes(path, MOST_RECORD))
+    except (OSError, ValueError, RecursionError):
         return ""
     return str(value.get("format", "")) if isinstance(value, dict) else ""
 
 
-def _add(path: Path, found: Material) -> None:
-    said = _format(path)
+def _add(path: Path, said: str, found: Material) -> None:
+    """Add the record at ``path``, which says that its format is ``said``."""
     if said not in _KINDS:
         raise CheckpointError(
             f"{path} is a {said or 'file of another kind'}, must be a record of evaluate, diagnose or certify"
