@@ -148,3 +148,18 @@ def test_the_verb_writes_the_page_and_says_where(record, tmp_path, capsys):
     assert capsys.readouterr().out == f"page: {out}\n"
     assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert main(["report", str(tmp_path / "no"), "--out", str(out)]) == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"epoch": 0, "clean_accuracy": float("nan"), "alpha": {}, "alpha_mean": float("inf")},
+        {"epoch": 0, "alpha": {}, "alpha_mean": "much"},
+        {"clean_accuracy": 0.5},
+        {"epoch": "first", "clean_accuracy": 0.5},
+    ],
+)
+def test_metrics_that_are_no_numbers_draw_nothing(line, tmp_path):
+    (tmp_path / "config.yaml").write_text("defense: pni\n")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "epoch", **line}))
+    assert data_of(page(tmp_path))["charts"] == {}

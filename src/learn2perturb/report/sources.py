@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ def _gather_run(folder: Path, found: Material) -> None:
 
 
 def _epochs(path: Path) -> tuple[dict[str, Any], ...]:
-    """Return the lines of finished epochs; what a kill has torn is left out."""
+    """Return the lines of finished epochs; what a kill has torn, and what is no finite number, is left out."""
     lines = []
     if path.is_file():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -91,9 +92,13 @@ def _epochs(path: Path) -> tuple[dict[str, Any], ...]:
                 line = parse_json(text)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(line, dict) and line.get("kind") == "epoch":
-                lines.append(line)
+            if isinstance(line, dict) and line.get("kind") == "epoch" and isinstance(line.get("epoch"), int):
+                lines.append({key: value for key, value in line.items() if isinstance(value, dict) or _finite(value)})
     return tuple(lines)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _format(path: Path) -> str:
