@@ -70,7 +70,9 @@ def test_a_command_of_the_docs_parses(line):
     if words[0] == "train" and not arguments.config:
         verb.build_config(arguments).resolve()
     if words[0] == "evaluate":
-        verb.build_attacks(verb.attack_specs(arguments))
+        from learn2perturb.attacks.spec import build_attacks
+
+        build_attacks(verb.attack_specs(arguments))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])

@@ -15,6 +15,7 @@ import learn2perturb as l2p
 from benchmarks.paper_scale.plan import Cell, Plan
 from benchmarks.paper_scale.state import State
 from learn2perturb.attacks import Source, Transfer
+from learn2perturb.attacks.spec import build_attacks
 from learn2perturb.checks import fraction
 from learn2perturb.cli import evaluate as verb
 from learn2perturb.cli.bench.floor import measure_rates
@@ -143,7 +144,7 @@ def compute(plan: Plan, run: str, cell: Cell, device: str, path: Path, where: Ca
     place = choose_device(device)
     model = l2p.load(where(run)).to(place)
     data = l2p.load_data(plan.config(run).dataset, "test", limit=given.limit)
-    (attack,) = verb.build_attacks(verb.attack_specs(given)).values()
+    (attack,) = build_attacks(verb.attack_specs(given)).values()
     if given.eps is not None:
         attack = replace(attack, eps=fraction(given.eps))
     predictors, members, _ = verb.chosen_predictors(given, read_model(locate(where(run)))[1])

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from learn2perturb.attacks import PGD
 from learn2perturb.attacks.gradients import AVERAGES
-from learn2perturb.cli.evaluate import build_attacks
-from learn2perturb.cli.options import parse_attack
+from learn2perturb.attacks.spec import build_attacks
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation import comparing as comparison
+from learn2perturb.presets import parse_attack
 from tests.problems import two_logits
 
 X, Y = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.int64)

@@ -10,10 +10,10 @@ from torch import nn
 
 import learn2perturb as l2p
 from learn2perturb.attacks import FGSM, PGD, Transfer
-from learn2perturb.cli.evaluate import build_attacks
-from learn2perturb.cli.options import PRESETS, preset
+from learn2perturb.attacks.spec import build_attacks
 from learn2perturb.defenses.objectives import TradesAdversary
 from learn2perturb.errors import ConfigError
+from learn2perturb.presets import PRESETS, preset
 
 DATA = torch.rand(4, 1, 8, 8), torch.arange(4)
 MAKERS = {

@@ -7,14 +7,16 @@ import dataclasses
 
 import pytest
 
-from learn2perturb.cli import options
+from learn2perturb import presets
 from learn2perturb.cli.main import main
-from learn2perturb.cli.options import Parser, convert, field_help, guess, kinds_of, parse_attack
+from learn2perturb.cli.options import Parser, field_help
 from learn2perturb.cli.train import add_arguments, build_config
 from learn2perturb.defenses.settings import Settings
 from learn2perturb.errors import ConfigError
+from learn2perturb.presets import parse_attack
 from learn2perturb.registry import ATTACKS
 from learn2perturb.training.config import TrainConfig
+from learn2perturb.values import convert, guess, kinds_of
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -104,9 +106,9 @@ def test_a_flag_is_true_alone_and_false_when_told():
     assert "download" not in parse()
 
 
-@pytest.mark.parametrize("name", list(options.PRESETS))
+@pytest.mark.parametrize("name", list(presets.PRESETS))
 def test_every_preset_builds(name):
-    registered, settings = options.preset(name, eot=3)
+    registered, settings = presets.preset(name, eot=3)
     attack = ATTACKS.entry(registered).load()(**settings)
     assert attack.eot == (3 if name.startswith("eot-") else 1)
 

@@ -9,22 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learn2perturb.checks import check_count, fraction
-from learn2perturb.cli.options import (
-    DEFAULT_ATTACKS,
-    EOT_DRAWS,
-    PRESETS,
-    add_json,
-    converted,
-    kinds_of,
-    parse_attack,
-    preset,
-    print_json,
-    typed,
-    words,
-)
+from learn2perturb.cli.options import add_json, print_json, typed, words
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.subject import (
-    OWN_EPS,
     SPLITS,
     add_draws,
     add_images,
@@ -38,6 +25,7 @@ from learn2perturb.cli.subject import (
 )
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation import defaults
+from learn2perturb.presets import DEFAULT_ATTACKS, EOT_DRAWS, PRESETS, parse_attack, preset
 from learn2perturb.registry import ATTACKS, DATASETS
 
 if TYPE_CHECKING:
@@ -91,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dataset is not None:
         DATASETS.entry(arguments.dataset)
 
+    from learn2perturb.attacks.spec import build_attacks
     from learn2perturb.engine.devices import choose_device
     from learn2perturb.evaluation import Unfinished, evaluate
     from learn2perturb.records import check_writable
@@ -164,27 +153,6 @@ def attack_specs(arguments: argparse.Namespace) -> dict[str, tuple[str, dict[str
             raise ConfigError(f"attack {text!r} has an eps of its own and --eps is given too; give one of them")
         specs[text.replace(" ", "")] = (name, settings)
     return specs
-
-
-def build_attacks(specs: Mapping[str, tuple[str, dict[str, Any]]], eps: float = OWN_EPS) -> dict[str, Attack]:
-    """Return row name -> attack; ``eps`` is the l_inf radius of those that bring none.
-
-    Raises:
-        ConfigError: a setting is unknown or not allowed.
-    """
-    from learn2perturb.attacks import build_attack
-
-    attacks = {}
-    for row, (name, settings) in specs.items():
-        if "step_size" in settings and "eps" not in settings and settings.get("norm", "linf") == "linf":
-            # A step is judged by the radius that it is for; those of presets are for 8/255, and shrink with it.
-            settings = settings | {"eps": max(eps, OWN_EPS)}
-        values = converted(settings, kinds_of(ATTACKS.entry(name).load()), f"attack {row!r}: ")
-        try:
-            attacks[row] = build_attack(name, **values)
-        except ConfigError as error:
-            raise ConfigError(f"attack {row!r}: {error}") from None
-    return attacks
 
 
 def record_path(arguments: argparse.Namespace) -> Path:

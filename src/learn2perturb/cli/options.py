@@ -10,17 +10,13 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from learn2perturb.checks import fraction
-from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.errors import ConfigError
 from learn2perturb.reading import parse_yaml
 from learn2perturb.terminal import trusted, visible
-
-_YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-_NOTHING = ("none", "null")
-_TEXTS = {"str", "Average"}  # the second is one of several words; its owner refuses others
+from learn2perturb.values import convert, guess
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,89 +75,6 @@ def _spelled(words: Sequence[str]) -> list[str]:
             value = remaining.pop(0)
         result.append(f"{head}={key}={value}")
     return result
-
-
-# --- values
-
-
-LONGEST_NUMBER = 100  # characters of a whole number
-
-
-def guess(text: str) -> Any:
-    """Return what ``text`` most likely means: a number, a fraction, a truth value, nothing, YAML, or text."""
-    if re.fullmatch(r"[+-]?\d+", text):
-        # Beyond what any setting can be, and what Python converts; whoever wants a number refuses the text.
-        return int(text) if len(text) <= LONGEST_NUMBER else text
-    try:
-        return fraction(text)
-    except ConfigError:
-        pass
-    try:
-        value = parse_yaml(text)
-    except Exception:  # YAML has many ways to be wrong
-        return text
-    return text if isinstance(value, str) or (value is None and text.lower() not in _NOTHING) else value
-
-
-def convert(kind: str, value: Any) -> Any:
-    """Return ``value`` as the annotation ``kind`` says (``"float | None"``), read from text where it is text.
-
-    Raises:
-        ConfigError: it cannot be that.
-    """
-    kinds = {part.strip() for part in kind.split("|")}
-    text = value.strip() if isinstance(value, str) else None
-    if "None" in kinds and (value is None or (text is not None and text.lower() in _NOTHING)):
-        return None
-    if "bool" in kinds:
-        if isinstance(value, bool):
-            return value
-        if text is not None and text.lower() in (*_YES, *_NO):
-            return text.lower() in _YES
-        raise ConfigError(f"{value!r} is no truth value; write true or false")
-    if "int" in kinds:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if text is not None and re.fullmatch(r"[+-]?\d+", text):
-            return int(text)
-        raise ConfigError(f"{value!r} is not a whole number; write one such as 6")
-    if "float" in kinds:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return value
-        return fraction(value)
-    if kinds & _TEXTS and isinstance(value, str):
-        return value
-    if "list[int]" in kinds:
-        items = [item for item in re.split(r"[\s,\[\]]+", text) if item] if text is not None else value
-        if isinstance(items, list):
-            return [convert("int", item) for item in items]
-        raise ConfigError(f"{value!r} is no list of whole numbers; write 75,90")
-    if "list[str]" in kinds and isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return value
-    if kind.startswith("dict") and isinstance(value, dict):
-        return {str(key): guess(item) if isinstance(item, str) else item for key, item in value.items()}
-    expected = "a mapping, key: value" if kind.startswith("dict") else "a text" if "str" in kinds else kind
-    raise ConfigError(f"{value!r} is a {type(value).__name__}; it must be {expected}")
-
-
-def converted(values: Mapping[str, Any], kinds: Mapping[str, str], where: str = "") -> dict[str, Any]:
-    """Return ``values`` each as its kind says; what has no kind stays, for its owner to refuse.
-
-    Raises:
-        ConfigError: a value does not fit; the message names the setting.
-    """
-    result = {}
-    for key, value in values.items():
-        try:
-            result[key] = convert(kinds[key], value) if key in kinds else value
-        except ConfigError as error:
-            raise ConfigError(f"{where}{key}: {error}") from None
-    return result
-
-
-def kinds_of(cls: Any) -> dict[str, str]:
-    """Return the annotations of a dataclass's fields, as text."""
-    return {item.name: str(item.type) for item in dataclasses.fields(cls)}
 
 
 def typed(kind: str) -> Callable[[str], Any]:
@@ -247,64 +160,6 @@ def _metavar(kind: str) -> str:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add ``--json``."""
     parser.add_argument("--json", action="store_true", help="print JSON on standard output, for programs")
-
-
-# --- attacks
-
-EOT_DRAWS = 10
-# name -> (registered attack, settings); eps is set by the evaluation.
-PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "fgsm": ("fgsm", {}),
-    "pgd7": ("pgd", {"steps": 7, "step_size": 0.01}),
-    "pgd20": ("pgd", {"steps": 20, "step_size": 2 / 255}),
-    "pgd100": ("pgd", {"steps": 100, "step_size": 2 / 255}),
-    "eot-pgd7": ("pgd", {"steps": 7, "step_size": 0.01, "eot": EOT_DRAWS}),
-    "eot-pgd20": ("pgd", {"steps": 20, "step_size": 2 / 255, "eot": EOT_DRAWS}),
-    "apgd-ce": ("apgd", {}),
-    "apgd-dlr": ("apgd", {"loss": "dlr"}),
-    "apgd-t": ("apgd_t", {}),
-    "eot-apgd-ce": ("apgd", {"eot": EOT_DRAWS}),
-    "square": ("square", {}),
-    "spsa": ("spsa", {}),
-    "surrogate": ("surrogate", {}),
-    # These have sizes of their own: the least norm found, and a number of pixels.
-    "cw": ("cw", {}),
-    "cw-strong": ("cw", {"lr": 1e-2, "steps": 2000, "search_steps": 12}),
-    "pixel1": ("few_pixel", {"eps": 1}),
-    "pixel2": ("few_pixel", {"eps": 2}),
-    "pixel3": ("few_pixel", {"eps": 3}),
-    "autoattack": ("autoattack", {}),
-    "autoattack-rand": ("autoattack_rand", {}),
-}
-DEFAULT_ATTACKS = "fgsm,pgd7,pgd20,eot-pgd20"
-
-
-def preset(name: str, eot: int) -> tuple[str, dict[str, Any]]:
-    """Return registered name and settings of a named attack.
-
-    Raises:
-        UnknownNameError: it is no preset.
-    """
-    if name not in PRESETS:
-        raise UnknownNameError.of("attack preset", name, PRESETS)
-    attack, settings = PRESETS[name]
-    return attack, settings | ({"eot": eot} if "eot" in settings else {})
-
-
-def parse_attack(text: str) -> tuple[str, dict[str, Any]]:
-    """Read ``pgd:steps=20,step_size=2/255,eot=10`` into a registered name and settings.
-
-    Raises:
-        ConfigError: it is not written so.
-    """
-    name, _, rest = text.partition(":")
-    settings = {}
-    for item in filter(None, (part.strip() for part in rest.split(","))):
-        key, equals, value = item.partition("=")
-        if not equals or not key.strip().isidentifier() or not value.strip():
-            raise ConfigError(f"attack {text!r}: {item!r} is no KEY=VALUE; write pgd:steps=20,step_size=2/255")
-        settings[key.strip().replace("-", "_")] = guess(value.strip())
-    return name.strip(), settings
 
 
 def words(text: str, what: str) -> list[str]:

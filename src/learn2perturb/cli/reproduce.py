@@ -7,11 +7,12 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learn2perturb.cli.options import add_json, guess, print_json, typed
+from learn2perturb.cli.options import add_json, print_json, typed
 from learn2perturb.cli.subject import add_draws, add_images, add_passes, check_subject, is_factory, load_subject
 from learn2perturb.errors import ConfigError, Interrupted
 from learn2perturb.evaluation import defaults
 from learn2perturb.experiments.facts import published
+from learn2perturb.values import guess
 
 if TYPE_CHECKING:
     from learn2perturb.experiments.tables import Trained

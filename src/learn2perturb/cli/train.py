@@ -7,9 +7,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from learn2perturb.cli.options import add_fields, add_json, converted, kinds_of, print_json, print_table
+from learn2perturb.cli.options import add_fields, add_json, print_json, print_table
 from learn2perturb.defenses.settings import Settings
 from learn2perturb.training.config import TrainConfig, read_config
+from learn2perturb.values import converted, kinds_of
 
 DESCRIPTION = (
     "Train a network with a defense. Settings come from --config FILE, then from options; a recipe fills the rest.\n"

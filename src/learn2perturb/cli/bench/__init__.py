@@ -8,7 +8,8 @@ from typing import Any
 
 from learn2perturb.cli.bench.settings import BenchSettings
 from learn2perturb.cli.bench.show import show, title
-from learn2perturb.cli.options import add_fields, add_json, kinds_of, print_json
+from learn2perturb.cli.options import add_fields, add_json, print_json
+from learn2perturb.values import kinds_of
 
 DESCRIPTION = (
     "Time the training step, attacks or data loading: textbook code (eager float32, whole backward passes in the\n"

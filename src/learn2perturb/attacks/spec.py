@@ -1,0 +1,31 @@
+"""Attacks from names and settings as they are written: on a command line, in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from learn2perturb.attacks import Attack, build_attack
+from learn2perturb.errors import ConfigError
+from learn2perturb.registry import ATTACKS
+from learn2perturb.sizes import LINF_EPS
+from learn2perturb.values import converted, kinds_of
+
+
+def build_attacks(specs: Mapping[str, tuple[str, dict[str, Any]]], eps: float = LINF_EPS) -> dict[str, Attack]:
+    """Return row name -> attack; ``eps`` is the l_inf radius of those that bring none.
+
+    Raises:
+        ConfigError: a setting is unknown or not allowed.
+    """
+    attacks = {}
+    for row, (name, settings) in specs.items():
+        if "step_size" in settings and "eps" not in settings and settings.get("norm", "linf") == "linf":
+            # A step is judged by the radius that it is for; those of presets are for 8/255, and shrink with it.
+            settings = settings | {"eps": max(eps, LINF_EPS)}
+        values = converted(settings, kinds_of(ATTACKS.entry(name).load()), f"attack {row!r}: ")
+        try:
+            attacks[row] = build_attack(name, **values)
+        except ConfigError as error:
+            raise ConfigError(f"attack {row!r}: {error}") from None
+    return attacks
