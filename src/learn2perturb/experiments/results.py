@@ -1,0 +1,38 @@
+"""What a study has found so far: for each pair of run and cell its record, where there is one. Knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from learn2perturb.experiments.spec import Pair, RunPlan, Study, matches
+from learn2perturb.records import Saved
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The record of a pair: an Evaluation, a Certification or a Diagnosis; None where it is not computed yet."""
+
+    pair: Pair
+    record: Saved | None
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """The answers of a study in its order, and the metrics of its trainings, one dictionary an epoch."""
+
+    study: Study
+    answers: tuple[Answer, ...]
+    history: Callable[[RunPlan], list[dict[str, Any]]] = field(default=lambda run: [])
+
+    def where(self, labels: Mapping[str, Any]) -> Iterator[Answer]:
+        """Give the answers whose pair has these labels."""
+        return (answer for answer in self.answers if matches(answer.pair, labels))
+
+    @property
+    def missing(self) -> int:
+        """How many pairs have no record yet."""
+        return sum(answer.record is None for answer in self.answers)
