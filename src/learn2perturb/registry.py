@@ -426,6 +426,16 @@ for _name, _how, _adversarial in (("rse", "clean training", False), ("rse_at", "
         adversarial=_adversarial,
     )
 DEFENSES.register(
+    "smoothadv",
+    "learn2perturb.defenses.smoothadv:SmoothAdv",
+    "noise on the image; the mean softmax over draws is trained as such, on its own adversarial examples",
+    paper="Salman et al., Provably Robust Deep Learning via Adversarially Trained Smoothed Classifiers",
+    year=2019,
+    recordable=True,
+    stochastic=True,
+    adversarial=True,
+)
+DEFENSES.register(
     "pixeldp",
     "learn2perturb.defenses.pixeldp:PixelDP",
     "one noise layer whose size follows from a bound on what precedes it, so that answers are certified",

@@ -33,6 +33,8 @@ OWN: dict[str, dict[str, Any]] = {
     "AdvBNN": {"prior": 0.1, "init": 0.1, "kl_weight": 0.02, "mean_init": "network", "stage_lengths": ()},
     # Liu et al. 2018 (RSE): noise of 0.2 before the first convolution, 0.1 before the others.
     "RSE": {"sigma_init": 0.2, "sigma_inner": 0.1, "adversarial": False, "restarts": False},
+    # Salman et al. 2019: the smallest of its four sigmas.
+    "SmoothAdv": {"sigma": 0.12},
     # Lecuyer et al. 2019: (1, 0.05)-differential privacy for changes up to 0.1.
     "PixelDP": {
         "bound": 0.1, "epsilon": 1.0, "delta": 0.05, "mechanism": "gaussian", "sensitivity": "measured",
@@ -50,6 +52,7 @@ KIND: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "PNI": ("single", 10, BOTH),
     "AdvBNN": ("mean_probability", 50, BOTH),
     "RSE": ("mean_probability", 50, BOTH),
+    "SmoothAdv": ("mean_probability", 50, BOTH),
     "PixelDP": ("mean_probability", 50, ()),
 }
 ARGUMENTS = {
@@ -81,6 +84,8 @@ CHOICES = {
     "settings.LABELS": ("predicted", "true"),
     "settings.MODES": ("eval", "train"),
     "settings.OBJECTIVES": BOTH,
+    "settings.ATTACK_DRAWS": ("fresh", "held"),
+    "settings.PREDICTIONS": ("single", "averaged"),
 }
 CLASSES = {entry.load().__name__: entry.load() for entry in DEFENSES}
 

@@ -27,6 +27,7 @@ EXPECTED = {
     "none", "pgd_at", "madry", "trades", "learn2perturb", "learn2perturb_r",
     "pni", "adv_bnn",
     "rse", "rse_at", "pixeldp",
+    "smoothadv",
 }  # fmt: skip
 
 

@@ -37,7 +37,8 @@ USUAL = {
     "epochs": 1, "batch_size": 4, "lr": 0.1, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0,
     "schedule": "constant", "milestones": [], "decay": 0.1, "objective": "mixed", "trades_beta": 6.0, "alpha": 0.5,
     "beta": 0.7, "eps": 0.1, "attack_steps": 2, "attack_step_size": 0.04, "attack_random_start": False,
-    "attack_eot": 1, "attack_labels": "true", "attack_mode": "eval", "adversarial_delay": 0, "awp": 0.0,
+    "attack_eot": 1, "attack_draws": "fresh", "loss": "single", "loss_draws": 4,
+    "attack_labels": "true", "attack_mode": "eval", "adversarial_delay": 0, "awp": 0.0,
     "weight_average": 0.0,
 }  # fmt: skip
 
@@ -68,7 +69,7 @@ def test_trades_adversary_of_settings(monkeypatch, batch):
     monkeypatch.setattr(objectives, "TradesAdversary", spy)
     with pytest.raises(Spy):
         trades_loss(*batch, Clock(0, 0, 1), settings(attack_eot=3))
-    assert made == [{"eps": EPS, "step_size": 0.04, "steps": 2, "eot": 3}]
+    assert made == [{"eps": EPS, "step_size": 0.04, "steps": 2, "eot": 3, "eot_draws": "fresh"}]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -28,10 +28,12 @@ NUMBERS = {
     "awp": (0.0, 1.0, False),
     "weight_average": (0.0, 1.0, False),
 }
-COUNTS = {"epochs": 0, "batch_size": 1, "attack_steps": 1, "attack_eot": 1, "adversarial_delay": 0}
+COUNTS = {"epochs": 0, "batch_size": 1, "attack_steps": 1, "attack_eot": 1, "adversarial_delay": 0, "loss_draws": 1}
 CHOICES = {
     "schedule": ("step", "one_cycle", "cosine", "constant"),
     "objective": ("mixed", "trades"),
+    "loss": ("single", "averaged"),
+    "attack_draws": ("fresh", "held"),
     "attack_labels": ("predicted", "true"),
     "attack_mode": ("eval", "train"),
 }
@@ -207,6 +209,7 @@ CHECKS = [
         {"awp": 0.01, "beta": 0},
         "awp is 0.01, but beta is 0: there is no adversarial loss; set beta or drop awp",
     ),
+    ("none", {"loss": "averaged"}, "loss is 'averaged', but NoDefense has a loss of its own"),
     ("rse", {"objective": "trades"}, "objective is 'trades' and awp 0.0, but RSE trains on clean images"),
     ("rse", {"awp": 0.01}, "objective is 'mixed' and awp 0.01, but RSE trains on clean images"),
 ]
@@ -222,7 +225,8 @@ USUAL = {
     "epochs": 1, "batch_size": 4, "lr": 0.1, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0,
     "schedule": "constant", "milestones": [], "decay": 0.1, "objective": "mixed", "trades_beta": 6.0, "alpha": 0.0,
     "beta": 0.5, "eps": 0.1, "attack_steps": 1, "attack_step_size": 0.05, "attack_random_start": True,
-    "attack_eot": 1, "attack_labels": "true", "attack_mode": "eval", "adversarial_delay": 0, "awp": 0.0,
+    "attack_eot": 1, "attack_draws": "fresh", "loss": "single", "loss_draws": 4,
+    "attack_labels": "true", "attack_mode": "eval", "adversarial_delay": 0, "awp": 0.0,
     "weight_average": 0.0,
 }  # fmt: skip
 

@@ -20,14 +20,17 @@ def differing(one, other):
 
 
 def test_what_a_recipe_extends_is_the_other_but_for_what_it_says():
-    paper, released, common, fast = map(load_recipe, RECIPES)
+    paper, released, common, fast, laptop = map(load_recipe, RECIPES)
     assert differing(paper["settings"], released["settings"]) == {"weight_decay"}
     assert differing(paper["defenses"], released["defenses"]) == {"none", "learn2perturb", "learn2perturb_r", "pixeldp"}
     # Merged at every depth: the options are its own, what the paper gives the network stays.
     assert released["defenses"]["pixeldp"]["options"] == {"sensitivity": "assumed"}
     assert released["defenses"]["pixeldp"]["model_options"] == paper["defenses"]["pixeldp"]["model_options"]
     assert differing(common["settings"], fast["settings"]) == {"epochs", "schedule", "milestones"}
-    assert common["defenses"] == fast["defenses"]
+    assert common["defenses"] == fast["defenses"] == laptop["defenses"]
+    assert differing(fast["settings"], laptop["settings"]) == {
+        "epochs", "attack_steps", "attack_step_size", "weight_average",
+    }  # fmt: skip
 
 
 def test_extending_leaves_the_other_as_it_was_and_replaces_lists_whole(monkeypatch):

@@ -23,6 +23,7 @@ from learn2perturb.defenses.objectives import (
     forward,
     mixed_loss,
     objective_loss,
+    prediction,
     trades_loss,
     training_adversary,
 )
@@ -34,8 +35,8 @@ from learn2perturb.registry import DEFENSES
 # What a defense of one's own needs is had from here, wherever it is made.
 __all__ = [
     "ALTERNATIONS", "Alternation", "Clock", "Defense", "Losses", "Optimizers", "Stage", "build_defense", "check_choice",
-    "forward", "learning_rate_factor", "list_defenses", "mixed_loss", "objective_loss", "restarted_stages",
-    "sgd_optimizers", "trades_loss", "training_adversary",
+    "forward", "learning_rate_factor", "list_defenses", "mixed_loss", "objective_loss", "prediction",
+    "restarted_stages", "sgd_optimizers", "trades_loss", "training_adversary",
 ]  # fmt: skip
 
 ALTERNATIONS = ("combined", "sequential", "released")
@@ -172,6 +173,10 @@ class Defense(ABC):
         if settings.awp and not known:
             raise ConfigError(
                 f"awp is {settings.awp!r}, but {kind} has a loss of its own that takes none; leave it out"
+            )
+        if settings.loss != "single" and not known:
+            raise ConfigError(
+                f"loss is {settings.loss!r}, but {kind} has a loss of its own, of a single draw; leave it out"
             )
         if settings.awp and settings.objective == "mixed" and not settings.beta:
             raise ConfigError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +15,9 @@ from torch.nn import functional as F
 from learn2perturb.attacks import PGD
 from learn2perturb.attacks.base import Attack, Query
 from learn2perturb.attacks.gradients import mean_logits
-from learn2perturb.checks import check_count, check_step
+from learn2perturb.checks import check_choice, check_count, check_step
 from learn2perturb.defenses.awp import against_weights
-from learn2perturb.defenses.settings import Settings
+from learn2perturb.defenses.settings import ATTACK_DRAWS, Settings
 from learn2perturb.engine.answers import ask, plain_logits
 from learn2perturb.errors import InputError
 
@@ -96,6 +98,26 @@ def _check_answer(logits: object, x: Tensor, before: int) -> None:
         )
 
 
+def prediction(model: Model, x: Tensor, settings: Settings) -> Tensor:
+    """Return what the loss is taken of: the logits of one pass, or the log of the mean softmax of ``loss_draws``.
+
+    The latter are logits too, those of the averaged predictor: their softmax is the mean.
+    """
+    if settings.loss == "single":
+        return forward(model, x)
+    # A pass for each draw, not copies in one: weight noise, and noise shared over a batch, is drawn once in a pass.
+    draws = [torch.log_softmax(forward(model, x), dim=1) for _ in range(settings.loss_draws)]
+    return torch.logsumexp(torch.stack(draws), dim=0) - math.log(len(draws))
+
+
+def _draws_of_adversary(settings: Settings) -> dict[str, Any]:
+    """Return what an attack is told about draws; one on the averaged predictor averages as that does."""
+    if settings.loss == "single":
+        return {"eot": settings.attack_eot, "eot_draws": settings.attack_draws}
+    draws = max(settings.attack_eot, settings.loss_draws)
+    return {"eot": draws, "eot_draws": settings.attack_draws, "eot_average": "probability"}
+
+
 def training_adversary(settings: Settings) -> PGD:
     """Return the PGD attack that crafts training examples."""
     return PGD(
@@ -103,7 +125,7 @@ def training_adversary(settings: Settings) -> PGD:
         step_size=settings.attack_step_size,
         steps=settings.attack_steps,
         random_start=settings.attack_random_start,
-        eot=settings.attack_eot,
+        **_draws_of_adversary(settings),
     )
 
 
@@ -112,8 +134,8 @@ def objective_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, setting
     return (trades_loss if settings.objective == "trades" else mixed_loss)(model, x, y, clock, settings)
 
 
-def _clean_loss(model: nn.Module, x: Tensor, y: Tensor) -> Losses:
-    logits = forward(model, x)
+def _clean_loss(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Losses:
+    logits = prediction(model, x, settings)
     loss = F.cross_entropy(logits, y)
     return Losses(loss, clean=loss.detach(), clean_correct=logits.detach().argmax(1) == y)
 
@@ -132,16 +154,16 @@ def mixed_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: S
     """
     attacked = clock.epoch >= settings.adversarial_delay
     if not attacked or settings.beta == 0:
-        return _clean_loss(model, x, y)
+        return _clean_loss(model, x, y, settings)
     guessing = settings.attack_labels == "predicted"
-    logits = forward(model, x) if settings.alpha or guessing else None
+    logits = prediction(model, x, settings) if settings.alpha or guessing else None
     labels = logits.detach().argmax(1) if guessing and logits is not None else y
     x_adv = training_adversary(settings).craft(model, x, labels, mode=_attack_mode(settings))
     network: Model = model
     if settings.awp:
-        network = against_weights(model, settings.awp, lambda f: F.cross_entropy(forward(f, x_adv), y))
-        logits = forward(network, x) if settings.alpha else logits
-    adv_logits = forward(network, x_adv)
+        network = against_weights(model, settings.awp, lambda f: F.cross_entropy(prediction(f, x_adv, settings), y))
+        logits = prediction(network, x, settings) if settings.alpha else logits
+    adv_logits = prediction(network, x_adv, settings)
     adversarial = F.cross_entropy(adv_logits, y)
     clean = None if logits is None else F.cross_entropy(logits, y)
     total = settings.beta * adversarial
@@ -175,25 +197,29 @@ class TradesAdversary(Attack):
     Attributes:
         step_size: length of a step, [0, 1] pixel scale.
         steps: at least 1.
+        eot_draws: ``"fresh"`` in each step, or ``"held"`` through all of them.
     """
 
     step_size: float = 0.007
     steps: int = 10
+    eot_draws: str = field(default="fresh", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_step("step_size", self.step_size, self.eps, norm=self.norm)
         check_count("steps", self.steps)
+        check_choice("eot_draws", self.eot_draws, ATTACK_DRAWS)
 
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return the last iterate."""
         with torch.no_grad():
             reference = mean_logits(query.logits, x.clone(), self.eot, "probability")
         x_adv = x + 0.001 * torch.empty(x.shape, dtype=x.dtype, device=x.device).normal_()
-        for _ in range(self.steps):
-            gradient = query.gradient(x_adv, reference, loss=kl_divergence)
-            moved = self.ball.step(gradient, self.step_size).add_(x_adv)
-            x_adv = self.ball.project(moved, x, self.eps).clamp_(0.0, 1.0)
+        with query.held() if self.eot_draws == "held" else contextlib.nullcontext():
+            for _ in range(self.steps):
+                gradient = query.gradient(x_adv, reference, loss=kl_divergence)
+                moved = self.ball.step(gradient, self.step_size).add_(x_adv)
+                x_adv = self.ball.project(moved, x, self.eps).clamp_(0.0, 1.0)
         return x_adv
 
 
@@ -205,17 +231,17 @@ def trades_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: 
     objective is taken at weights that were moved against it. Before ``adversarial_delay`` it is the clean loss alone.
     """
     if clock.epoch < settings.adversarial_delay:
-        return _clean_loss(model, x, y)
+        return _clean_loss(model, x, y, settings)
     adversary = TradesAdversary(
         eps=settings.eps,
         step_size=settings.attack_step_size,
         steps=settings.attack_steps,
-        eot=settings.attack_eot,
+        **_draws_of_adversary(settings),
     )
     x_adv = adversary.craft(model, x, y, mode=_attack_mode(settings))
 
     def parts(network: Model) -> tuple[Tensor, Tensor, Tensor]:
-        logits, adv_logits = forward(network, x), forward(network, x_adv)
+        logits, adv_logits = prediction(network, x, settings), prediction(network, x_adv, settings)
         divergence = kl_divergence(adv_logits, logits).mean()
         return F.cross_entropy(logits, y) + settings.trades_beta * divergence, logits, adv_logits
 

@@ -13,6 +13,8 @@ SCHEDULES = ("step", "one_cycle", "cosine", "constant")
 LABELS = ("predicted", "true")
 MODES = ("eval", "train")
 OBJECTIVES = ("mixed", "trades")
+ATTACK_DRAWS = ("fresh", "held")
+PREDICTIONS = ("single", "averaged")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +36,16 @@ class Settings:
         trades_beta: weight of that KL; ``mixed`` does not read it, and ``trades`` no ``alpha``, ``beta``, labels.
         alpha: weight of the clean loss (eq. 11); 0 trains on adversarial examples only (eq. 10).
         beta: weight of the adversarial loss (eq. 11).
+        loss: what each term is the loss of: the answer of a ``single`` draw, or the ``averaged`` predictor, the mean
+            softmax over ``loss_draws`` passes, which the adversary then attacks too (SmoothAdv).
+        loss_draws: passes of the averaged predictor.
         eps: radius of the training adversary, l_inf, in [0, 1] pixel scale (8/255 is 0.0314).
         attack_steps: PGD steps of the training adversary.
         attack_step_size: its step, in [0, 1] pixel scale.
         attack_random_start: whether it starts at a random point of the ball, or at the image.
         attack_eot: draws averaged in each of its gradients.
+        attack_draws: ``fresh`` in each of its steps, or ``held`` through all of them, as randomised defenses are
+            released; what the loss is taken of is drawn anew in either case.
         attack_labels: ``predicted`` (against label leaking, as the released code) or ``true``.
         attack_mode: BatchNorm while it attacks: ``eval`` or ``train``.
         adversarial_delay: epochs of clean training before the adversary starts.
@@ -61,11 +68,14 @@ class Settings:
     trades_beta: float
     alpha: float
     beta: float
+    loss: str
+    loss_draws: int
     eps: float
     attack_steps: int
     attack_step_size: float
     attack_random_start: bool
     attack_eot: int
+    attack_draws: str
     attack_labels: str
     attack_mode: str
     adversarial_delay: int
@@ -90,11 +100,14 @@ class OpenSettings:
     trades_beta: float | None = None
     alpha: float | None = None
     beta: float | None = None
+    loss: str | None = None
+    loss_draws: int | None = None
     eps: float | None = None
     attack_steps: int | None = None
     attack_step_size: float | None = None
     attack_random_start: bool | None = None
     attack_eot: int | None = None
+    attack_draws: str | None = None
     attack_labels: str | None = None
     attack_mode: str | None = None
     adversarial_delay: int | None = None
@@ -109,6 +122,7 @@ class OpenSettings:
         """
         for name, least in (
             ("epochs", 0), ("batch_size", 1), ("attack_steps", 1), ("attack_eot", 1), ("adversarial_delay", 0),
+            ("loss_draws", 1),
         ):  # fmt: skip
             check_count(name, getattr(self, name), least, optional=True)
         for name, low, high in (
@@ -125,6 +139,8 @@ class OpenSettings:
             check_count("an epoch of milestones", milestone, 0)
         check_choice("objective", self.objective, OBJECTIVES, optional=True)
         check_choice("schedule", self.schedule, SCHEDULES, optional=True)
+        check_choice("loss", self.loss, PREDICTIONS, optional=True)
+        check_choice("attack_draws", self.attack_draws, ATTACK_DRAWS, optional=True)
         check_choice("attack_labels", self.attack_labels, LABELS, optional=True)
         check_choice("attack_mode", self.attack_mode, MODES, optional=True)
         if self.alpha == 0 and self.beta == 0:

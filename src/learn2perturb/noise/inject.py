@@ -30,7 +30,7 @@ def _load_plain_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix
     """Let a checkpoint without any noise load strictly: the noise keeps the values that it has."""
     own: dict[str, Any] = {}
     for site, noise in named_noise(module, every_name=True):
-        above = f"{prefix}{site}."
+        above = f"{prefix}{site}." if site else prefix  # the network itself can be the site
         own |= {f"{above}{noise.path}.{key}": value for key, value in noise.state_dict().items()}
         for plain, now in noise.moved.items():
             if above + plain in state_dict and above + now not in state_dict:
@@ -132,6 +132,30 @@ def perturb(
         network, Perturbation.kind, place=place, input_shape=input_shape, sites=sites, granularity=granularity,
         sharing=sharing, distribution=distribution, init=init, minimum=minimum, learned=learned, relative=relative,
     )  # fmt: skip
+
+
+def perturb_images(network: nn.Module, sigma: float, *, input_shape: tuple[int, ...] = (3, 32, 32)) -> nn.Module:
+    """Insert noise of a fixed size on the images themselves, ``x + sigma eps``, in place; return ``network``.
+
+    It is the input of the network as a whole, whatever layers read it: nothing goes around it.
+
+    Args:
+        network: any module that maps images to logits; plain, not compiled.
+        sigma: standard deviation, in units of the pixels.
+        input_shape: shape of one image.
+
+    Raises:
+        SiteError: the network has noise there already.
+        ConfigError: sigma is not a number, or below 0.
+    """
+    _check_module(network)
+    if _is_compiled(network):
+        raise NoiseError("the network is compiled, and hooks added now would go unnoticed; perturb it, then compile it")
+    spec = {
+        "kind": Perturbation.kind, "feature_shape": tuple(input_shape), "site": "", "place": "input", "init": sigma,
+        "minimum": 0.0, "granularity": "layer", "learned": False,
+    }  # fmt: skip
+    return insert(network, [spec])
 
 
 def _insert_on_features(

@@ -16,7 +16,7 @@ from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.reading import MOST_SETTINGS, parse_yaml, read_bytes, reading
 from learn2perturb.registry import DATASETS, DEFENSES, MODELS
 
-RECIPES = ("paper", "released", "common", "fast")
+RECIPES = ("paper", "released", "common", "fast", "laptop")
 ENGINES = ("auto", "plain", "fast")
 
 
@@ -28,7 +28,7 @@ class TrainConfig(OpenSettings):
         defense: registered name, see ``learn2perturb list defenses``.
         model: registered name; ignored when ``train`` is given a network.
         dataset: registered name; ignored when ``train`` is given data.
-        recipe: ``paper``, ``released``, ``common`` or ``fast``.
+        recipe: ``paper``, ``released``, ``common``, ``fast`` or ``laptop``.
         options: options of the defense, such as ``{"gamma": 1e-4}``.
         model_options: options of the network, such as ``{"normalization": "cifar10"}``.
         data_dir: folder of the data sets; default $LEARN2PERTURB_DATA_DIR, else ``.data``.
