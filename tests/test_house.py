@@ -27,6 +27,7 @@ EXPECTED_NAMES = {
     *("perturb", "noise_sites", "noise_parameters", "remove_noise", "noise_disabled", "fixed_noise"),
     *("attacks", "list_attacks", "list_defenses"),
     *("train", "TrainConfig", "load", "evaluate", "diagnose", "certify", "black_box", "report"),
+    *("EvaluateConfig", "DiagnoseConfig", "CertifyConfig"),
     *("errors", "__version__"),
 }
 

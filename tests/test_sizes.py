@@ -9,11 +9,11 @@ import pytest
 
 from learn2perturb.attacks import PGD, Attack
 from learn2perturb.attacks.balls import BALLS
+from learn2perturb.certification import CertifyConfig
 from learn2perturb.cli.main import main
 from learn2perturb.diagnosis import diagnose
 from learn2perturb.diagnosis.budget import QUICK, with_grid
 from learn2perturb.errors import ConfigError
-from learn2perturb.evaluation import defaults
 from learn2perturb.registry import ATTACKS
 from learn2perturb.sizes import LINF_EPS, reach, sweep, usual_eps, usual_step, whole_box
 
@@ -44,7 +44,7 @@ def test_no_attack_takes_the_linf_radius_for_another_norm(entry):
 @pytest.mark.parametrize("norm", BALLS)
 def test_a_norm_has_a_usual_radius_or_a_refusal(norm):
     if norm == "linf":
-        assert usual_eps(norm) == defaults.EPS == LINF_EPS == 8 / 255
+        assert usual_eps(norm) == CertifyConfig.eps == LINF_EPS == 8 / 255
     else:
         with pytest.raises(ConfigError, match="give one of this norm: eps=0.5"):
             usual_eps(norm)

@@ -30,12 +30,18 @@ _HOMES = {
     "report": "learn2perturb.report",
     "black_box": "learn2perturb.evaluation",
     "evaluate": "learn2perturb.evaluation",
+    "EvaluateConfig": "learn2perturb.evaluation",
     "diagnose": "learn2perturb.diagnosis",
+    "DiagnoseConfig": "learn2perturb.diagnosis",
     "certify": "learn2perturb.certification",
+    "CertifyConfig": "learn2perturb.certification",
     "errors": "learn2perturb.errors",
 }
 
 __all__ = [
+    "CertifyConfig",
+    "DiagnoseConfig",
+    "EvaluateConfig",
     "TrainConfig",
     "__version__",
     "attacks",
@@ -63,11 +69,11 @@ __all__ = [
 if TYPE_CHECKING:
     from learn2perturb import attacks, errors
     from learn2perturb.attacks import list_attacks
-    from learn2perturb.certification import certify
+    from learn2perturb.certification import CertifyConfig, certify
     from learn2perturb.data import load_data
     from learn2perturb.defenses import list_defenses
-    from learn2perturb.diagnosis import diagnose
-    from learn2perturb.evaluation import black_box, evaluate
+    from learn2perturb.diagnosis import DiagnoseConfig, diagnose
+    from learn2perturb.evaluation import EvaluateConfig, black_box, evaluate
     from learn2perturb.models import build_model, list_models
     from learn2perturb.noise import (
         fixed_noise,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from learn2perturb.checks import fraction
@@ -55,10 +55,14 @@ def convert(kind: str, value: Any) -> Any:
         if text is not None and re.fullmatch(r"[+-]?\d+", text):
             return int(text)
         raise ConfigError(f"{value!r} is not a whole number; write one such as 6")
-    if "float" in kinds:
+    if "list[float]" in kinds and (text is not None or isinstance(value, (list, tuple))):
+        return _numbers(value if text is None else [item for item in re.split(r"[\s,\[\]]+", text) if item])
+    if "float" in kinds and not (kinds & _TEXTS and text is not None):  # a text may be more than a number
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return value
         return fraction(value)
+    if "list[str]" in kinds and text is not None and "," in text:
+        return [item for item in re.split(r"[\s,\[\]]+", text) if item]
     if kinds & _TEXTS and isinstance(value, str):
         return value
     if "list[int]" in kinds:
@@ -72,6 +76,12 @@ def convert(kind: str, value: Any) -> Any:
         return {str(key): guess(item) if isinstance(item, str) else item for key, item in value.items()}
     expected = "a mapping, key: value" if kind.startswith("dict") else "a text" if "str" in kinds else kind
     raise ConfigError(f"{value!r} is a {type(value).__name__}; it must be {expected}")
+
+
+def _numbers(items: Sequence[Any]) -> list[float]:
+    if not items:
+        raise ConfigError("the list is empty; give at least one number, separated by commas")
+    return [convert("float", item) for item in items]
 
 
 def converted(values: Mapping[str, Any], kinds: Mapping[str, str], where: str = "") -> dict[str, Any]:

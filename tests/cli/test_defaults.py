@@ -33,9 +33,9 @@ OTHERS = {
     ("diagnose", "device"): "auto: the model is put there",
 }
 SHARED = {
-    "evaluate": {"draws", "eps", "seed", "batch_size", "limit", "engine"},
+    "evaluate": {"draws", "eps", "noise_off", "seed", "batch_size", "limit", "engine"},
     "certify": {"n0", "n", "alpha", "method", "sigma", "limit", "batch_size", "seed"},
-    "diagnose": {"claim", "norm", "eps", "noise_off", "seed", "limit", "batch_size", "engine"},
+    "diagnose": {"budget", "claim", "norm", "eps", "stochastic", "noise_off", "seed", "limit", "batch_size", "engine"},
     "reproduce": {"draws", "eot", "seed", "limit", "batch_size", "engine"},
 }
 
@@ -58,9 +58,7 @@ def test_no_option_is_forgotten_here(verb):
     options = {action.dest for action in parser_of(verb)._actions}
     shared = options & set(inspect.signature(FUNCTIONS[verb]).parameters)
     others = {name for own, name in OTHERS if own == verb}
-    switches = {"stochastic"} if verb == "diagnose" else set()  # off is: find out
-    switches |= {"noise_off"} if verb == "evaluate" else set()
-    assert shared - switches == (SHARED[verb] | others) & shared
+    assert shared == (SHARED[verb] | others) & shared
 
 
 def test_verbs_that_call_one_function_are_all_known_here():

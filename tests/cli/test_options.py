@@ -42,7 +42,9 @@ def test_a_value_without_a_type_is_what_it_looks_like(text, value):
     [
         ("int", "6", 6), ("int | None", "none", None), ("float | None", "8/255", 8 / 255), ("bool", "false", False),
         ("list[int] | None", "75,90", [75, 90]), ("list[int] | None", "[]", []), ("str", "none", "none"),
-        ("float", 1, 1), ("dict[str, Any]", {"a": "1e-3"}, {"a": 1e-3}),
+        ("float | list[float] | None", "2/255, 4/255", [2 / 255, 4 / 255]), ("float | list[float]", 0.1, 0.1),
+        ("str | list[str]", "a,b", ["a", "b"]), ("str | list[str]", "a", "a"), ("str | float | None", ".5", ".5"),
+        ("Claim | str | float", 0.5, 0.5), ("float", 1, 1), ("dict[str, Any]", {"a": "1e-3"}, {"a": 1e-3}),
     ],
 )  # fmt: skip
 def test_a_value_is_read_as_its_field_says(kind, text, value):
@@ -54,6 +56,7 @@ def test_a_value_is_read_as_its_field_says(kind, text, value):
     [
         ("int", "6.5"), ("int", 6.0), ("int", True), ("float", "x"), ("float", None), ("bool", "maybe"), ("bool", 1),
         ("list[int]", "a"), ("str", ["a"]), ("dict[str, Any]", [1]), ("float", [1.0]),
+        ("float | list[float]", ","), ("float | list[float]", []), ("float | list[float]", "8/0,1"),
     ],
 )  # fmt: skip
 def test_a_value_that_does_not_fit_is_refused(kind, value):

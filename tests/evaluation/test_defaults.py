@@ -21,13 +21,14 @@ from learn2perturb.diagnosis.budget import (
     with_grid,
 )
 from learn2perturb.errors import ConfigError, UnknownNameError
-from learn2perturb.evaluation import Predictor, compare, defaults, evaluate
+from learn2perturb.evaluation import EvaluateConfig, Predictor, compare, evaluate
 from learn2perturb.evaluation import evaluating as accuracy
 from learn2perturb.evaluation import intervals as of_images
 from learn2perturb.evaluation.comparing import Comparison
 from learn2perturb.evaluation.keeping import PartialEvaluation
 from learn2perturb.evaluation.result import WORST_OF
 from learn2perturb.evaluation.significance import TWO_SIGMA
+from learn2perturb.experiments.facts import PAPER_EOT
 
 ARGUMENTS: dict[Callable[..., Any], dict[str, Any]] = {
     evaluate: {
@@ -64,7 +65,7 @@ def test_arguments_that_are_left_out(function):
 
 NUMBERS = {
     "a seed gives one number only with these": (
-        (defaults.SEED, defaults.DRAWS, defaults.MEMBERS, defaults.EVALUATE_BATCH_SIZE, defaults.REPRODUCE_EOT),
+        (EvaluateConfig.seed, EvaluateConfig.draws, EvaluateConfig.members, EvaluateConfig.batch_size, PAPER_EOT),
         (0, 10, 10, 256, 1),
     ),
     "intervals of evaluate": (accuracy._CONFIDENCE, 0.95),

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from learn2perturb.certification.certifying import certify
+    from learn2perturb.certification.config import CertifyConfig
     from learn2perturb.certification.record import Certification
 
-__all__ = ["Certification", "certify"]
+__all__ = ["Certification", "CertifyConfig", "certify"]
 
 # Imported when first asked for: a record is read without importing torch.
-_LAZY = {"Certification": "record", "certify": "certifying"}
+_LAZY = {"Certification": "record", "CertifyConfig": "config", "certify": "certifying"}
 
 
 def __getattr__(name: str) -> Any:

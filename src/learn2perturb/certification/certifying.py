@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from learn2perturb.certification.bounds import gaussian_dp_radius, laplace_radius, vote_bounds
+from learn2perturb.certification.config import CertifyConfig
 from learn2perturb.certification.first_noise import check_draws, check_first_noise, first_noise
-from learn2perturb.certification.record import METHODS, Certification, largest_radius, lower_bound, radius_of
-from learn2perturb.checks import check_count, check_size
+from learn2perturb.certification.record import Certification, largest_radius, lower_bound, radius_of
+from learn2perturb.configs import takes
 from learn2perturb.data import BatchSource, check_labels, make_source, warn_of_subset
 from learn2perturb.engine import gears
 from learn2perturb.engine.identity import ImagesFingerprint
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError, NoiseError
-from learn2perturb.evaluation import defaults
 from learn2perturb.evaluation.inputs import check_fixed
 from learn2perturb.evaluation.origin import origin, weights_of
 from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of
@@ -30,22 +31,16 @@ from learn2perturb.progress import Progress, shown
 from learn2perturb.records import PackedIntegers
 
 
+@takes(CertifyConfig)
 def certify(
     model: Model,
     data: Any,
+    config: CertifyConfig | None = None,
     *,
-    n0: int = defaults.CHOOSING_DRAWS,
-    n: int = defaults.CERTIFYING_DRAWS,
-    alpha: float = defaults.ALPHA,
-    method: str = defaults.METHOD,
-    sigma: float | None = None,
-    eps: float = defaults.EPS,
-    limit: int | None = None,
-    batch_size: int = defaults.CERTIFY_BATCH_SIZE,
-    seed: int = defaults.SEED,
     device: str | torch.device | None = None,
     name: str | None = None,
     progress: Progress | bool | None = True,
+    **settings: Any,
 ) -> Certification:
     """Certify the majority vote of ``model`` at every image: an l2 radius, or an abstention.
 
@@ -55,17 +50,8 @@ def certify(
     Args:
         model: any callable from images to logits for ``smoothing``; a module with noise for the other methods.
         data: what ``learn2perturb.data.make_source`` takes.
-        n0: draws that choose the class.
-        n: draws that certify it.
-        alpha: chance of a wrong certificate, for each image.
-        method: ``first_noise`` (Gaussian noise inside, ``R = Phi^-1(p_low) / S``), ``smoothing`` (Cohen et al. 2019,
-            noise of ``sigma`` on the image, ``R = sigma Phi^-1(p_low)``), ``pixeldp`` (Lecuyer et al. 2018), or
-            ``auto``: ``smoothing`` where sigma is given, else ``first_noise``.
-        sigma: standard deviation of the smoothing noise, [0, 1] pixel scale.
-        eps: l_inf size at which the record says whether the certificate is vacuous.
-        limit: certify so many images only, balanced over the classes (the first ones of a loader of yours).
-        batch_size: images in a pass.
-        seed: of all draws.
+        config: all settings in one.
+        settings: the fields of :class:`CertifyConfig`; what is given replaces that of ``config``.
         device: where to run; by default where the model is.
         name: of the model, for the record.
         progress: show a bar, or plain lines off a terminal; or what is called with (passes done, passes in all, what is
@@ -77,20 +63,15 @@ def certify(
         InputError: the model is no fixed function of an image (see ``diagnose``).
         DataError: there are no images.
     """
-    for setting, value in (("n0", n0), ("n", n), ("batch_size", batch_size)):
-        check_count(setting, value)
-    if limit is not None:
-        check_count("limit", limit)
-    check_size("eps", eps, zero=True)
-    method = _method(method, sigma)
-    if isinstance(alpha, bool) or not isinstance(alpha, float) or not 0 < alpha < 1:
-        raise ConfigError(f"alpha is {alpha!r}, must be a number in (0, 1); 0.001 is usual")
+    config = CertifyConfig.of(config, settings)
+    n0, n, alpha, sigma, method = config.n0, config.n, config.alpha, config.sigma, config.chosen
+    seed, batch_size = config.seed, config.batch_size
     if not callable(model):
         raise ConfigError(f"model is a {type(model).__name__}, must be callable: a network or a function")
     place, weights, seen = device_of(model, device), weights_of(model), ImagesFingerprint()
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
     with shown(progress) as told, own_modes(), isolated_rng(), in_mode(model, False):
-        source = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=limit)
+        source = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=config.limit)
         x, y = _all_images(source, place)
         seen.add(x, y)
         # Before anything else looks at the model: what is refused here is refused in seconds, not after the votes.
@@ -121,6 +102,7 @@ def certify(
         "date": started,
         "seconds": time.perf_counter() - clock,
         "batch_size": batch_size,
+        "config": replace(config, method=method).to_dict(),
         **circumstances(place, gears.PLAIN),
     }
     return Certification(
@@ -133,7 +115,7 @@ def certify(
         n0=n0,
         n=n,
         alpha=alpha,
-        eps=float(eps),
+        eps=float(config.eps),
         pixels=x[0].numel(),
         largest=largest,
         labels=PackedIntegers.pack(y.cpu().numpy()),
@@ -144,20 +126,6 @@ def certify(
         seed=seed,
         metadata=metadata,
     )
-
-
-def _method(method: str, sigma: float | None) -> str:
-    if method not in ("auto", *METHODS):
-        raise ConfigError(f"method is {method!r}; allowed: auto, {', '.join(METHODS)}")
-    if method == "auto":
-        method = "first_noise" if sigma is None else "smoothing"
-    if method == "smoothing":
-        number = isinstance(sigma, int | float) and not isinstance(sigma, bool)
-        if not number or not 0 < float(sigma or 0) < float("inf"):
-            raise ConfigError(f"sigma is {sigma!r}; smoothing needs one above 0, in [0, 1] pixel scale, such as 0.25")
-    elif sigma is not None:
-        raise ConfigError(f"sigma is {sigma!r} but method {method!r} has the noise of the model; leave sigma out")
-    return method
 
 
 def _constant(model: Model, x: Tensor, method: str, sigma: float | None) -> tuple[float, str | None, bool, str]:

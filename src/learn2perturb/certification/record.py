@@ -12,12 +12,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from learn2perturb import records
 from learn2perturb.certification.bounds import gaussian_dp_radius, laplace_radius
+from learn2perturb.certification.config import METHODS
 from learn2perturb.errors import CheckpointError
 from learn2perturb.evaluation.intervals import wilson
 from learn2perturb.evaluation.result import format_eps
 from learn2perturb.records import PackedIntegers
 
-METHODS = ("first_noise", "smoothing", "pixeldp")
 ABSTAINED = -1
 _ROUNDING = 1e-6  # of a radius: another release of scipy may give the last digits differently
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learn2perturb.checks import fraction
+from learn2perturb.certification.config import CertifyConfig
 from learn2perturb.cli.figures import certification_figure, check_folder
-from learn2perturb.cli.options import add_json, print_json, typed
+from learn2perturb.cli.options import add_config, add_json, config_of, print_json
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
-from learn2perturb.cli.subject import add_passes, add_subject, check_subject, load_subject, new_record, save_record
-from learn2perturb.evaluation import defaults
+from learn2perturb.cli.subject import add_subject, check_subject, load_subject, new_record, save_record
 
 if TYPE_CHECKING:
     from learn2perturb.certification.record import Certification
@@ -21,32 +21,13 @@ DESCRIPTION = (
     "Refuses a model for which the certificate does not hold, and says when it is vacuous. Takes N passes an image."
 )
 EXAMPLE = "learn2perturb certify runs/digits --n 10000 --limit 100"
-METHODS = ("auto", "first_noise", "smoothing", "pixeldp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
     add_subject(parser)
     add = parser.add_argument
-    add(
-        "--method", default=defaults.METHOD, metavar="NAME",
-        help="first_noise (the noise inside), smoothing (of --sigma on the image), pixeldp, or auto (default)",
-    )  # fmt: skip
-    add("--sigma", metavar="X", help="standard deviation of the smoothing noise, [0, 1] pixel scale, such as 0.25")
-    for option, kind, value, text in (
-        ("--n0", "int", defaults.CHOOSING_DRAWS, "draws that choose the class"),
-        ("--n", "int", defaults.CERTIFYING_DRAWS, "draws that certify it"),
-        ("--alpha", "float", defaults.ALPHA, "chance of a wrong radius"),
-    ):
-        add(
-            option,
-            type=typed(kind),
-            default=value,
-            metavar="N" if kind == "int" else "X",
-            help=f"{text} (default {value})",
-        )
-    add("--eps", metavar="X", help="l_inf size to compare with (default: the run's, else 8/255)")
-    add_passes(parser, defaults.CERTIFY_BATCH_SIZE, attacks=False)
+    add_config(parser, CertifyConfig, title="how it is certified", otherwise={"eps": "the run's, else 8/255"})
     add("--figures", metavar="DIR", help="write certified accuracy against radius there, as a PNG file")
     add("--out", metavar="FILE", help="the record (default RUN/evaluation/NAME-certification-SPLIT-seedN.json)")
     add_json(parser)
@@ -56,8 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Certify; print the table, save the record."""
     check_subject(arguments)
     figures = check_folder(arguments.figures)
-    eps = None if arguments.eps is None else fraction(arguments.eps)
-    sigma = None if arguments.sigma is None else fraction(arguments.sigma)
+    asked = config_of(CertifyConfig, arguments)
     if arguments.out:
         new_record(arguments, Path(), "certification")  # refuse a wrong place before hours of work
 
@@ -66,11 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     subject = load_subject(arguments)
     check_writable(new_record(arguments, subject.folder, "certification"))
-    found = certify(
-        subject.model, subject.data, n0=arguments.n0, n=arguments.n, alpha=float(arguments.alpha),
-        method=arguments.method, sigma=sigma, eps=subject.eps if eps is None else eps, limit=arguments.limit,
-        batch_size=arguments.batch_size, seed=arguments.seed, name=subject.name,
-    )  # fmt: skip
+    config = asked if arguments.eps is not None else replace(asked, eps=subject.eps)
+    found = certify(subject.model, subject.data, config, name=subject.name)
     record = saved(lambda: save_record(found, arguments, subject.folder, "certification"))
     drawn = [] if figures is None else certification_figure(found, figures)
     if arguments.json:

@@ -7,15 +7,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learn2perturb.checks import check_choice, fraction
 from learn2perturb.cli.figures import check_folder, diagnosis_figures
-from learn2perturb.cli.options import add_json, print_json
+from learn2perturb.cli.options import add_config, add_json, config_of, print_json
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.sources import FOLDER, sources_on_data
 from learn2perturb.cli.subject import (
     OWN_EPS,
     Subject,
-    add_passes,
     add_subject,
     check_subject,
     is_factory,
@@ -24,8 +22,8 @@ from learn2perturb.cli.subject import (
     new_record,
     save_record,
 )
+from learn2perturb.diagnosis.config import DiagnoseConfig
 from learn2perturb.errors import ConfigError
-from learn2perturb.evaluation import defaults
 from learn2perturb.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -52,14 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_subject(parser)
     add = parser.add_argument
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--quick", action="store_true", help="minutes on a CPU: up to 200 images (default)")
-    budget.add_argument("--full", action="store_true", help="for a report: 1,000 images, 80 draws, 5,000 queries")
-    add(
-        "--claim", metavar="TEXT",
-        help="accuracy that is claimed: '51 %% under pgd20', '51 %% under l2 0.5 by vote of 10 of 99 images'",
+    for name, help in (
+        ("quick", "minutes on a CPU: up to 200 images (default)"),
+        ("full", "for a report: 1,000 images, 80 draws, 5,000 queries"),
+    ):
+        budget.add_argument(
+            f"--{name}", dest="budget", action="store_const", const=name, default=DiagnoseConfig.budget, help=help
+        )
+    add_config(
+        parser, DiagnoseConfig, title="how it is diagnosed", skip=("budget",),
+        otherwise={"eps": "in l_inf the run's, else 8/255"},
     )  # fmt: skip
-    add("--eps", metavar="X", help="radius of the ball, [0, 1] pixel scale (default in l_inf: the run's, else 8/255)")
-    add("--norm", metavar="NAME", help="of the ball: linf (default) or l2, which needs --eps")
     add(
         "--source", action="append", default=[], metavar="NAME=RUN",
         help="network to transfer from: undefended, pgd_at (also the baseline of check 6), twin; may be repeated",
@@ -74,8 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--noise-off", metavar="MODEL",
         help="your network without its noise, module:function, for check 6 (noise of this package needs none)",
     )  # fmt: skip
-    add("--stochastic", action="store_true", help="the model is said to be random: catch one that is not")
-    add_passes(parser, defaults.DIAGNOSE_BATCH_SIZE)
     add("--figures", metavar="DIR", help="write the curves there, as PNG files")
     add("--strict", action="store_true", help="exit 1 unless the claim is not refuted, or all checks passed")
     add("--out", metavar="FILE", help="the record (default RUN/evaluation/NAME-diagnosis-SPLIT-seedN.json)")
@@ -87,9 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_subject(arguments)
     named = _named_sources(arguments.source)
     figures = check_folder(arguments.figures)
-    eps = None if arguments.eps is None else fraction(arguments.eps)
+    config = config_of(DiagnoseConfig, arguments)
     claim = None if arguments.claim is None else stated(arguments.claim)
-    check_choice("norm", arguments.norm, ("linf", "l2"), optional=True)
+    eps = config.eps
     if eps is None and arguments.norm == "l2" and (claim is None or claim.eps is None):
         raise ConfigError("--norm l2 needs --eps: that of a run is an l_inf radius; give --eps 0.5")
     if arguments.sources_dir is not None and not (arguments.train_sources and is_factory(arguments.run)):
@@ -114,13 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
             )
         else:
             sources |= _trained(subject, Path(arguments.run), sources, device)
-    found = diagnose(
-        subject.model, subject.data, budget="full" if arguments.full else defaults.BUDGET,
-        eps=_own_eps(subject, claim) if eps is None else eps, norm=arguments.norm, claim=claim, sources=sources,
-        noise_off=noise_off,
-        stochastic=True if arguments.stochastic else None, seed=arguments.seed, limit=arguments.limit,
-        batch_size=arguments.batch_size, engine=arguments.engine, name=subject.name,
-    )  # fmt: skip
+    config = replace(config, claim=claim, eps=_own_eps(subject, claim) if eps is None else eps)
+    found = diagnose(subject.model, subject.data, config, sources=sources, noise_off=noise_off, name=subject.name)
     found = replace(found, metadata=found.metadata | _origin(arguments))
     record = saved(lambda: save_record(found, arguments, subject.folder, "diagnosis"))
     drawn = [] if figures is None else diagnosis_figures(found, figures)
@@ -157,8 +151,8 @@ def _origin(arguments: argparse.Namespace) -> dict[str, Any]:
         "--limit": arguments.limit, "--seed": arguments.seed, "--batch-size": arguments.batch_size,
         "--queries-per-second": arguments.queries_per_second, "--sources-dir": arguments.sources_dir,
     }  # fmt: skip
-    left_out = {"--batch-size": defaults.DIAGNOSE_BATCH_SIZE}
-    words = ["learn2perturb", "diagnose", arguments.run, "--full" if arguments.full else "--quick"]
+    left_out = {"--batch-size": DiagnoseConfig.batch_size}
+    words = ["learn2perturb", "diagnose", arguments.run, "--full" if arguments.budget == "full" else "--quick"]
     words += ["--split", arguments.split] if arguments.split != "test" else []
     for name, value in given.items():
         words += [] if value is None or left_out.get(name) == value else [name, str(value)]

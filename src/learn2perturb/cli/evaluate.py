@@ -8,14 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learn2perturb.checks import check_count, fraction
-from learn2perturb.cli.options import add_json, print_json, typed, words
+from learn2perturb.checks import check_count
+from learn2perturb.cli.options import add_config, add_json, config_of, print_json, typed, words
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.subject import (
     SPLITS,
-    add_draws,
     add_images,
-    add_passes,
     fitting_images,
     new_record,
     own_eps,
@@ -24,7 +22,7 @@ from learn2perturb.cli.subject import (
     save_record,
 )
 from learn2perturb.errors import ConfigError
-from learn2perturb.evaluation import defaults
+from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.presets import DEFAULT_ATTACKS, EOT_DRAWS, PRESETS, parse_attack, preset
 from learn2perturb.registry import ATTACKS, DATASETS
 
@@ -45,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attack", action="append", default=[], metavar="NAME:KEY=VALUE,...",
         help="an attack in full, may be repeated: pgd:steps=50,step_size=2/255,restarts=5",
     )  # fmt: skip
-    add("--eps", metavar="LIST", help="sizes, l_inf, [0, 1] pixel scale: 8/255 or 2/255,4/255 (default: the run's)")
     add(
         "--eot",
         type=typed("int"),
@@ -57,15 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bpda", metavar="GLOB",
         help="submodules whose gradient is replaced by the identity's in attacks by gradients: quantise, pre.*",
     )  # fmt: skip
-    add_draws(parser)
-    add("--predictor", metavar="NAMES", help="single, vote, mean_probability, mean_logits (default: the defense's own)")
-    add(
-        "--members", type=typed("int"), metavar="N",
-        help=f"passes of an ensemble (default: the defense's own, else {defaults.MEMBERS})",
+    add_config(
+        parser, EvaluateConfig, title="how it is attacked and scored",
+        otherwise={
+            "predictor": "the defense's own", "members": f"the defense's own, else {EvaluateConfig.members}",
+            "eps": "the run's",
+        },
     )  # fmt: skip
-    add("--no-noise-off", action="store_true", help="leave out the rows with the noise switched off")
-    add_images(parser, seed="of attacks and scoring")
-    add_passes(parser, defaults.EVALUATE_BATCH_SIZE)
+    add_images(parser)
     add("--out", metavar="FILE", help="the record (default RUN/evaluation/SPLIT-seedN.json)")
     add_json(parser)
 
@@ -73,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate; print the table, save the record."""
     specs = attack_specs(arguments)
-    sizes = [fraction(size) for size in words(arguments.eps, "--eps")] if arguments.eps is not None else None
+    asked = config_of(EvaluateConfig, arguments)
     if arguments.split not in SPLITS:
         raise ConfigError(f"split is {arguments.split!r}; allowed: {', '.join(SPLITS)}")
     if arguments.dataset is not None:
@@ -86,13 +82,14 @@ def run(arguments: argparse.Namespace) -> int:
     from learn2perturb.runs.loading import load
 
     device = choose_device(arguments.device)
-    header, config = read_run(arguments.run)
+    header, trained = read_run(arguments.run)
     out = record_path(arguments)
-    attacks = build_attacks(specs, max(sizes) if sizes else own_eps(config))
+    sizes = sizes_of(asked)
+    attacks = build_attacks(specs, max(sizes) if sizes else own_eps(trained))
     model = load(arguments.run).to(device)
-    data = fitting_images(arguments, header, config)
-    if sizes is None:
-        own = own_eps(config)
+    data = fitting_images(arguments, header, trained)
+    if not sizes:
+        own = own_eps(trained)
         attacks = {
             name: attack if "eps" in specs[name][1] or not attack.sized else attack.resized(own)
             for name, attack in attacks.items()
@@ -101,15 +98,11 @@ def run(arguments: argparse.Namespace) -> int:
     notes += short_attacks(attacks, sizes)
     if arguments.bpda is not None:
         attacks = through(model, attacks, arguments.bpda)
-    predictors, members, told = chosen_predictors(arguments, header)
+    config, told = with_predictors(asked, arguments, header)
     notes += told
     check_writable(out)
     keep = Unfinished(out.parent)
-    result = evaluate(
-        model, data, attacks, draws=arguments.draws, predictor=predictors, members=members, eps=sizes,
-        noise_off=not arguments.no_noise_off, seed=arguments.seed, batch_size=arguments.batch_size,
-        limit=arguments.limit, device=device, engine=arguments.engine, name=str(arguments.run), keep=keep,
-    )  # fmt: skip
+    result = evaluate(model, data, attacks, config, device=device, name=str(arguments.run), keep=keep)
     notes += unconverged(result)
     record = saved(lambda: save_record(result, arguments, records_of(arguments.run), "evaluation"))
     code = FAILURE if record is None else SUCCESS
@@ -126,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
             }
         )
         return code
-    print(f"{arguments.run} on {data.name} ({arguments.split}), seed {arguments.seed}\n")
+    print(f"{arguments.run} on {data.name} ({arguments.split}), seed {config.seed}\n")
     print(result)
     for note in notes:
         print(f"note: {note}")
@@ -164,19 +157,25 @@ def record_path(arguments: argparse.Namespace) -> Path:
     return new_record(arguments, records_of(arguments.run), "evaluation")
 
 
-def chosen_predictors(arguments: argparse.Namespace, header: Mapping[str, Any]) -> tuple[list[str], int, list[str]]:
-    """Return the predictors, their passes, and what to tell: by default as the defense of the run predicts."""
-    own, passes = header.get("predictor") or "single", header.get("members") or defaults.MEMBERS
-    members = passes if arguments.members is None else arguments.members
-    if arguments.predictor is not None:
-        return words(arguments.predictor, "--predictor"), members, []
-    if own == "single":
-        return [own], members, []
+def sizes_of(config: EvaluateConfig) -> list[float]:
+    """Return the sizes that are asked for, none where the attacks have their own."""
+    return [] if config.eps is None else config.eps if isinstance(config.eps, list) else [config.eps]
+
+
+def with_predictors(
+    config: EvaluateConfig, arguments: argparse.Namespace, header: Mapping[str, Any]
+) -> tuple[EvaluateConfig, list[str]]:
+    """Return the config with predictor and passes, and what to tell: by default as the defense of the run predicts."""
+    own, passes = header.get("predictor") or "single", header.get("members")
+    if arguments.members is None and passes:
+        config = replace(config, members=passes)
+    if arguments.predictor is not None or own == "single":
+        return config, []
     note = (
-        f"predictor {own} of {members} passes, as the paper of {header.get('defense')} predicts, and every attack is "
-        "on that; --predictor single scores single draws"
+        f"predictor {own} of {config.members} passes, as the paper of {header.get('defense')} predicts, and every "
+        "attack is on that; --predictor single scores single draws"
     )
-    return [own], members, [note]
+    return replace(config, predictor=own), [note]
 
 
 def without_doubles(model: Any, attacks: dict[str, Attack]) -> tuple[dict[str, Attack], list[str]]:
@@ -196,7 +195,7 @@ def without_doubles(model: Any, attacks: dict[str, Attack]) -> tuple[dict[str, A
     return kept, notes
 
 
-def short_attacks(attacks: Mapping[str, Attack], sizes: list[float] | None) -> list[str]:
+def short_attacks(attacks: Mapping[str, Attack], sizes: list[float]) -> list[str]:
     """Say which attacks cannot reach the edge of their ball with all their steps: they look too weak."""
     notes = []
     for name, attack in attacks.items():

@@ -9,14 +9,17 @@ import argparse
 import dataclasses
 import difflib
 import json
-import re
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
+from learn2perturb import configs
+from learn2perturb.configs import Config
 from learn2perturb.errors import ConfigError
 from learn2perturb.reading import parse_yaml
 from learn2perturb.terminal import trusted, visible
-from learn2perturb.values import convert, guess
+from learn2perturb.values import convert, guess, kinds_of
+
+C = TypeVar("C", bound=Config)
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,41 +119,93 @@ class _Mapping(argparse.Action):
 
 
 def field_help(cls: type) -> dict[str, str]:
-    """Return what the docstring of ``cls`` says of each field, in its ``Args:`` section."""
-    import inspect
-
-    text = inspect.getdoc(cls) or ""
-    section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)*)", text, re.MULTILINE)
-    found: dict[str, str] = {}
-    name = ""
-    for line in (section.group(1) if section else "").splitlines():
-        start = re.match(r"    (\w+): (.*)", line)
-        if start:
-            name = start.group(1)
-            found[name] = start.group(2)
-        elif name and line.strip():
-            found[name] += " " + line.strip()
-    return {key: value.replace("``", "").replace("%", "%%") for key, value in found.items()}
+    """Return what the docstring of ``cls`` says of each field, as plain text."""
+    return {name: text.replace("``", "") for name, text in configs.field_help(cls).items()}
 
 
-def add_fields(parser: argparse.ArgumentParser, cls: type, *, title: str, skip: Sequence[str] = ()) -> None:
+class _Switch(argparse.BooleanOptionalAction):
+    """``--name`` and ``--no-name``; its help says what it is told to, whatever the version of Python."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, default: Any = None, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, default)
+        self.help = help
+
+
+def add_fields(
+    parser: argparse.ArgumentParser, cls: type, *, title: str, skip: Sequence[str] = (), only: Sequence[str] = ()
+) -> None:
     """Add an option for every field of a dataclass; what is not given is not in the namespace."""
     group = parser.add_argument_group(title)
     explained = field_help(cls)
     for item in dataclasses.fields(cls):
-        if item.name in skip:
+        if item.name in skip or (only and item.name not in only):
             continue
-        name, kind = "--" + item.name.replace("_", "-"), str(item.type)
-        text = explained.get(item.name, "").rstrip(".")
-        if item.default not in (None, dataclasses.MISSING):
-            text += f" (default {str(item.default).lower() if kind == 'bool' else item.default})"
-        settings: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": text}
-        if kind.startswith("dict"):
-            group.add_argument(name, action=_Mapping, metavar="KEY=VALUE", **settings)
-        elif "bool" in kind:
-            group.add_argument(name, type=typed(kind), nargs="?", const=True, metavar="true|false", **settings)
-        else:
-            group.add_argument(name, type=typed(kind), metavar=_metavar(kind), **settings)
+        kind = str(item.type)
+        settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(explained, item)}
+        if "bool" in kind:
+            settings |= {"nargs": "?", "const": True}
+        _add_field(group, item.name, kind, settings)
+
+
+def add_config(
+    parser: argparse.ArgumentParser,
+    cls: type[Config],
+    *,
+    title: str,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    otherwise: Mapping[str, str] | None = None,
+) -> None:
+    """Add an option for every field of the config of a verb, with its default; :func:`config_of` reads them.
+
+    Args:
+        parser: gets the options.
+        cls: the config.
+        title: of the group of options.
+        skip: fields that are no options.
+        only: fields that are, where not all are.
+        otherwise: field -> what it is where it is not given, if not the default of the field; then it is None.
+    """
+    group = parser.add_argument_group(title)
+    explained, otherwise = field_help(cls), otherwise or {}
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]  # subclasses are dataclasses
+        if item.name in skip or (only and item.name not in only):
+            continue
+        instead = otherwise.get(item.name)
+        settings: dict[str, Any] = {
+            "default": None if instead else item.default, "help": _help(explained, item, instead)
+        }  # fmt: skip
+        if "bool" in str(item.type):
+            settings["action"] = _Switch  # a value would take the place of the RUN that may follow
+        _add_field(group, item.name, str(item.type), settings)
+
+
+def config_of(cls: type[C], arguments: argparse.Namespace) -> C:
+    """Return the config that the options of :func:`add_config` give; what is None there has its default.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+    values = {name: getattr(arguments, name, None) for name in kinds_of(cls)}
+    return cls.from_dict({name: value for name, value in values.items() if value is not None})
+
+
+def _help(explained: Mapping[str, str], item: dataclasses.Field[Any], instead: str | None = None) -> str:
+    text = explained.get(item.name, "").rstrip(".").replace("%", "%%")
+    if instead is not None:
+        return f"{text} (default: {instead})"
+    if item.default in (None, dataclasses.MISSING):
+        return text
+    return f"{text} (default {str(item.default).lower() if isinstance(item.default, bool) else item.default})"
+
+
+def _add_field(group: Any, field: str, kind: str, settings: dict[str, Any]) -> None:
+    name = "--" + field.replace("_", "-")
+    if kind.startswith("dict"):
+        settings |= {"action": _Mapping, "metavar": "KEY=VALUE"}
+    elif "action" not in settings:
+        settings |= {"type": typed(kind), "metavar": "true|false" if "bool" in kind else _metavar(kind)}
+    group.add_argument(name, dest=field, **settings)
 
 
 def _metavar(kind: str) -> str:

@@ -7,11 +7,11 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learn2perturb.cli.options import add_json, print_json, typed
-from learn2perturb.cli.subject import add_draws, add_images, add_passes, check_subject, is_factory, load_subject
+from learn2perturb.cli.options import add_config, add_json, print_json, typed
+from learn2perturb.cli.subject import add_images, check_subject, is_factory, load_subject
 from learn2perturb.errors import ConfigError, Interrupted
-from learn2perturb.evaluation import defaults
-from learn2perturb.experiments.facts import published
+from learn2perturb.evaluation.config import EvaluateConfig
+from learn2perturb.experiments.facts import PAPER_EOT, published
 from learn2perturb.values import guess
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another setting of the attack than the paper's, may be repeated: steps=100, generations=10",
     )  # fmt: skip
     add(
-        "--eot", type=typed("int"), default=defaults.REPRODUCE_EOT, metavar="K",
-        help=f"draws that the attacks average (default {defaults.REPRODUCE_EOT}: the paper)",
+        "--eot", type=typed("int"), default=PAPER_EOT, metavar="K",
+        help=f"draws that the attacks average (default {PAPER_EOT}: the paper)",
     )  # fmt: skip
-    add_draws(parser)
-    add_images(parser, seed="of attacks and scoring")
-    add_passes(parser, defaults.EVALUATE_BATCH_SIZE)
+    scored = ("draws", "seed", "limit", "batch_size", "engine")
+    add_config(parser, EvaluateConfig, title="how it is attacked and scored", only=scored)
+    add_images(parser)
     add("--out", metavar="DIR", help="folder of the table and its cells (default runs/reproduced/TABLE)")
     add_json(parser)
 

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learn2perturb.checks import fraction
-from learn2perturb.cli.options import typed
 from learn2perturb.errors import CheckpointError, ConfigError, DataError
-from learn2perturb.evaluation import defaults
 from learn2perturb.reading import starts_with
 from learn2perturb.registry import DATASETS
+from learn2perturb.sizes import LINF_EPS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from learn2perturb.records import Saved
 
 SPLITS = ("test", "train", "validation")
-OWN_EPS = defaults.EPS
+OWN_EPS = LINF_EPS
 _LONGEST_NAME = 80  # characters of a file's name that are the network's
 # settings of a run that other verbs use -> their types
 _USED: dict[str, Any] = {
@@ -67,42 +66,16 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         "--queries-per-second", metavar="X",
         help="ask the black box about so many images a second at most, on average",
     )  # fmt: skip
-    add_images(parser, seed="of all draws")
+    add_images(parser)
 
 
-def add_images(parser: argparse.ArgumentParser, *, seed: str) -> None:
-    """Add the options that name the images, the device, and the seed, whose help says what it is the seed of."""
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the images and the device."""
     add = parser.add_argument
     add("--dataset", metavar="NAME", help="registered data set (default: the run's)")
     add("--data-dir", metavar="DIR", help="folder of the data sets (default: the run's)")
     add("--split", default="test", metavar="NAME", help="test, train, or validation (what the run held out)")
-    add("--limit", type=typed("int"), metavar="N", help="N images only, balanced over the classes")
-    add("--seed", type=typed("int"), default=defaults.SEED, metavar="N", help=f"{seed} (default {defaults.SEED})")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
-
-
-def add_passes(parser: argparse.ArgumentParser, batch_size: int, *, attacks: bool = True) -> None:
-    """Add the batch size, and the engine of attacks, with the defaults of the function that the verb calls."""
-    parser.add_argument(
-        "--batch-size", type=typed("int"), default=batch_size, metavar="N",
-        help=f"images in a pass (default {batch_size})",
-    )  # fmt: skip
-    if attacks:
-        parser.add_argument(
-            "--engine", default=defaults.ENGINE, metavar="NAME",
-            help=(
-                f"attacks are crafted in: plain (float32), fast or auto (bfloat16) (default {defaults.ENGINE}); "
-                "scoring is always in float32"
-            ),
-        )  # fmt: skip
-
-
-def add_draws(parser: argparse.ArgumentParser) -> None:
-    """Add the count of scorings."""
-    parser.add_argument(
-        "--draws", type=typed("int"), default=defaults.DRAWS, metavar="N",
-        help=f"scorings with fresh draws (default {defaults.DRAWS})",
-    )  # fmt: skip
 
 
 def is_factory(text: str) -> bool:

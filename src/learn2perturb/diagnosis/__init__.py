@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from learn2perturb.diagnosis.budget import BUDGETS, FULL, QUICK, Budget
-from learn2perturb.diagnosis.claim import Claim
-from learn2perturb.diagnosis.record import CHECKS, Check, Curve, Diagnosis, Judged, Measurement, Point
-from learn2perturb.diagnosis.trial import Trial
-
 if TYPE_CHECKING:
     from learn2perturb.diagnosis.blackbox import SOURCES
+    from learn2perturb.diagnosis.budget import BUDGETS, FULL, QUICK, Budget
+    from learn2perturb.diagnosis.claim import Claim
     from learn2perturb.diagnosis.comparing import DiagnosisComparison, compare_diagnoses
+    from learn2perturb.diagnosis.config import DiagnoseConfig
     from learn2perturb.diagnosis.diagnosing import diagnose
+    from learn2perturb.diagnosis.record import CHECKS, Check, Curve, Diagnosis, Judged, Measurement, Point
+    from learn2perturb.diagnosis.trial import Trial
 
 __all__ = [
     "BUDGETS",
@@ -24,6 +24,7 @@ __all__ = [
     "Check",
     "Claim",
     "Curve",
+    "DiagnoseConfig",
     "Diagnosis",
     "DiagnosisComparison",
     "Judged",
@@ -34,18 +35,24 @@ __all__ = [
     "diagnose",
 ]
 
+# Imported when first asked for: a record is read without importing torch, settings are known without numpy.
 _LAZY = {
+    **dict.fromkeys(("BUDGETS", "FULL", "QUICK", "Budget"), "budget"),
+    **dict.fromkeys(("CHECKS", "Check", "Curve", "Diagnosis", "Judged", "Measurement", "Point"), "record"),
+    **dict.fromkeys(("DiagnosisComparison", "compare_diagnoses"), "comparing"),
     "SOURCES": "blackbox",
-    "DiagnosisComparison": "comparing",
-    "compare_diagnoses": "comparing",
+    "Claim": "claim",
+    "DiagnoseConfig": "config",
+    "Trial": "trial",
     "diagnose": "diagnosing",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy: a record is read and printed without importing torch.
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value

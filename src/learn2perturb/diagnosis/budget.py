@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from learn2perturb.errors import ConfigError, UnknownNameError
@@ -111,6 +112,24 @@ def budget_of(budget: str | Budget, **changes: Any) -> Budget:
     if not isinstance(budget, Budget):
         raise ConfigError(f"budget is a {type(budget).__name__}; give 'quick', 'full' or a Budget")
     return replace(budget, **changes) if changes else budget
+
+
+def budget_from(values: Mapping[str, Any]) -> Budget:
+    """Return the budget of plain values, as a record keeps it.
+
+    Raises:
+        UnknownNameError: a key is no number of a budget.
+        ConfigError: a number is missing or not allowed.
+    """
+    known = {item.name: item for item in fields(Budget)}
+    for name in values:
+        if name not in known:
+            raise UnknownNameError.of("number of a budget", name, known)
+    missing = [name for name, item in known.items() if name not in values and item.default is MISSING]
+    if missing:
+        raise ConfigError(f"the budget lacks {', '.join(missing)}; give all numbers, or 'quick' or 'full'")
+    numbers: dict[str, Any] = {name: tuple(item) if isinstance(item, list) else item for name, item in values.items()}
+    return Budget(**numbers)
 
 
 def resized(budget: Budget, images: int) -> Budget:

@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 from learn2perturb.checks import MOST, check_choice, check_count, check_size
 from learn2perturb.errors import ConfigError, UnknownNameError
-from learn2perturb.evaluation import defaults
+from learn2perturb.evaluation.config import PREDICTORS, EvaluateConfig
 from learn2perturb.evaluation.result import format_eps
 from learn2perturb.registry import ATTACKS
 
 Rule = Literal["single", "vote", "mean_probability", "mean_logits"]
-RULES = ("single", "vote", "mean_probability", "mean_logits")
 NORMS = {"linf": "l_inf", "l2": "l2"}
 ANY = "any"
 EXAMPLE = "51 % under pgd20 with 8/255"
@@ -84,7 +83,7 @@ class Claim:
             raise ConfigError(f"the claimed accuracy is {value!r}, must be a share in (0, 1]; write 0.51 or '51 %'")
         object.__setattr__(self, "accuracy", float(value))
         check_choice("norm of the claim", self.norm, tuple(NORMS), optional=True)
-        check_choice("predictor of the claim", self.predictor, RULES, optional=True)
+        check_choice("predictor of the claim", self.predictor, PREDICTORS, optional=True)
         check_count("members of the claim", self.members, optional=True)
         check_count("images of the claim", self.n, optional=True)
         if self.eps is not None:
@@ -124,7 +123,7 @@ class Claim:
 
     def settled(self, *, norm: str, eps: float, n: int) -> Claim:
         """Return the claim with what it does not say filled in from what was diagnosed."""
-        members = (self.members or defaults.MEMBERS) if self.ensemble else 1
+        members = (self.members or EvaluateConfig.members) if self.ensemble else 1
         return dataclasses.replace(
             self, norm=norm, eps=eps, n=n, predictor=self.predictor or "single", members=members
         )  # fmt: skip

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from learn2perturb.attacks import PGD
 from learn2perturb.attacks.balls import BALLS
-from learn2perturb.checks import check_choice, check_count, check_size
+from learn2perturb.checks import check_choice, check_size
+from learn2perturb.configs import takes
 from learn2perturb.data import BatchSource, balanced_rows, check_labels, make_source, warn_of_subset
 from learn2perturb.diagnosis import blackbox, decision, draws, gradientless, truth, whitebox
 from learn2perturb.diagnosis.budget import (
@@ -30,6 +31,7 @@ from learn2perturb.diagnosis.budget import (
     with_grid,
 )
 from learn2perturb.diagnosis.claim import Claim
+from learn2perturb.diagnosis.config import DiagnoseConfig
 from learn2perturb.diagnosis.images import others
 from learn2perturb.diagnosis.measure import Bench, Subject
 from learn2perturb.diagnosis.record import Curve, Diagnosis
@@ -39,7 +41,6 @@ from learn2perturb.engine.identity import ImagesFingerprint
 from learn2perturb.engine.modes import in_mode, live_dropouts, own_modes
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError, InputError
-from learn2perturb.evaluation import defaults
 from learn2perturb.evaluation.arrays import BlackBox, tell_queries
 from learn2perturb.evaluation.inputs import (
     check_batches,
@@ -59,25 +60,19 @@ from learn2perturb.records import PackedIntegers, plain
 from learn2perturb.sizes import usual_eps, whole_box
 
 
+@takes(DiagnoseConfig)
 def diagnose(
     model: Model,
     data: Any,
+    config: DiagnoseConfig | None = None,
     *,
-    budget: str | Budget = defaults.BUDGET,
-    eps: float | None = None,
-    norm: str | None = None,
     attack: PGD | None = None,
-    claim: Claim | str | float | None = None,
     sources: Mapping[str, Model] | None = None,
     noise_off: Model | None = None,
-    stochastic: bool | None = None,
-    seed: int = defaults.SEED,
-    limit: int | None = None,
-    batch_size: int = defaults.DIAGNOSE_BATCH_SIZE,
     device: str | torch.device | None = None,
-    engine: str = defaults.ENGINE,
     name: str | None = None,
     progress: Progress | bool | None = True,
+    **settings: Any,
 ) -> Diagnosis:
     """Check whether the robustness of ``model`` is real: ten checks, curves, and a verdict in plain words.
 
@@ -88,47 +83,36 @@ def diagnose(
         model: any callable from images in [0, 1] (N, C, H, W) to logits (N, classes); a module is put in eval mode.
         data: what ``learn2perturb.data.make_source`` takes; ``budget.images`` of it are used, balanced over the
             classes (the first ones of a loader of yours).
-        budget: ``quick`` (minutes on a CPU), ``full`` (a report), or a :class:`Budget`.
-        eps: radius of the ball, [0, 1] pixel scale; that of ``attack``, by default 8/255 in l_inf; l2 has no default.
-        norm: of the ball, ``linf`` or ``l2``; that of ``attack``, by default ``linf``.
+        config: all settings in one.
+        settings: the fields of :class:`DiagnoseConfig`; what is given replaces that of ``config``.
         attack: the reported attack, whose accuracy is in question; by default EOT-PGD-20 with steps of eps / 4.
-        claim: an accuracy that is claimed, to be confirmed or refuted: a share, a :class:`Claim`, or a text such as
-            ``51 % under pgd20 with 8/255``. Its attack, norm, eps and images are taken where no others are given.
         sources: networks that attacks are transferred from, by name: ``undefended``, ``pgd_at`` (also the baseline of
             check 6), ``twin`` (an independent training of the same defense), and any other. The own noise-off twin
             needs none. One that is not given is named as missing.
         noise_off: the same network without its noise, images to logits, for check 6. Noise of this package needs none,
             since it can be switched off; for any other model the check is not shown without.
-        stochastic: whether the model is said to be random; None finds out. Say True of a foreign model, and draws that
-            are missing are caught; False of one that seeds a generator to make up a fixed function.
-        seed: of attacks, scoring and everything else.
-        limit: use so many images, in place of the budget's number.
-        batch_size: images in one pass.
         device: where to run; by default where the model is.
-        engine: gear of the attacks, ``plain`` (float32), ``auto`` or ``fast``; scoring is in float32, always.
         name: of the model, for the record.
         progress: show a bar, or plain lines off a terminal; or what is called with (passes done, passes expected, what
             is going on).
 
     Raises:
         ConfigError: a setting is not allowed.
-        UnknownNameError: an unknown budget.
+        UnknownNameError: an unknown budget, or no such setting.
         InputError: the model is no fixed function of an image: it stays in train mode, moves its BatchNorm statistics
             in a pass, or answers differently in another batch; or its output is no logits. Or ``noise_off`` is none.
         DataError: there are no images, or all are of one class.
     """
+    config = DiagnoseConfig.of(config, settings)
     if not callable(model):
         raise ConfigError(f"model is a {type(model).__name__}, must be callable: a network or a function")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed is {seed!r}, must be a whole number >= 0; 0 is the default")
-    check_count("batch_size", batch_size)
-    plan = budget_of(budget)
-    stated = None if claim is None else Claim.of(claim)
-    limit = decision.limit_of(stated, limit)
+    seed, batch_size, stochastic = config.seed, config.batch_size, config.stochastic
+    plan = budget_of(config.budget)
+    stated = None if config.claim is None else Claim.of(config.claim)
+    limit = decision.limit_of(stated, config.limit)
     if limit is not None:
-        check_count("limit", limit)
         plan = resized(plan, limit)
-    attack = _reported(*decision.asked(stated, attack, eps, norm, plan), plan)
+    attack = _reported(*decision.asked(stated, attack, config.eps, config.norm, plan), plan)
     for key, source in (sources or {}).items():
         if not callable(source):
             raise ConfigError(f"source {key!r} is a {type(source).__name__}, must be callable: a network or a function")
@@ -160,7 +144,7 @@ def diagnose(
             queries = value_queries(really_searched(plan), stochastic=draws_noise)
             tell_queries(told, given_model, queries)
             work = queries / 3  # as the bench counts passes without a gradient
-        gear = gears.select(engine, place, pixels=int(work) * x.shape[2] * x.shape[3])
+        gear = gears.select(config.engine, place, pixels=int(work) * x.shape[2] * x.shape[3])
         with torch.no_grad():
             num_classes = checked_logits(model, x[:1]).shape[1]
         check_labels(y, num_classes)
@@ -197,6 +181,7 @@ def diagnose(
         "seconds": time.perf_counter() - clock,
         **({"queries": given_model.queries} if isinstance(given_model, BlackBox) else {}),
         "batch_size": batch_size,
+        "config": replace(config, eps=attack.eps, norm=attack.norm, limit=plan.images, claim=stated).to_dict(),
         **circumstances(place, gear),
     }
     return Diagnosis(

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from learn2perturb.checks import check_choice
+from learn2perturb.configs import ENGINES
 from learn2perturb.engine import compiling, folding, memory
 from learn2perturb.errors import ConfigError
 
@@ -177,8 +179,7 @@ def select(
     Raises:
         ConfigError: the name is not ``auto``, ``plain`` or ``fast``, or ``fast`` is not to be had on this device.
     """
-    if name not in ("auto", "plain", "fast"):
-        raise ConfigError(f"engine is {name!r}; allowed: auto, plain, fast")
+    check_choice("engine", name, ENGINES)
     if name == "plain":
         return PLAIN
     native = has_native_bfloat16(device)

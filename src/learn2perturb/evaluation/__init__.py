@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from learn2perturb.evaluation.arrays import black_box
     from learn2perturb.evaluation.comparing import Comparison, Difference, compare
+    from learn2perturb.evaluation.config import PREDICTORS, EvaluateConfig
     from learn2perturb.evaluation.evaluating import evaluate
     from learn2perturb.evaluation.exact import exact_accuracy
     from learn2perturb.evaluation.intervals import Estimate, Interval, bootstrap_mean, paired_bootstrap, wilson
     from learn2perturb.evaluation.keeping import Unfinished
-    from learn2perturb.evaluation.predictors import PREDICTORS, Predictor
+    from learn2perturb.evaluation.predictors import Predictor
     from learn2perturb.evaluation.result import Evaluation, PooledScore, Row
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Comparison",
     "Difference",
     "Estimate",
+    "EvaluateConfig",
     "Evaluation",
     "Interval",
     "PooledScore",
@@ -39,7 +41,8 @@ __all__ = [
 _LAZY = {
     **dict.fromkeys(("Estimate", "Interval", "bootstrap_mean", "paired_bootstrap", "wilson"), "intervals"),
     **dict.fromkeys(("Evaluation", "PooledScore", "Row"), "result"),
-    "PREDICTORS": "predictors",
+    "PREDICTORS": "config",
+    "EvaluateConfig": "config",
     "Predictor": "predictors",
     "Unfinished": "keeping",
     "black_box": "arrays",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from learn2perturb import __version__
 from learn2perturb.attacks import Attack
 from learn2perturb.attacks.listening import passes_told_to
-from learn2perturb.checks import check_count
+from learn2perturb.configs import takes
 from learn2perturb.data import BatchSource, check_labels, make_source, warn_of_subset
 from learn2perturb.data.loader import MemorySource
 from learn2perturb.engine import gears
@@ -28,8 +28,8 @@ from learn2perturb.engine.identity import ImagesFingerprint, fingerprint_of_weig
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
 from learn2perturb.errors import ConfigError, DataError
-from learn2perturb.evaluation import defaults
 from learn2perturb.evaluation.arrays import BlackBox, tell_queries
+from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.evaluation.inputs import peculiarities
 from learn2perturb.evaluation.intervals import majority
 from learn2perturb.evaluation.keeping import Unfinished, taken
@@ -45,7 +45,7 @@ from learn2perturb.evaluation.passes import (
     device_of,
     passes_differ,
 )
-from learn2perturb.evaluation.predictors import AVERAGE, PREDICTORS, check_predictor, scores, winners
+from learn2perturb.evaluation.predictors import AVERAGE, scores, winners
 from learn2perturb.evaluation.replays import SEEDS, contained
 from learn2perturb.evaluation.result import CLEAN, Evaluation, Row, statistics
 from learn2perturb.noise import is_stochastic, noise_disabled, noise_modules
@@ -59,24 +59,18 @@ _COUNTS = ("zero_gradients", "c_rising", "loss_falling")  # of images, in an att
 _FIRST_PASS: tuple[str, int] = ("probe", 0)  # its stream of draws
 
 
+@takes(EvaluateConfig)
 def evaluate(
     model: Model,
     data: Any,
-    attacks: Mapping[str, Attack] | None = None,
+    attacks: Mapping[str, Attack] | EvaluateConfig | None = None,
+    config: EvaluateConfig | None = None,
     *,
-    draws: int = defaults.DRAWS,
-    predictor: str | Sequence[str] = "single",
-    members: int = defaults.MEMBERS,
-    eps: float | Sequence[float] | None = None,
-    noise_off: bool = True,
-    seed: int = defaults.SEED,
-    batch_size: int = defaults.EVALUATE_BATCH_SIZE,
-    limit: int | None = None,
     device: str | torch.device | None = None,
-    engine: str = defaults.ENGINE,
     name: str | None = None,
     progress: Progress | bool | None = True,
     keep: Unfinished | None = None,
+    **settings: Any,
 ) -> Evaluation:
     """Score ``model`` on clean and attacked images, each scored ``draws`` times with fresh draws of its noise.
 
@@ -88,21 +82,9 @@ def evaluate(
         model: any callable from images in [0, 1] (N, C, H, W) to logits (N, classes).
         data: what ``learn2perturb.data.make_source`` takes: ImageData, (images, labels), Dataset, DataLoader.
         attacks: name -> attack, untargeted; the clean rows come first in any case.
-        draws: scorings of the same images.
-        predictor: ``single`` (one draw decides; the headline), ``vote`` (majority of ``members`` fresh draws, ties to
-            the smallest class index), ``mean_probability`` or ``mean_logits`` of ``members`` draws, or a list of them.
-            An attack on an ensemble averages at least ``members`` draws of its probability or logits.
-        members: passes that make one scoring of a predictor other than ``single``.
-        eps: replaces the eps of every attack, [0, 1] pixel scale; a list gives one row for each. Numbers of pixels and
-            infinite eps (minimum-norm attacks) stay. Steps that would exceed it shrink in proportion.
-        noise_off: also give the rows of the same network with its noise switched off.
-        seed: of attacks and scoring; the same seed gives the same evaluation (and, for a model without noise and an
-            attack without a random start, for every batch size).
-        batch_size: images in one pass (a DataLoader keeps its own).
-        limit: evaluate so many images only, balanced over the classes (the first ones of a loader of yours).
+        config: all settings in one; without attacks it may be the third argument.
+        settings: the fields of :class:`EvaluateConfig`; what is given replaces that of ``config``.
         device: where to evaluate; by default where the model is.
-        engine: the gear that attacks craft in: ``plain`` (float32), ``fast`` (bfloat16 where the hardware has it) or
-            ``auto``. Scoring is in float32, always.
         name: of the model, for the record.
         progress: show a bar, or plain lines off a terminal; or what is called with (images done, images in all, label
             of the row), where an image counts once in each row.
@@ -111,22 +93,21 @@ def evaluate(
 
     Raises:
         ConfigError: a setting is not allowed.
-        UnknownNameError: an unknown predictor.
+        UnknownNameError: an unknown predictor, or no such setting.
         InputError: the model's output is no finite (N, classes) tensor, or a label is beyond its classes.
         DataError: there are no images.
     """
-    for setting, value in (("draws", draws), ("members", members), ("batch_size", batch_size)):
-        check_count(setting, value)
-    if limit is not None:
-        check_count("limit", limit)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed is {seed!r}, must be a whole number >= 0; 0 is the default")
+    if isinstance(attacks, EvaluateConfig):
+        if config is not None:
+            raise ConfigError("two configs are given; give the attacks third, and one config")
+        attacks, config = None, attacks
+    config = EvaluateConfig.of(config, settings)
     if not callable(model):
         raise ConfigError(f"model is a {type(model).__name__}, must be callable: a network or a function")
-    predictors = _predictors(predictor)
-    table = [(CLEAN, None), *_expand(attacks, eps)]
+    seed, batch_size, limit = config.seed, config.batch_size, config.limit
+    table = [(CLEAN, None), *_expand(attacks, config.eps)]
     place = device_of(model, device)
-    gear = gears.select(engine, place)
+    gear = gears.select(config.engine, place)
     source = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=limit)
 
     labels: list[NDArray[np.int64]] = []
@@ -145,7 +126,7 @@ def evaluate(
                 num_classes = _classes(model, x, seed)
                 scored = _contained(model, x, seed)
                 findings = peculiarities(model, x, seed)
-                runs = _plan(scored, x, table, predictors, draws, members, noise_off, seed, gear)
+                runs = _plan(scored, x, table, config, gear)
                 if isinstance(model, BlackBox):
                     tell_queries(told, model, expected * sum(run.queries for run in runs))
                 for run in runs:
@@ -188,6 +169,7 @@ def evaluate(
         "batch_size": batch_size,
         "limit": limit,
         "findings": findings,
+        "config": config.to_dict(),
         **circumstances(place, gear),
     }
     return Evaluation(
@@ -432,14 +414,11 @@ def _plan(
     model: Model,
     x: Tensor,
     table: list[tuple[str, Attack | None]],
-    predictors: tuple[str, ...],
-    draws: int,
-    members: int,
-    noise_off: bool,
-    seed: int,
+    config: EvaluateConfig,
     gear: gears.Gear,
 ) -> list[_RowRun]:
     """Return the rows to run: for each predictor clean and attacks, then the same with the noise switched off."""
+    predictors, seed = config.predictors, config.seed
     ours = isinstance(model, nn.Module) and is_stochastic(model)
     stochastic = ours or passes_differ(model, x, seed)
     modules = noise_modules(model) if isinstance(model, nn.Module) else []
@@ -451,13 +430,13 @@ def _plan(
         )
     noise = not modules or any(module.enabled for module in modules)
     groups = [(one,) for one in predictors] if stochastic else [predictors]
-    settings: dict[str, Any] = {"draws": draws, "members": members, "seed": seed, "gear": gear}
+    settings: dict[str, Any] = {"draws": config.draws, "members": config.members, "seed": seed, "gear": gear}
     runs = [
         _RowRun(row, attack, noise=noise, switched=False, stochastic=stochastic, predictors=group, **settings)
         for group in groups
         for row, attack in table
     ]
-    if ours and noise_off and isinstance(model, nn.Module):
+    if ours and config.noise_off and isinstance(model, nn.Module):
         with noise_disabled(model):
             rest = passes_differ(model, x, seed)  # noise that is not ours, such as dropout that is always on
         groups = [(one,) for one in predictors] if rest else [("single",)]
@@ -526,12 +505,3 @@ def _expand(attacks: Mapping[str, Attack] | None, eps: float | Sequence[float] |
         for name, attack in attacks.items()
         for size in (dict.fromkeys(sizes) if attack.sized else [attack.eps])
     ]
-
-
-def _predictors(predictor: str | Sequence[str]) -> tuple[str, ...]:
-    if not isinstance(predictor, Iterable):
-        raise ConfigError(f"predictor is {predictor!r}, must be one or more of {', '.join(PREDICTORS)}")
-    asked = [predictor] if isinstance(predictor, str) else list(predictor)
-    if not asked:
-        raise ConfigError(f"predictor is an empty list, must be one or more of {', '.join(PREDICTORS)}")
-    return tuple(dict.fromkeys(map(check_predictor, asked)))

@@ -12,12 +12,12 @@ from learn2perturb.checks import check_count
 from learn2perturb.engine.finite import check_members, expected_correct, members_of
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.errors import ConfigError
-from learn2perturb.evaluation import defaults
+from learn2perturb.evaluation.config import EvaluateConfig
 
 _COMPARED = 4  # images on which the model is compared with its members
 
 
-def exact_accuracy(model: Any, x: Tensor, y: Tensor, *, batch_size: int = defaults.EVALUATE_BATCH_SIZE) -> float:
+def exact_accuracy(model: Any, x: Tensor, y: Tensor, *, batch_size: int = EvaluateConfig.batch_size) -> float:
     """Return the expected accuracy of one draw of ``model``, a finite random ensemble: ``sum_m p_m accuracy(f_m)``.
 
     Args:

@@ -14,11 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from learn2perturb.attacks.gradients import mean_logits
 from learn2perturb.checks import check_count
 from learn2perturb.engine import gears
-from learn2perturb.errors import ConfigError, InputError, UnknownNameError
-from learn2perturb.evaluation import defaults
+from learn2perturb.errors import ConfigError, InputError
+from learn2perturb.evaluation.config import EvaluateConfig, check_predictor
 from learn2perturb.evaluation.passes import checked_logits
 
-PREDICTORS = ("single", "vote", "mean_probability", "mean_logits")
 # What the gradients of an attack on an ensemble are averaged over.  A vote has no gradient: it is attacked through the
 # mean probability and judged by the vote (SCIENCE, section 9).
 AVERAGE: dict[str, Literal["probability", "logits"]] = {
@@ -50,17 +49,6 @@ def winners(score: Tensor) -> NDArray[np.int64]:
     return score.cpu().numpy().argmax(axis=1)
 
 
-def check_predictor(rule: str) -> str:
-    """Return ``rule`` if it is known.
-
-    Raises:
-        UnknownNameError: it is not.
-    """
-    if rule not in PREDICTORS:
-        raise UnknownNameError.of("predictor", rule, PREDICTORS)
-    return rule
-
-
 @final
 class Predictor(nn.Module):
     """A network with noise as it is deployed: images (N, C, H, W) to scores (N, classes), the largest is the answer.
@@ -81,7 +69,7 @@ class Predictor(nn.Module):
     """
 
     def __init__(
-        self, model: Callable[[Tensor], Tensor], rule: str = "mean_probability", members: int = defaults.MEMBERS
+        self, model: Callable[[Tensor], Tensor], rule: str = "mean_probability", members: int = EvaluateConfig.members
     ) -> None:
         super().__init__()
         if not callable(model):

@@ -11,6 +11,7 @@ import yaml
 
 from learn2perturb.errors import UnknownNameError
 
+PAPER_EOT = 1  # draws in a gradient of the attacks of the Learn2Perturb paper
 _FOLDER = Path(__file__).parent / "paper"
 
 

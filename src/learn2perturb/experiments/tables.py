@@ -18,8 +18,9 @@ from learn2perturb import records
 from learn2perturb.attacks import CW, FGSM, PGD, Attack, FewPixel, Source, Transfer
 from learn2perturb.attacks.base import Model
 from learn2perturb.errors import CheckpointError, ConfigError, DataError
-from learn2perturb.evaluation import Evaluation, Interval, defaults, evaluate
-from learn2perturb.experiments.facts import Published, published
+from learn2perturb.evaluation import Evaluation, Interval, evaluate
+from learn2perturb.evaluation.config import EvaluateConfig
+from learn2perturb.experiments.facts import PAPER_EOT, Published, published
 from learn2perturb.noise import is_stochastic
 from learn2perturb.progress import Progress, shown
 from learn2perturb.terminal import markdown_row
@@ -96,11 +97,11 @@ def reproduce(
     *,
     settings: Mapping[str, Any] | None = None,
     limit: int | None = None,
-    draws: int = defaults.DRAWS,
-    eot: int = defaults.REPRODUCE_EOT,
-    seed: int = defaults.SEED,
-    batch_size: int = defaults.EVALUATE_BATCH_SIZE,
-    engine: str = defaults.ENGINE,
+    draws: int = EvaluateConfig.draws,
+    eot: int = PAPER_EOT,
+    seed: int = EvaluateConfig.seed,
+    batch_size: int = EvaluateConfig.batch_size,
+    engine: str = EvaluateConfig.engine,
     progress: Progress | bool | None = True,
 ) -> PaperTable:
     """Compute ``table3`` (C&W), ``table5`` (few pixels) or ``table6`` (transfer) on ``runs``; write it into ``out``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -11,17 +11,17 @@ from typing import Any
 import yaml
 
 from learn2perturb.checks import check_choice, check_count, fitting_step, fraction
+from learn2perturb.configs import ENGINES, Config
 from learn2perturb.defenses.settings import OpenSettings
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.reading import MOST_SETTINGS, parse_yaml, read_bytes, reading
 from learn2perturb.registry import DATASETS, DEFENSES, MODELS
 
 RECIPES = ("paper", "released", "common", "fast", "laptop")
-ENGINES = ("auto", "plain", "fast")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(OpenSettings):
+class TrainConfig(OpenSettings, Config):
     """Everything that decides a training. A field that is None is filled by the recipe.
 
     Args:
@@ -112,25 +112,6 @@ class TrainConfig(OpenSettings):
         if resolved.missing():
             raise ConfigError(f"recipe {self.recipe!r} leaves {', '.join(resolved.missing())} open; set them")
         return resolved
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the config as plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Build a config from plain values.
-
-        Raises:
-            UnknownNameError: a key is no field.
-        """
-        if not isinstance(values, dict):
-            raise ConfigError(f"settings are a {type(values).__name__}; give a mapping such as {{'epochs': 30}}")
-        known = {item.name for item in fields(cls)}
-        for key in values:
-            if key not in known:
-                raise UnknownNameError.of("setting", key, known)
-        return cls(**values)
 
     def describe(self) -> str:
         """Return one line: what is trained on what, and by which recipe."""

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from learn2perturb.cli.bench.settings import BenchSettings
+from learn2perturb.configs import ENGINES
 from learn2perturb.data import ImageData, load_data, make_source
 from learn2perturb.engine import gears
 from learn2perturb.engine.devices import choose_device
 from learn2perturb.engine.random import derive_seed
 from learn2perturb.errors import ConfigError
 from learn2perturb.runs.environment import environment
-from learn2perturb.training.config import ENGINES
 
 GEARS = tuple(name for name in ENGINES if name != "auto")
 
