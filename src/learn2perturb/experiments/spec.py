@@ -8,7 +8,7 @@ from typing import Any
 
 from learn2perturb.checks import check_choice, check_count, check_flag
 from learn2perturb.errors import ConfigError
-from learn2perturb.evaluation import defaults
+from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.registry import DEFENSES
 from learn2perturb.training.config import TrainConfig
 
@@ -33,14 +33,14 @@ class Scoring:
         split: ``test``, ``train`` or ``validation`` (what the run held out).
     """
 
-    draws: int = defaults.DRAWS
+    draws: int = EvaluateConfig.draws
     predictor: str = OWN
     members: int | None = None
     noise_off: bool = False
     limit: int | None = None
-    batch_size: int = defaults.EVALUATE_BATCH_SIZE
-    engine: str = defaults.ENGINE
-    seed: int = defaults.SEED
+    batch_size: int = EvaluateConfig.batch_size
+    engine: str = EvaluateConfig.engine
+    seed: int = EvaluateConfig.seed
     split: str = "test"
 
     def __post_init__(self) -> None:

@@ -24,9 +24,8 @@ from typing import Any
 
 from learn2perturb.checks import check_choice, check_count, check_size
 from learn2perturb.errors import ConfigError, UnknownNameError
-from learn2perturb.evaluation import defaults
 from learn2perturb.experiments.spec import OTHERS, TWIN, CellPlan, RunPlan, Scoring, Study, ViewPlan, matches
-from learn2perturb.presets import PRESETS, parse_attack, preset
+from learn2perturb.presets import EOT_DRAWS, PRESETS, parse_attack, preset
 from learn2perturb.registry import ATTACKS
 from learn2perturb.training.config import TrainConfig, read_config
 from learn2perturb.values import convert, converted, guess, kinds_of
@@ -278,7 +277,7 @@ def _attack(value: Any) -> tuple[str, dict[str, Any]]:
         return base, {**settings, **rest}
     text = str(value)
     if text in PRESETS:
-        return preset(text, defaults.DRAWS)
+        return preset(text, EOT_DRAWS)
     name, settings = parse_attack(text)
     if name not in ATTACKS:
         raise UnknownNameError.of("attack", name, [*PRESETS, *ATTACKS.names()])
