@@ -11,7 +11,7 @@ import numpy as np
 
 from learn2perturb import records
 from learn2perturb.errors import ConfigError, InputError
-from learn2perturb.evaluation.intervals import Interval, paired_difference
+from learn2perturb.evaluation.intervals import Estimate, Interval, Scores, paired_difference
 from learn2perturb.evaluation.result import Evaluation, Row
 from learn2perturb.evaluation.significance import equals, holm, mcnemar
 
@@ -130,18 +130,15 @@ def compare(
         InputError: they are of different images.
         ConfigError: they have no row in common.
     """
-    _check_images(first, second)
+    check_same_images(first, second)
     pairs = tuple(pairs)
     rows = _rows(first, second, pairs)
     found = []
     for left, right in rows:
         one, other = first.scores(left), second.scores(right)
-        estimate = paired_difference(one, other, confidence=confidence)
-        exact = mcnemar(one.correct[0], other.correct[0])
         random = left.stochastic or right.stochastic
-        p = equals(estimate.mean, estimate.standard_error, estimate.freedom) if random else exact
-        found.append((left, right, estimate, exact, random, p))
-    corrected, corrected_exact = holm([p for *_, p in found]), holm([exact for _, _, _, exact, _, _ in found])
+        found.append((left, right, *tested(one, other, random=random, confidence=confidence)))
+    corrected, corrected_exact = holm([p for *_, p in found]), holm([exact for _, _, _, exact, _ in found])
     differences = tuple(
         Difference(
             first=left.label,
@@ -154,11 +151,11 @@ def compare(
             mcnemar=exact,
             mcnemar_holm=adjusted_exact,
             n=left.n,
-            test="t" if random else "mcnemar",
+            test="t" if left.stochastic or right.stochastic else "mcnemar",
             p_value=p,
             p_holm=adjusted,
         )
-        for (left, right, estimate, exact, random, p), adjusted, adjusted_exact in zip(
+        for (left, right, estimate, exact, p), adjusted, adjusted_exact in zip(
             found, corrected, corrected_exact, strict=True
         )
     )
@@ -169,7 +166,22 @@ def compare(
     return Comparison(names[0], names[1], differences, confidence, metadata, left_out, notes)
 
 
-def _check_images(first: Evaluation, second: Evaluation) -> None:
+def tested(first: Scores, second: Scores, *, random: bool, confidence: float) -> tuple[Estimate, float, float]:
+    """Return the paired difference, McNemar's exact p-value of the first scorings, and the p-value that decides.
+
+    ``random``: whether a fresh scoring of one of them may differ; then Student's test over images and draws decides.
+    """
+    estimate = paired_difference(first, second, confidence=confidence)
+    exact = mcnemar(first.correct[0], second.correct[0])
+    return estimate, exact, equals(estimate.mean, estimate.standard_error, estimate.freedom) if random else exact
+
+
+def check_same_images(first: Evaluation, second: Evaluation) -> None:
+    """Check that two evaluations are of the same images, in order.
+
+    Raises:
+        InputError: they are not.
+    """
     one, other = first.labels.unpack(), second.labels.unpack()
     names = [str(evaluation.metadata.get("data")) for evaluation in (first, second)]
     mend = "; evaluate both on the same images (--dataset, --split, --limit)"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from learn2perturb.checks import fraction
 from learn2perturb.errors import UnknownNameError
 
 PAPER_EOT = 1  # draws in a gradient of the attacks of the Learn2Perturb paper
 _FOLDER = Path(__file__).parent / "paper"
+_EMPTY: dict[str, Any] = {"keys": [], "cells": {}, "suspect": [], "parameters": {}, "claims": []}
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,36 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Claimed:
+    """What the paper says of a curve: runs with the labels ``best`` lie highest up to ``most`` on the axis."""
+
+    text: str
+    best: Mapping[str, str]
+    most: float = math.inf
+
+
+@dataclass(frozen=True)
 class Facts:
-    """A published table: ``keys`` say what the levels of a cell's name are, such as (network, pixels, defense)."""
+    """A published table: ``keys`` say what the levels of a cell's name are, such as (network, pixels, defense).
+
+    ``parameters`` of the networks, as published. A figure has no numbers, and ``claims`` say what is said of it.
+    """
 
     name: str
     title: str
     dataset: str
     keys: tuple[str, ...]
     cells: Mapping[tuple[str, ...], Published]
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    claims: tuple[Claimed, ...] = ()
 
     def cell(self, **names: str) -> Published | None:
-        """Return the number of the cell so named; None where the paper has none."""
-        return self.cells.get(tuple(names[key] for key in self.keys))
+        """Return the number of the cell so named, a number however it is written; None where the paper has none."""
+        return self._found.get(tuple(_plain(names[key]) for key in self.keys))
+
+    @cached_property
+    def _found(self) -> dict[tuple[str, ...], Published]:
+        return {tuple(map(_plain, cell)): number for cell, number in self.cells.items()}
 
 
 def published(name: str) -> Facts:
@@ -52,12 +74,22 @@ def published(name: str) -> Facts:
     known = sorted(path.stem for path in _FOLDER.glob("*.yaml"))
     if name not in known:
         raise UnknownNameError.of("table", name, known)
-    raw = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    raw = _EMPTY | yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     suspect = {tuple(item["cell"]): item["why"] for item in raw["suspect"]}
     keys = tuple(raw["keys"])
     found: dict[tuple[str, ...], Published] = {}
     _collect(raw["cells"], (), len(keys), suspect, found)
-    return Facts(name, raw["title"], raw["dataset"], keys, found)
+    claims = tuple(
+        Claimed(one["text"], one["best"], fraction(one["most"]) if "most" in one else math.inf) for one in raw["claims"]
+    )
+    return Facts(name, raw["title"], raw["dataset"], keys, found, raw["parameters"], claims)
+
+
+def _plain(text: str) -> str:
+    try:
+        return f"{float(text):g}"
+    except ValueError:
+        return text
 
 
 def _collect(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,19 @@ class Results:
     def where(self, labels: Mapping[str, Any]) -> Iterator[Answer]:
         """Give the answers whose pair has these labels."""
         return (answer for answer in self.answers if matches(answer.pair, labels))
+
+    def record(self, pair: Pair) -> Saved | None:
+        """Return the record of a pair; None where there is none yet."""
+        found = self.answer(pair)
+        return None if found is None else found.record
+
+    def answer(self, pair: Pair) -> Answer | None:
+        """Return the answer of a pair of the study."""
+        return self._by_key.get(pair.key)
+
+    @cached_property
+    def _by_key(self) -> dict[tuple[str, ...], Answer]:
+        return {answer.pair.key: answer for answer in self.answers}
 
     @property
     def missing(self) -> int:

@@ -63,14 +63,19 @@ class RunPlan:
     config: TrainConfig | None = None
     weights: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    alone: bool = True  # whether its study has no runs of another name
 
     @property
     def title(self) -> str:
-        """What progress and tables call it."""
-        parts = [
-            value if isinstance(value, str) else f"{_last(key)} {_text(value)}" for key, value in self.axes.items()
-        ]
-        return ", ".join(dict.fromkeys([*([self.name] if not parts else []), *parts]))
+        """What progress calls it."""
+        return self.kind + (f", seed {_text(self.axes['seed'])}" if "seed" in self.axes else "")
+
+    @property
+    def kind(self) -> str:
+        """What tables call it: all but its seed."""
+        axes = {key: value for key, value in self.axes.items() if key != "seed"}
+        parts = [one if isinstance(one, str) else f"{_last(key)} {_text(one)}" for key, one in axes.items()]
+        return ", ".join([*([] if self.alone and parts else [self.name]), *parts])
 
     @property
     def stochastic(self) -> bool | None:
@@ -80,9 +85,11 @@ class RunPlan:
         return DEFENSES.entry(self.config.defense).fact("stochastic")
 
     def label(self, key: str) -> Any:
-        """Return its label ``key``: ``run``, a setting, ``options.gamma``; None where it has none."""
+        """Return its label ``key``: ``run`` (all but its seed), ``name``, a setting, ``options.gamma``; else None."""
         if key == "run":
-            return self.title if self.axes else self.name
+            return self.kind
+        if key == "name":
+            return self.name
         if key == "stochastic":
             return self.stochastic
         if key in self.axes:
@@ -127,14 +134,14 @@ class CellPlan:
         return ", ".join([self.name, *(f"{_last(key)} {_text(value)}" for key, value in self.axes.items())])
 
     def label(self, key: str) -> Any:
-        """Return its label ``key``: ``cell``, ``eps``, ``attack.steps``, ``draws``; None where it has none."""
+        """Return its label ``key``: ``cell``, ``eps``, ``attack.steps``, ``eot``, ``draws``; None where it has none."""
         if key == "cell":
             return self.name
         if key in self.axes:
             return self.axes[key]
         if key == "eps":
             return self.eps
-        head, _, tail = key.partition(".")
+        head, _, tail = ("attack.eot" if key == "eot" else key).partition(".")
         if head == "attack" and self.attack is not None:
             return self.attack[1].get(tail) if tail else self.attack[0]
         return getattr(self.scoring, key, None)
@@ -172,6 +179,12 @@ class Pair:
         """What progress calls it."""
         return f"{self.run.title}: {self.cell.title}"
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells it from the other pairs of a study."""
+        runs = (self.run, *self.sources.values())
+        return (self.cell.title, *(part for run in runs for part in (run.name, run.title)))
+
     def label(self, key: str) -> Any:
         """Return a label of the cell, else of the run; ``source`` names the run that images come from."""
         if key == "source":
@@ -179,6 +192,8 @@ class Pair:
         if key.startswith("source."):
             found = next(iter(self.sources.values()), None)
             return None if found is None else found.label(key.removeprefix("source."))
+        if key == "eps" and self.cell.kind == "accuracy" and self.cell.attack is None:
+            return None  # clean images have no size, whatever the run was trained for
         found = self.cell.label(key)
         return self.run.label(key) if found is None else found
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from learn2perturb.checks import check_choice, check_count, check_size
 from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.experiments.grid import check_view
 from learn2perturb.experiments.spec import OTHERS, TWIN, CellPlan, RunPlan, Scoring, Study, ViewPlan, matches
 from learn2perturb.presets import EOT_DRAWS, PRESETS, parse_attack, preset
 from learn2perturb.registry import ATTACKS
@@ -104,12 +105,21 @@ def build_study(
         raise ConfigError(f"{where}notes and reasons are lists; write - before each")
     study = Study(
         name, str(whole.get("title") or name), level, tuple(map(str, notes)), runs, cells, views,
-        tuple(_mapping(one, f"{where}reasons") for one in reasons), _mapping(whole.get("sweep"), f"{where}sweep"),
+        tuple(_reason(one, f"{where}reasons") for one in reasons), _mapping(whole.get("sweep"), f"{where}sweep"),
         whole,
     )  # fmt: skip
     for _ in study.all_pairs():  # every source is found
         pass
+    for view in views:
+        check_view(view, study)
     return study
+
+
+def _reason(value: Any, where: str) -> dict[str, Any]:
+    reason = _mapping(value, where)
+    if not isinstance(reason.get("why"), str) or not isinstance(reason.get("where", {}), Mapping) or len(reason) > 2:
+        raise ConfigError(f"{where}: {value!r}; write - {{where: {{defense: pni}}, why: what is known}}")
+    return reason
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
