@@ -8,7 +8,20 @@ import pytest
 import torch
 
 from learn2perturb import load_data
-from learn2perturb.attacks import APGD, CW, FAB, FGSM, PGD, AutoAttack, FewPixel, Square
+from learn2perturb.attacks import (
+    APGD,
+    BPDA,
+    CW,
+    FAB,
+    FGSM,
+    PGD,
+    SPSA,
+    AutoAttack,
+    FewPixel,
+    Square,
+    Surrogate,
+    Transfer,
+)
 from learn2perturb.evaluation import evaluate, pace
 from learn2perturb.progress import Reporter
 
@@ -45,9 +58,35 @@ def test_every_attack_tells_how_far_it_is_and_ends_at_all(name, monkeypatch):
         assert any(start < at < start + 10 for at in done)
 
 
+PGD_8 = PGD(1e-4, 5e-5, 4, restarts=2)
+GUESSED = {
+    "pgd": PGD_8,
+    "apgd": APGD(1e-4, 40),
+    "fab": FAB(1e-4, steps=10),
+    "square": Square(1e-4, queries=100),
+    "spsa": SPSA(1e-4, steps=5, directions=8),
+    "surrogate": Surrogate(1e-4, queries=100),
+    "cw": CW(steps=20, search_steps=2, abort_early=False),
+    "few_pixel": FewPixel(1, population=8, generations=5),
+    "bpda": BPDA(attack=PGD_8, modules="0"),
+    "bpda of averages": BPDA(attack=PGD(1e-4, 5e-5, 4, eot=2), modules="0"),
+    "transfer": Transfer(attack=PGD_8, source=network()),
+}
+
+
+@pytest.mark.parametrize("name", GUESSED)
+def test_the_guess_is_about_what_the_attack_takes(name):
+    """Of images that nothing fools, so that none leaves: what an attack takes at most."""
+    model = torch.nn.Sequential(torch.nn.Identity(), network()).eval()
+    x = DATA.images.float() / 255
+    with torch.no_grad():
+        result = GUESSED[name].run(model, x, model(x).argmax(dim=1))
+    assert 0.4 < pace.guessed_passes(GUESSED[name], len(x)) / result.forward_passes < 1.6
+
+
 def test_the_second_batch_is_expected_to_take_what_the_first_took(monkeypatch):
     monkeypatch.setattr(pace, "_INTERVAL", 0.0)
-    monkeypatch.setattr(pace, "guessed_passes", lambda attack: 1000.0)
+    monkeypatch.setattr(pace, "guessed_passes", lambda attack, images: 1000.0)
     reports: list[float] = []
     attack = Square(0.001, queries=20)  # too small to break anything, so that no image leaves
     evaluate(network(), DATA, {"square": attack}, batch_size=10, progress=lambda done, *_: reports.append(done))

@@ -128,7 +128,7 @@ def evaluate(
                 findings = peculiarities(model, x, seed)
                 runs = _plan(scored, x, table, config, gear)
                 if isinstance(model, BlackBox):
-                    tell_queries(told, model, expected * sum(run.queries for run in runs))
+                    tell_queries(told, model, expected * sum(run.queries(len(x)) for run in runs))
                 for run in runs:
                     run.compile_if_long(expected * math.prod(x.shape[2:]), rows=len(x))
                 # Of what is held here every row gets the same images, so that rows follow each other and a finished one
@@ -293,11 +293,10 @@ class _RowRun:
         switches = self.noise, self.switched, self.stochastic
         return self.name, attack, switches, self.predictors, self.draws, self.members, repr(self.gear)
 
-    @property
-    def queries(self) -> float:
-        """About how many passes of an image the row takes."""
+    def queries(self, images: int) -> float:
+        """Return about how many passes of an image the row takes, in batches of so many ``images``."""
         scorings = self.draws * self.members
-        return scorings if self.attack is None else scorings + guessed_passes(self.attack)
+        return scorings if self.attack is None else scorings + guessed_passes(self.attack, images)
 
     @property
     def label(self) -> str:

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from typing import final
 
-from learn2perturb.attacks import Attack
+from learn2perturb.attacks import BPDA, SPSA, Attack, Surrogate, Transfer
 
 _INTERVAL = 0.5  # seconds between two reports
 _ALMOST = 0.99  # an attack that makes more passes than expected stands here until it ends
 # Settings that multiply the passes of an attack, where it has them.
-_FACTORS = ("steps", "search_steps", "queries", "population", "generations", "eot", "restarts", "targets")
+_FACTORS = ("steps", "search_steps", "queries", "population", "generations", "eot", "restarts", "targets", "directions")
 
 
 @final
@@ -20,12 +20,13 @@ class Pace:
     """The passes of one attack: a guess from its settings for the first batch, then those that the last batch took."""
 
     def __init__(self, attack: Attack) -> None:
-        self.expected = guessed_passes(attack)
+        self._attack, self.expected = attack, 0.0
         self._spoken = time.monotonic()
 
     def listener(self, images: int, tell: Callable[[float], object]) -> Callable[[int], None]:
         """Return what counts the passes of a batch of so many ``images`` and calls ``tell`` with the share done."""
         done = 0
+        self.expected = self.expected or guessed_passes(self._attack, images)
 
         def told(rows: int) -> None:
             nonlocal done
@@ -42,10 +43,15 @@ class Pace:
         self.expected = max(passes, 1.0)
 
 
-def guessed_passes(attack: Attack) -> float:
-    """Return about how many forward passes ``attack`` makes of each image."""
+def guessed_passes(attack: Attack, images: int = 1) -> float:
+    """Return about how many forward passes ``attack`` makes of each image, in batches of so many ``images``."""
     parts = getattr(attack, "parts", None)
     if callable(parts):
-        return sum(guessed_passes(part) for part in parts(10).values())
+        return sum(guessed_passes(part, images) for part in parts(10).values())
+    if isinstance(attack, BPDA | Transfer) and attack.attack is not None:
+        return guessed_passes(attack.attack, images)
+    if isinstance(attack, Surrogate):  # its queries are those of a whole batch
+        return attack.queries * attack.eot / images
+    sides = 2 if isinstance(attack, SPSA) else 1  # of every difference
     factors = (getattr(attack, name, 1) for name in _FACTORS)
-    return float(math.prod(factor for factor in factors if isinstance(factor, int) and factor > 0))
+    return float(sides * math.prod(factor for factor in factors if isinstance(factor, int) and factor > 0))
