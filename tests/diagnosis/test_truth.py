@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.attacks import PGD
-from learn2perturb.diagnosis import QUICK, truth
+from learn2perturb.diagnosis import QUICK, diagnose, truth
 from learn2perturb.diagnosis.measure import Attacked, Bench, Subject
-from learn2perturb.diagnosis.truth import Ratios, ratios, true_gradient
+from learn2perturb.diagnosis.truth import Ratios, averaged_ratios, ratios, true_gradient, truth_of
 from learn2perturb.diagnosis.verdict import judge
 from learn2perturb.engine import gears
 from learn2perturb.engine.random import isolated_rng
@@ -84,6 +84,29 @@ def test_the_gradient_of_something_else_is_not(model):
     assert found.none == (model is rounded)
 
 
+def finely_rounded(x: Tensor) -> Tensor:
+    """A straight-through staircase of steps of 1/31, of which a ball of radius 0.1 holds some."""
+    return NETWORK(x + (torch.round(x * 31) / 31 - x).detach())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(
+    ("model", "leads"),
+    [(finely_rounded, True), (rounded, False), (of_another, False)],
+)
+def test_a_staircase_has_the_gradient_of_its_slope_and_nothing_else_has(model, leads, norm):
+    bench = bench_of(model)
+    bench.attack = PGD(0.1 if norm == "linf" else 0.3, 0.05, 3, norm=norm)
+    found = truth_of(bench)
+    assert not found.near
+    assert found.leads is leads, found
+
+
+def test_an_honest_network_is_true_over_neighbourhoods_as_well():
+    for model in (NETWORK, clipped, noisy):
+        assert averaged_ratios(bench_of(model, stochastic=model is noisy)).near
+
+
 @pytest.mark.parametrize(
     ("median", "low", "high", "near"),
     [
@@ -109,7 +132,7 @@ def diagnosed(model: Model, *, left: float = 0.0, rivals: float | None = None):
         return Attacked("canned", bench.x, Scores(right))
 
     other = leaving(left if rivals is None else rivals)
-    draft = true_gradient(bench, ratios(bench), leaving(left), other, {"twin": other})
+    draft = true_gradient(bench, truth_of(bench), leaving(left), other, {"twin": other})
     return judge([draft])[0], bench
 
 
@@ -139,3 +162,26 @@ def test_a_gradient_that_is_worth_less_than_none_fails():
     check, _ = diagnosed(rounded, left=1.0)
     assert check.status == "failed"
     assert "worth less than none" in check.sentence
+
+
+@pytest.mark.parametrize(("model", "staircase"), [(finely_rounded, True), (of_another, False)])
+def test_rivals_of_a_staircase_are_held_against_its_best_descent(model, staircase):
+    """One descent ends on a stair by luck; a search that keeps its best point is ahead of it, and of no better one."""
+    bench = bench_of(model)
+    budget = dataclasses.replace(
+        BUDGET, steps=3, unbounded_steps=3, samples=4, judge_draws=2, eps_grid=(0.1, 0.5), draw_curve=(1, 4),
+        step_curve=(2, 4), restarts=4, square_queries=5, real_queries=20, descent_steps=2, descent_directions=2,
+        surrogate_queries=24,
+    )  # fmt: skip
+    found = diagnose(
+        model, (bench.x, bench.y), budget=budget, attack=PGD(0.1, 0.05, 3), engine="plain", progress=False
+    )  # fmt: skip
+    names = {one.name for one in found.measurements}
+    assert ("best by gradients" in names) is staircase
+    own = found.measurement("best by gradients" if staircase else "reported").accuracy
+    assert found.check(2).evidence["white-box"] == own
+    assert ("a staircase" in found.check(10).sentence) is staircase
+    if staircase:
+        parts = [one.accuracy for one in found.measurements if one.name.startswith("4 restarts by")]
+        assert len(parts) == 2
+        assert own <= min(*parts, found.measurement("reported").accuracy)

@@ -80,6 +80,7 @@ NUMBERS = {
     "check 6: noise off is lower by no more": (blackbox.NOISE_OFF_BELOW, 0.05),
     "check 9": ((draws.COUNTS, draws.TOLERANCE), ((1, 4, 16), 0.1)),
     "check 10": ((truth.STEP, truth.DRAWS, truth.MEDIAN_OFF, truth.SPREAD_OFF), (0.25 / 255, 4, 0.1, 0.25)),
+    "check 10: points of a neighbourhood": (truth.NEIGHBOURS, 32),
     "fewer images show nothing": (verdict.FEWEST_IMAGES, 100),
 }  # fmt: skip
 

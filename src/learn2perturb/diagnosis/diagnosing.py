@@ -220,24 +220,25 @@ def _checks(
     ``blind``: why there are no gradients. ``learned``: gives images from which a surrogate learns, beside those that
     are attacked.
     """
-    ratios = None if blind else truth.ratios(bench)
-    if ratios is None or not ratios.near:
+    told = None if blind else truth.truth_of(bench)
+    if told is None or not told.near:
         # Nothing passes before what needs no gradient was tried: a source that is always there, and a real search.
         bench.budget = really_searched(bench.budget)
         images = torch.cat([bench.x, learned()])
         sources = {**sources, blackbox.SURROGATE: blackbox.surrogate(bench, images)}
-    if ratios is None:
+    if told is None:
         transfers = blackbox.transferred(bench, sources, quiet)
         return gradientless.checks(bench, transfers, blind, claimed=claimed, replay=replay), []
     clean = bench.scored("clean", bench.x, kind="none")
     reported = bench.attacked("reported", bench.attack, bench.budget.images)
-    square = blackbox.searched(bench, bench.budget.some if ratios.near else bench.budget.images)
+    own = truth.best_by_gradients(bench, reported) if told.leads else reported
+    square = blackbox.searched(bench, bench.budget.some if told.near else bench.budget.images)
     transfers = blackbox.transferred(bench, sources, quiet)
     fifth, sizes = whitebox.distortion(bench, clean)
     seventh, curves = whitebox.converged(bench, reported)
     drafts = [
         whitebox.iterative(bench, reported),
-        blackbox.blackbox(bench, reported, square, transfers),
+        blackbox.blackbox(bench, own, square, transfers),
         whitebox.unbounded(bench),
         blackbox.random_search(bench, reported),
         fifth,
@@ -247,7 +248,7 @@ def _checks(
         seventh,
         whitebox.losses(bench, reported),
         draws.real(bench, claimed=claimed, replay=replay),
-        truth.true_gradient(bench, ratios, reported, square, transfers),
+        truth.true_gradient(bench, told, own, square, transfers),
     ]
     return drafts, [sizes, *curves]
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from learn2perturb.attacks.balls import BALLS, Ball
 from learn2perturb.attacks.gradients import input_gradient
 from learn2perturb.attacks.losses import margin
 from learn2perturb.diagnosis.blackbox import descent, not_beaten
 from learn2perturb.diagnosis.measure import Attacked, Bench
 from learn2perturb.diagnosis.verdict import Draft, percent
+from learn2perturb.diagnosis.whitebox import best_of, by_same_draws
 from learn2perturb.engine.random import seed_everything
 from learn2perturb.evaluation.passes import Model, checked_logits
 from learn2perturb.evaluation.significance import beyond
@@ -21,6 +25,7 @@ from learn2perturb.evaluation.significance import beyond
 # Largest change of a pixel: a quarter of one of 256 levels. Far below what an attack moves, far above rounding.
 STEP = 0.25 / 255
 DRAWS = 4
+NEIGHBOURS = 32  # points around an image, over which a gradient is averaged
 # Honest networks have medians of .99 to 1.00 and 10 to 90 % within .95 to 1.02; their kinks cost that much.
 MEDIAN_OFF = 0.1
 SPREAD_OFF = 0.25
@@ -53,73 +58,138 @@ class Ratios:
         return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
+@dataclass(frozen=True)
+class Truth:
+    """The ratios at the images and, where these are off, over neighbourhoods of them."""
+
+    at_images: Ratios
+    averaged: Ratios | None = None
+
+    @property
+    def near(self) -> bool:
+        """Whether the gradient is that of the function."""
+        return self.at_images.near
+
+    @property
+    def leads(self) -> bool:
+        """Whether the function is a staircase, and the gradient that of its slope."""
+        return self.averaged is not None and self.averaged.near
+
+
+def truth_of(bench: Bench) -> Truth:
+    """Compare gradients with differences, near by and, where that fails, as far as an attack moves."""
+    found = ratios(bench)
+    return Truth(found) if found.near else Truth(found, averaged_ratios(bench))
+
+
+def best_by_gradients(bench: Bench, reported: Attacked) -> Attacked:
+    """Return the best, for each image, of the reported attack and of restarts of it by two losses.
+
+    On a staircase the last of some steps is wrong by luck, so that a search that keeps its best point is ahead of one
+    descent. Several are what is to be compared with it.
+    """
+    budget = bench.budget
+    base = dataclasses.replace(bench.attack, restarts=budget.restarts, eot=budget.sweep_eot)
+    more = [
+        bench.attacked(f"{budget.restarts} restarts by {loss}", dataclasses.replace(base, loss=loss), budget.images)
+        for loss in ("ce", "margin")
+    ]
+    return best_of(bench, "best by gradients", by_same_draws(bench, "best by gradients", [reported, *more]))
+
+
 def true_gradient(
-    bench: Bench, found: Ratios, reported: Attacked, square: Attacked, transfers: Mapping[str, Attacked]
+    bench: Bench, truth: Truth, own: Attacked, square: Attacked, transfers: Mapping[str, Attacked]
 ) -> Draft:
     """10: finite differences agree with the gradient, or attacks that need none do no better than it.
 
-    ``square`` and ``transfers`` are those of check 2, which holds them against the gradients; here is the descent, and
-    what all of them leave.
+    ``own`` is the white-box attack, ``square`` and ``transfers`` are those of check 2, which holds them against it;
+    here is the descent, and what all of them leave.
     """
+    found = truth.at_images
     evidence = {"median": found.median, "10 %": found.low, "90 %": found.high, "no gradient": found.none}
     text = f"the margin rises along its gradient by {found} times what the gradient says (median [10 %, 90 %])"
     if found.near:
         return Draft(10, text, evidence=evidence)
+    if truth.averaged is not None:
+        text += f", over neighbourhoods by {truth.averaged}"
+        evidence |= {"averaged": truth.averaged.median}
     falling = descent(bench, DESCENT)
     rivals = {"Square": square, **{f"transfer from {name}": one for name, one in transfers.items()}, DESCENT: falling}
     evidence |= {name: rival.accuracy for name, rival in rivals.items()}
     left = ", ".join(f"{name} {percent(rival.accuracy)}" for name, rival in rivals.items())
-    told = (
-        f"{text}: the gradients are not the function's. What needs none decides; it leaves: {left}; the gradients "
-        f"{percent(reported.accuracy)}"
-    )
+    what = "a staircase, whose slope the gradients are" if truth.leads else "the gradients are not the function's"
+    told = f"{text}: {what}. What needs none decides; it leaves: {left}; the gradients {percent(own.accuracy)}"
     ahead = [
         name
         for name, rival in rivals.items()
-        if beyond(float(reported.first(len(rival.x)).mean()) - rival.accuracy, BEST_AHEAD)
+        if beyond(float(own.first(len(rival.x)).mean()) - rival.accuracy, BEST_AHEAD)
     ]
     not_shown = f"{told}; {' and '.join(ahead)} may be stronger than the gradients: give more images" if ahead else ""
     note = "robustness to attacks by gradients says little of this model; see what those without leave"
-    claims = (not_beaten(f"a {DESCENT}", falling, reported.first(len(falling.x))),)
+    claims = (not_beaten(f"a {DESCENT}", falling, own.first(len(falling.x))),)
     return Draft(10, told, claims, not_shown=not_shown, notes=(note,), evidence=evidence)
 
 
 def ratios(bench: Bench) -> Ratios:
-    """Compare the gradient of the margin with its central difference, the same draws on both sides."""
-    n = bench.budget.some
+    """Compare the gradient of the margin at each image with its central difference, the same draws on both sides."""
     # Inside the box by a step, where a network that clips its images has a derivative on both sides.
-    x, y = bench.x[:n].clamp(STEP, 1 - STEP), bench.y[:n]
-    found, zero = [], 0
-    with bench.subject.ready() as model:
-        for draw in range(DRAWS if bench.subject.stochastic else 1):
-            for batch, rows in enumerate(x.split(bench.batch_size)):
-                labels = y[batch * bench.batch_size :][: len(rows)]
+    x = bench.x[: bench.budget.some].clamp(STEP, 1 - STEP)
+    draws = DRAWS if bench.subject.stochastic else 1
+    return _quantiles([_compared(bench, x, "linf", STEP, draws=(draw,)) for draw in range(draws)])
 
-                def drawn(call: Callable[[], Tensor], draw: int = draw, batch: int = batch) -> Tensor:
-                    seed_everything(bench.seed, "true gradient", draw, batch)
-                    return call()
 
-                ratio, none = _compared(model, rows, labels, drawn)
-                found.append(ratio)
-                zero += none
-    every = torch.cat(found).cpu().numpy()
+def averaged_ratios(bench: Bench) -> Ratios:
+    """Compare the gradient's mean over a neighbourhood of each image, of half the radius, with differences as far.
+
+    Rounding whose gradient is passed straight through is a staircase: nowhere is its gradient true, and over some steps
+    it is. The gradient of another network is as false there as anywhere, and so is that of what jumps.
+    """
+    attack = bench.attack
+    x = bench.x[: bench.budget.some]
+    return _quantiles([_compared(bench, x, attack.norm, attack.eps / 2, draws=range(NEIGHBOURS), around=True)])
+
+
+def _quantiles(found: Sequence[tuple[Tensor, int]]) -> Ratios:
+    every = torch.cat([ratio for ratio, _ in found]).cpu().numpy()
     low, median, high = (float(value) for value in np.quantile(every, (0.1, 0.5, 0.9)))
-    return Ratios(median, low, high, zero / len(every))
+    return Ratios(median, low, high, sum(none for _, none in found) / len(every))
 
 
 def _compared(
-    model: Model, x: Tensor, y: Tensor, drawn: Callable[[Callable[[], Tensor]], Tensor]
+    bench: Bench, x: Tensor, norm: str, reach: float, *, draws: Iterable[int], around: bool = False
 ) -> tuple[Tensor, int]:
-    """Return each image's ratio (n,), and how many have no gradient; ``drawn`` makes a call with the same draws."""
-    with torch.enable_grad():
-        gradient = drawn(lambda: input_gradient(model, margin, x, y))
-    largest = gradient.flatten(1).abs().amax(dim=1)
-    none = largest == 0
-    scale = STEP / largest.masked_fill(none, 1.0)
-    move = scale.view(-1, *[1] * (x.ndim - 1)) * gradient
-    with torch.no_grad():
-        up = drawn(lambda: margin(checked_logits(model, x + move), y))
-        down = drawn(lambda: margin(checked_logits(model, x - move), y))
-    squared = gradient.double().flatten(1).square().sum(dim=1).masked_fill(none, 1.0)
-    ratio = (up.double() - down.double()) / (2 * scale.double() * squared)
-    return ratio.masked_fill(none, 0.0), int(none.sum())
+    """Return each image's ratio (n,), and how many have no gradient.
+
+    Sums over ``draws``, each at the image itself or, ``around`` it, at a random point as far as ``reach``.
+    """
+    ball, y = BALLS[norm], bench.y[: len(x)]
+    found, zero = [], 0
+    with bench.subject.ready() as model:
+        for batch, rows in enumerate(bench.batches(len(x))):
+            seed_everything(bench.seed, "neighbours", batch)
+            points = {draw: _point(ball, x[rows], reach if around else 0.0) for draw in draws}
+            asked = functools.partial(_asked, bench, model, y[rows], batch)
+            slopes = {draw: asked(draw, point, slope=True) for draw, point in points.items()}
+            mean = torch.stack(list(slopes.values())).mean(dim=0)
+            length = ball.distance(mean, torch.zeros_like(mean))
+            none = length == 0
+            move = mean * (reach / length.masked_fill(none, 1.0)).to(mean.dtype).view(-1, *[1] * (x.ndim - 1))
+            rise, said = torch.zeros_like(length), torch.zeros_like(length)
+            for draw, point in points.items():
+                up, down = ((point + side * move).clamp_(0, 1) for side in (1, -1))
+                rise += asked(draw, up).double() - asked(draw, down).double()
+                said += (slopes[draw].double() * (up.double() - down.double())).flatten(1).sum(dim=1)
+            found.append((rise / said.masked_fill(said == 0, 1.0)).masked_fill(none, 0.0))
+            zero += int(none.sum())
+    return torch.cat(found), zero
+
+
+def _point(ball: Ball, x: Tensor, reach: float) -> Tensor:
+    return (x + ball.random(x, reach)).clamp_(0, 1) if reach else x
+
+
+def _asked(bench: Bench, model: Model, y: Tensor, batch: int, draw: int, x: Tensor, *, slope: bool = False) -> Tensor:
+    """Return the margin (n,) of each image, or its gradient (n, C, H, W), by the draws of that number."""
+    seed_everything(bench.seed, "true gradient", draw, batch)
+    with torch.set_grad_enabled(slope):
+        return input_gradient(model, margin, x, y) if slope else margin(checked_logits(model, x), y)

@@ -174,11 +174,7 @@ def losses(bench: Bench, reported: Attacked) -> Draft:
     for rank in range(min(budget.targets, bench.num_classes - 1)):
         candidates.append(bench.attacked(f"target {rank + 1}", aimed, n, targets=order[:, rank]))
     first = dataclasses.replace(reported, x=reported.x[:n], scores=reported.first(n))
-    pool = [first, *candidates]
-    if (
-        bench.subject.stochastic
-    ):  # all by the same draws: of rare ones that a pass shares, each has as many as the others
-        pool = [dataclasses.replace(one, scores=bench.score("best of", one.x, bench.subject)) for one in pool]
+    pool = by_same_draws(bench, "best of", [first, *candidates])
     best = best_of(bench, "best of all losses and restarts", pool)
     first = pool[0]
     text = (
@@ -218,6 +214,13 @@ def _variants(bench: Bench, base: PGD) -> dict[str, Attack]:
         found["ARC"] = ARC(base.eps, norm=base.norm, steps=base.steps)
     found[f"{bench.budget.restarts} restarts"] = dataclasses.replace(base, restarts=bench.budget.restarts)
     return found
+
+
+def by_same_draws(bench: Bench, purpose: str, pool: Sequence[Attacked]) -> list[Attacked]:
+    """Score all attacks by the same fresh draws: of rare ones that a pass shares, each has as many as the others."""
+    if not bench.subject.stochastic:
+        return list(pool)
+    return [dataclasses.replace(one, scores=bench.score(purpose, one.x, bench.subject)) for one in pool]
 
 
 def best_of(bench: Bench, name: str, pool: Sequence[Attacked]) -> Attacked:
