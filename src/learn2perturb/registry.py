@@ -16,9 +16,11 @@ class Entry:
     """One registered thing: where it lives, who published it, and facts that are needed without importing it.
 
     Facts of defenses: ``stochastic`` (its network draws noise), ``adversarial`` (trains on adversarial examples),
-    ``recordable`` (its loss looks at the clock for the adversary's delay only). Of attacks: ``needs_gradient``,
-    ``needs`` (settings that a name cannot give), and ``finite_ensembles`` (of random models it takes those of finitely
-    many members only; it keeps a step only if it fools, and decides that on the host).
+    ``recordable`` (its loss looks at the clock for the adversary's delay only, and no recipe holds its draws). Of
+    attacks: ``needs_gradient``, ``needs`` (settings that a name cannot give), and ``finite_ensembles`` (of random
+    models it takes those of finitely many members only; it keeps a step only if it fools, and decides that on the
+    host). Of noises: ``everywhere`` (acts at every place of any network; else it is the law of one defense, which knows
+    where it goes).
     """
 
     name: str
@@ -333,6 +335,37 @@ NOISES.register(
     paper="Kingma, Salimans, Welling, Variational Dropout and the Local Reparameterization Trick",
     year=2015,
 )
+for _name, _target, _summary, _paper, _year in (
+    (
+        "correlated",
+        "correlated:CorrelatedNoise",
+        "correlated noise on a vector of features: h + L eps",
+        "Eustratiadis et al., Weight-Covariance Alignment for Adversarially Robust Neural Networks",
+        2021,
+    ),
+    (
+        "projection",
+        "projection:RandomProjection",
+        "filters of a convolution that are drawn anew in every pass, beside learned ones",
+        "Dong, Xu, Adversarial Robustness via Random Projection Filters",
+        2023,
+    ),
+    (
+        "norms",
+        "norms:RandomNorm",
+        "a BatchNorm or one of several GroupNorms, picked in every pass",
+        "Dong et al., Random Normalization Aggregation for Adversarial Defense",
+        2022,
+    ),
+    (
+        "gain",
+        "gain:RandomGain",
+        "features times random weights of learned mean and deviation: v (mu + sigma eps)",
+        "Ma et al., Adversarial Robustness through Random Weight Sampling",
+        2023,
+    ),
+):
+    NOISES.register(_name, f"learn2perturb.noise.{_target}", _summary, paper=_paper, year=_year, everywhere=False)
 DEFENSES.register(
     "none",
     "learn2perturb.defenses.none:NoDefense",
@@ -432,6 +465,45 @@ DEFENSES.register(
     paper="Salman et al., Provably Robust Deep Learning via Adversarially Trained Smoothed Classifiers",
     year=2019,
     recordable=True,
+    stochastic=True,
+    adversarial=True,
+)
+for _name, _how, _adversarial in (("wca", "clean training", False), ("wca_at", "PGD adversarial training", True)):
+    DEFENSES.register(
+        _name,
+        "learn2perturb.defenses.wca:WCA",
+        f"correlated noise on the last features, aligned with the classifier, {_how}",
+        paper="Eustratiadis et al., Weight-Covariance Alignment for Adversarially Robust Neural Networks",
+        year=2021,
+        arguments={"adversarial": _adversarial},
+        recordable=True,
+        stochastic=True,
+        adversarial=_adversarial,
+    )
+DEFENSES.register(
+    "rpf",
+    "learn2perturb.defenses.rpf:RPF",
+    "random projection filters: most of the first convolution is drawn anew in every pass",
+    paper="Dong, Xu, Adversarial Robustness via Random Projection Filters",
+    year=2023,
+    stochastic=True,
+    adversarial=True,
+)
+DEFENSES.register(
+    "rna",
+    "learn2perturb.defenses.rna:RNA",
+    "every BatchNorm is itself or a GroupNorm, picked anew in every pass",
+    paper="Dong et al., Random Normalization Aggregation for Adversarial Defense",
+    year=2022,
+    stochastic=True,
+    adversarial=True,
+)
+DEFENSES.register(
+    "ctrw",
+    "learn2perturb.defenses.ctrw:CTRW",
+    "the image times random weights of learned mean and deviation, the latter held above a bound",
+    paper="Ma et al., Adversarial Robustness through Random Weight Sampling",
+    year=2023,
     stochastic=True,
     adversarial=True,
 )

@@ -35,6 +35,14 @@ OWN: dict[str, dict[str, Any]] = {
     "RSE": {"sigma_init": 0.2, "sigma_inner": 0.1, "adversarial": False, "restarts": False},
     # Salman et al. 2019: the smallest of its four sigmas.
     "SmoothAdv": {"sigma": 0.12},
+    # Eustratiadis et al. 2021: L lower triangular.
+    "WCA": {"variance": "anisotropic", "adversarial": False, "sharing": "per_example"},
+    # Dong, Xu 2023: 48 of 64 filters, weight decay 1e-2 on the others (released code).
+    "RPF": {"share": 0.75, "filter_decay": 1e-2},
+    # Dong et al. 2022, released code: BatchNorm, or a GroupNorm of one channel a group.
+    "RNA": {"channels": (1,)},
+    # Ma et al. 2023, released code: the sum of sigma at least 2,048 of 3,072.
+    "CTRW": {"least": 2 / 3, "sharing": "per_batch"},
     # Lecuyer et al. 2019: (1, 0.05)-differential privacy for changes up to 0.1.
     "PixelDP": {
         "bound": 0.1, "epsilon": 1.0, "delta": 0.05, "mechanism": "gaussian", "sensitivity": "measured",
@@ -53,19 +61,25 @@ KIND: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "AdvBNN": ("mean_probability", 50, BOTH),
     "RSE": ("mean_probability", 50, BOTH),
     "SmoothAdv": ("mean_probability", 50, BOTH),
+    "WCA": ("single", 10, BOTH),
+    "RPF": ("single", 10, BOTH),
+    "RNA": ("single", 10, BOTH),
+    "CTRW": ("single", 10, BOTH),
     "PixelDP": ("mean_probability", 50, ()),
 }
 ARGUMENTS = {
     "learn2perturb_r": {"noise_from_loss": False},
     "rse": {"adversarial": False},
     "rse_at": {"adversarial": True},
+    "wca": {"adversarial": False},
+    "wca_at": {"adversarial": True},
 }
 FUNCTIONS: dict[str, dict[str, Any]] = {
     "base.Alternation": {
         "kind": "combined", "weight_steps": 1, "noise_steps": 1, "noise_from_loss": True,
         "regulariser_through_optimizer": True,
     },
-    "base.sgd_optimizers": {"noise_lr": 1.0},
+    "base.sgd_optimizers": {"noise_lr": 1.0, "noise_decay": 0.0},
     "base.build_defense": {"options": None},
     "base.list_defenses": {"pattern": "*"},
     "pixeldp.noise_deviation": {
@@ -116,8 +130,8 @@ def test_kind_of_a_defense(name):
 
 
 def test_whose_steps_can_be_recorded():
-    """All of the package's but PixelDP's, whose noise follows a ramp."""
-    assert [entry.name for entry in DEFENSES if not entry.facts.get("recordable")] == ["pixeldp"]
+    """All of the package's but PixelDP's, whose noise follows a ramp, and those that hold the adversary's draws."""
+    assert [entry.name for entry in DEFENSES if not entry.facts.get("recordable")] == ["rpf", "rna", "ctrw", "pixeldp"]
 
 
 @pytest.mark.parametrize("name", OWN)

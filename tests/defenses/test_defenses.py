@@ -22,12 +22,12 @@ from learn2perturb.training.config import RECIPES
 
 NAMES = [entry.name for entry in DEFENSES]
 # Their papers train on clean images only.
-CLEAN_ONLY = ("none", "rse", "pixeldp")
+CLEAN_ONLY = ("none", "rse", "pixeldp", "wca")
 EXPECTED = {
     "none", "pgd_at", "madry", "trades", "learn2perturb", "learn2perturb_r",
     "pni", "adv_bnn",
     "rse", "rse_at", "pixeldp",
-    "smoothadv",
+    "smoothadv", "wca", "wca_at", "rpf", "rna", "ctrw",
 }  # fmt: skip
 
 

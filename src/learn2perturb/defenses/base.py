@@ -10,7 +10,7 @@ import itertools
 import math
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +35,7 @@ from learn2perturb.registry import DEFENSES
 # What a defense of one's own needs is had from here, wherever it is made.
 __all__ = [
     "ALTERNATIONS", "Alternation", "Clock", "Defense", "Losses", "Optimizers", "Stage", "build_defense", "check_choice",
+    "check_without_adversary", "of_clean_images",
     "forward", "learning_rate_factor", "list_defenses", "mixed_loss", "objective_loss", "prediction",
     "restarted_stages", "sgd_optimizers", "trades_loss", "training_adversary",
 ]  # fmt: skip
@@ -98,10 +99,12 @@ def learning_rate_factor(settings: Settings, total_epochs: int) -> Callable[[Clo
     return factor
 
 
-def sgd_optimizers(settings: Settings, *, noise_lr: float = 1.0) -> Callable[[nn.Module], Optimizers]:
+def sgd_optimizers(
+    settings: Settings, *, noise_lr: float = 1.0, noise_decay: float = 0.0
+) -> Callable[[nn.Module], Optimizers]:
     """Return a builder of SGD for the weights and, where there is learned noise, for it: no weight decay on theta.
 
-    ``noise_lr`` is what the learning rate of the noise is multiplied by.
+    ``noise_lr`` is what the learning rate of the noise is multiplied by, ``noise_decay`` its weight decay.
     """
 
     def build(model: nn.Module) -> Optimizers:
@@ -115,10 +118,29 @@ def sgd_optimizers(settings: Settings, *, noise_lr: float = 1.0) -> Callable[[nn
         }  # fmt: skip
         optimizers: Optimizers = {"weights": torch.optim.SGD(weights, weight_decay=settings.weight_decay, **common)}
         if noise:
-            optimizers["noise"] = torch.optim.SGD(noise, weight_decay=0.0, **{**common, "lr": common["lr"] * noise_lr})
+            own = {**common, "lr": common["lr"] * noise_lr}
+            optimizers["noise"] = torch.optim.SGD(noise, weight_decay=noise_decay, **own)
         return optimizers
 
     return build
+
+
+def of_clean_images(settings: Settings) -> Settings:
+    """Return ``settings`` without an adversary: the clean loss alone."""
+    return replace(settings, alpha=1.0, beta=0.0)
+
+
+def check_without_adversary(name: str, settings: Settings, other: str) -> None:
+    """Refuse an objective that needs an adversary, for a defense ``name`` that has none; ``other`` is one that has.
+
+    Raises:
+        ConfigError: ``objective`` or ``awp`` needs one.
+    """
+    if settings.objective != "mixed" or settings.awp:
+        raise ConfigError(
+            f"objective is {settings.objective!r} and awp {settings.awp!r}, but {name} trains on clean images; leave "
+            f"them out, or take {other!r}"
+        )
 
 
 def restarted_stages(settings: Settings, optimizers: Callable[[nn.Module], Optimizers]) -> tuple[Stage, ...]:

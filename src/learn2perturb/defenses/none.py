@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from learn2perturb.defenses.base import Clock, Defense, Losses, mixed_loss
+from learn2perturb.defenses.base import Clock, Defense, Losses, mixed_loss, of_clean_images
 from learn2perturb.defenses.settings import Settings
 
 
@@ -19,4 +19,4 @@ class NoDefense(Defense):
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: Settings) -> Losses:
         """Return the clean cross-entropy, whatever adversary the recipe describes."""
-        return mixed_loss(model, x, y, clock, replace(settings, alpha=1.0, beta=0.0))
+        return mixed_loss(model, x, y, clock, of_clean_images(settings))

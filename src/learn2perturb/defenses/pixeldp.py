@@ -23,6 +23,7 @@ from learn2perturb.defenses.base import (
     Stage,
     check_choice,
     mixed_loss,
+    of_clean_images,
     sgd_optimizers,
 )
 from learn2perturb.defenses.settings import Settings, number
@@ -177,7 +178,7 @@ class PixelDP(Defense):
         with torch.no_grad():
             noise.theta.mul_(noise_ramp(clock.step) if self.ramp else 1.0)
         try:
-            losses = mixed_loss(model, x, y, clock, replace(settings, alpha=1.0, beta=0.0))
+            losses = mixed_loss(model, x, y, clock, of_clean_images(settings))
         finally:
             noise.theta.data.fill_(deviation)
         return replace(losses, extra={"noise_deviation": torch.tensor(deviation)})

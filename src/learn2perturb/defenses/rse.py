@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from learn2perturb.checks import check_flag
-from learn2perturb.defenses.base import Clock, Defense, Losses, Stage, mixed_loss, restarted_stages, sgd_optimizers
+from learn2perturb.defenses.base import (
+    Clock,
+    Defense,
+    Losses,
+    Stage,
+    check_without_adversary,
+    mixed_loss,
+    of_clean_images,
+    restarted_stages,
+    sgd_optimizers,
+)
 from learn2perturb.defenses.settings import OBJECTIVES, Settings, number
-from learn2perturb.errors import ConfigError, SiteError
+from learn2perturb.errors import SiteError
 from learn2perturb.noise import perturb
 from learn2perturb.noise.sites import convolutions, probe
 
@@ -58,11 +68,8 @@ class RSE(Defense):
             ConfigError: ``objective`` or ``awp`` needs one.
         """
         super().check(settings)
-        if not self.adversarial and (settings.objective != "mixed" or settings.awp):
-            raise ConfigError(
-                f"objective is {settings.objective!r} and awp {settings.awp!r}, but RSE trains on clean images; leave "
-                "them out, or take 'rse_at'"
-            )
+        if not self.adversarial:
+            check_without_adversary("RSE", settings, "rse_at")
 
     def prepare(self, network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
         """Insert the noise, in place.
@@ -89,4 +96,4 @@ class RSE(Defense):
         """Return the clean cross-entropy, or with ``adversarial`` the recipe's objective."""
         if self.adversarial:
             return super().loss(model, x, y, clock, settings)
-        return mixed_loss(model, x, y, clock, replace(settings, alpha=1.0, beta=0.0))
+        return mixed_loss(model, x, y, clock, of_clean_images(settings))

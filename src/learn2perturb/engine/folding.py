@@ -86,6 +86,12 @@ def input_only(hook: Hook) -> Hook:
     return hook
 
 
+def reads_input(hook: Hook) -> Hook:
+    """Declare of a forward hook that it looks at what goes into its module: of a folded norm that is not it."""
+    hook.reads_input = True  # type: ignore[attr-defined]
+    return hook
+
+
 def _computes(network: nn.Module) -> bool:
     """Tell whether a pass may compute weights first (old weight_norm, prune): a pre-hook that says nothing may."""
     hooks = (hook for module in network.modules() for hook in module._forward_pre_hooks.values())
@@ -104,6 +110,7 @@ def _can_fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
         or conv.padding_mode != "zeros"
         or conv._forward_hooks
         or norm._forward_pre_hooks
+        or any(getattr(hook, "reads_input", False) for hook in norm._forward_hooks.values())
         or "forward" in conv.__dict__
         or "forward" in norm.__dict__
     )

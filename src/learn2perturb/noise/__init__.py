@@ -1,7 +1,9 @@
 """What perturbs: noise on features and on weights, and how it gets into any network."""
 
 from learn2perturb.noise.base import NoiseModule
+from learn2perturb.noise.correlated import CorrelatedNoise
 from learn2perturb.noise.distributions import DISTRIBUTIONS, register_distribution
+from learn2perturb.noise.gain import RandomGain
 from learn2perturb.noise.inject import (
     add_noise,
     fixed_noise,
@@ -28,14 +30,20 @@ from learn2perturb.noise.laws import (
     kl_divergence,
     register_noise,
 )
+from learn2perturb.noise.norms import RandomNorm
+from learn2perturb.noise.projection import RandomProjection
 from learn2perturb.noise.quiet import NoiseFree
 
 __all__ = [
     "DISTRIBUTIONS",
+    "CorrelatedNoise",
     "Multiplicative",
     "NoiseFree",
     "NoiseModule",
     "Perturbation",
+    "RandomGain",
+    "RandomNorm",
+    "RandomProjection",
     "VariationalWeight",
     "WeightPerturbation",
     "add_noise",

@@ -41,6 +41,7 @@ class NoiseModule(nn.Module, ABC):
         site: name of the submodule it perturbs, fixed at insertion; replayed draws are a function of it.
         place: where it acts: ``output`` or ``input`` of the submodule, or the name of one of its parameters.
         enabled: whether noise is applied. On in training and in inference.
+        keeps: whether a value is changed with the noise off too, by :meth:`quiet`: part of the law is no noise.
         replay: the seed of replayed draws, or None for fresh ones.
 
     Args:
@@ -57,6 +58,7 @@ class NoiseModule(nn.Module, ABC):
     kind: ClassVar[str]
     settings: ClassVar[tuple[str, ...]] = ()
     granularity_of_law: ClassVar[str] = "element"
+    keeps: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -94,6 +96,10 @@ class NoiseModule(nn.Module, ABC):
     def scale(self) -> tuple[str, Tensor]:
         """Return what the noise is scaled by, and how its paper calls it; for the metrics."""
 
+    def quiet(self, value: Tensor) -> Tensor:
+        """Return what ``value`` is with the noise off: itself, unless the law ``keeps`` a part of what it does."""
+        return value
+
     def noise_parameters(self) -> list[nn.Parameter]:
         """Return the learned parameters of the noise; nobody selects them by name."""
         return list(self.parameters())
@@ -115,7 +121,7 @@ class NoiseModule(nn.Module, ABC):
         return value if self.where.of_features else self.perturb(value)
 
     def perturb(self, value: Tensor) -> Tensor:
-        """Return ``value`` with a fresh (or replayed) draw of noise, or ``value`` itself when switched off.
+        """Return ``value`` with a fresh (or replayed) draw of noise, or what is left of it when switched off.
 
         Args:
             value: features (N, *shape), or a weight of ``shape``.
@@ -124,7 +130,7 @@ class NoiseModule(nn.Module, ABC):
             SiteError: the features do not have the shape that this module was made for.
         """
         if not self.enabled:
-            return value
+            return self.quiet(value)
         self.where.check(self, value)
         return self.noisy(value, self.draw(value))
 

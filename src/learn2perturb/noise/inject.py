@@ -395,11 +395,24 @@ def is_stochastic(model: Any) -> bool:
 def remove_noise(network: nn.Module) -> nn.Module:
     """Take all noise out of ``network``, in place, and return it: the plain network with the same weights.
 
+    Of a law that keeps a part with its noise off (RPF), the weights are those of the network with its noise off.
+
     Raises:
-        NoiseError: the network is compiled; its graph would go on drawing noise.
+        NoiseError: the network is compiled; its graph would go on drawing noise. Or its noise holds learned weights.
     """
     if _is_compiled(network):
         raise NoiseError("the network is compiled; remove the noise from the plain one, or use noise_disabled(model)")
+    for site, module in named_noise(network):
+        if module.keeps and module.where.of_features:
+            raise NoiseError(
+                f"the noise at {site!r} ({module.kind}) holds weights that were learned with the network, which would "
+                "be another one without them; use noise_disabled(model)"
+            )
+    return take_out(network)
+
+
+def take_out(network: nn.Module) -> nn.Module:
+    """Take all noise out of ``network``, whatever it holds, in place, and return it."""
     for site, module in named_noise(network):
         # A graph that torch.compile made of this very network reads the flag, so switch before removing.
         module.enabled = False

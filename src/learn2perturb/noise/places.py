@@ -184,8 +184,13 @@ class WeightPlace(Place):
         _made_copyable(parent)
 
     def detach(self, parent: nn.Module) -> None:
-        """Give ``parent`` its plain tensor back, at its place among the parameters."""
-        parametrize.remove_parametrizations(parent, self.tensor, leave_parametrized=False)
+        """Give ``parent`` its plain tensor back, at its place among the parameters.
+
+        Of a law that keeps a part with its noise off, which it must be, that is the tensor as it then is.
+        """
+        chain = parent.parametrizations[self.tensor]  # type: ignore[index]
+        kept = any(noise.keeps for noise in chain)
+        parametrize.remove_parametrizations(parent, self.tensor, leave_parametrized=kept)
         own = parent._parameters
         for name in [name for name in self._order if name in own]:
             own[name] = own.pop(name)

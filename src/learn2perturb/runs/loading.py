@@ -13,7 +13,8 @@ from learn2perturb import zoo
 from learn2perturb.engine.identity import fingerprint_of_weights
 from learn2perturb.errors import CheckpointError, MissingDependencyError
 from learn2perturb.models import build_model
-from learn2perturb.noise import insert, noise_modules, remove_noise
+from learn2perturb.noise import insert, noise_modules
+from learn2perturb.noise.inject import take_out
 from learn2perturb.reading import reading
 from learn2perturb.runs.checkpoint import FOLDER, MODEL, check_noise, checkpoints, read_model
 
@@ -94,11 +95,11 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
         model.load_state_dict(state)
     except CheckpointError:
         if inserted:
-            remove_noise(model)
+            take_out(model)
         raise
     except Exception as error:  # a damaged header may describe any noise
         if inserted:
-            remove_noise(model)
+            take_out(model)
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} does not fit: {reason}; give the network it was trained with") from None
     # For records: which step these weights are of, as long as they stay as they are.

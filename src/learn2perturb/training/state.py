@@ -368,8 +368,8 @@ class Training:
 
         The registry says of which defenses that is known: their loss looks at the clock for the adversary's delay only.
         """
-        if not DEFENSES.entry(self.config.defense).fact("recordable"):
-            return None
+        if not DEFENSES.entry(self.config.defense).fact("recordable") or self.settings.attack_draws == "held":
+            return None  # held draws are replayed from a seed that the host draws in each step
         switched = tuple(module.enabled for module in noise_modules(self.model))
         trained = tuple(parameter.requires_grad for parameter in self.model.parameters())
         attacked = clock.epoch >= self.settings.adversarial_delay
