@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self, TypeVar
 
 from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.records import plain
 from learn2perturb.values import kinds_of
 
 ENGINES = ("auto", "plain", "fast")
@@ -23,8 +24,9 @@ class Config:
     """Base of the configs: frozen dataclasses of plain values, each checked when it is made."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as plain values."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload]  # subclasses are dataclasses
+        """Return the config as plain values, as a file gives them back: lists for tuples."""
+        values: dict[str, Any] = plain(self)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -167,7 +167,7 @@ def test_a_rare_class_is_not_missed_where_the_set_is_known() -> None:
 
 def test_the_costly_checks_of_a_small_sorted_set_see_all_classes() -> None:
     from learn2perturb.diagnosis.diagnosing import _images
-    from learn2perturb.engine.identity import ImagesFingerprint
+    from learn2perturb.evaluation.target import Target
 
-    _, y = _images(make_source(sorted_digits(), limit=1000), torch.device("cpu"), 0, ImagesFingerprint())
+    _, y = _images(Target(torch.nn.Flatten()), make_source(sorted_digits(), limit=1000), 0)
     assert len(y) == 500 and y[:20].bincount().tolist() == [2] * CLASSES

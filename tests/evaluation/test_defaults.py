@@ -21,8 +21,7 @@ from learn2perturb.diagnosis.budget import (
     with_grid,
 )
 from learn2perturb.errors import ConfigError, UnknownNameError
-from learn2perturb.evaluation import EvaluateConfig, Predictor, compare, evaluate
-from learn2perturb.evaluation import evaluating as accuracy
+from learn2perturb.evaluation import EvaluateConfig, Predictor, compare, evaluate, rows
 from learn2perturb.evaluation import intervals as of_images
 from learn2perturb.evaluation.comparing import Comparison
 from learn2perturb.evaluation.keeping import PartialEvaluation
@@ -68,7 +67,7 @@ NUMBERS = {
         (EvaluateConfig.seed, EvaluateConfig.draws, EvaluateConfig.members, EvaluateConfig.batch_size, PAPER_EOT),
         (0, 10, 10, 256, 1),
     ),
-    "intervals of evaluate": (accuracy._CONFIDENCE, 0.95),
+    "intervals of evaluate": (rows.CONFIDENCE, 0.95),
     "an adversary's draws": (WORST_OF, (1, 10, 100)),
     "two standard errors, one-sided": (TWO_SIGMA, 0.022750131948179195),
     "no class": (ABSTAINED, -1),

@@ -15,8 +15,7 @@ from learn2perturb.attacks import PGD, Attack
 from learn2perturb.data import load_data, make_source
 from learn2perturb.engine import gears
 from learn2perturb.errors import CheckpointError, ConfigError, InputError, Learn2PerturbError, UnknownNameError
-from learn2perturb.evaluation import PREDICTORS, Evaluation, evaluate, wilson
-from learn2perturb.evaluation import evaluating as accuracy
+from learn2perturb.evaluation import PREDICTORS, Evaluation, evaluate, rows, wilson
 from learn2perturb.evaluation.result import POOLED_NOTE, format_eps
 from learn2perturb.noise import is_stochastic, perturb
 
@@ -132,6 +131,17 @@ def test_eps_list_follows_the_closed_form() -> None:
         result.row("drak")
 
 
+def test_draws_that_few_images_show_are_draws() -> None:
+    """A vote over many members hardly ever shows them; attacked without EOT, it would look too good."""
+
+    def rarely(x: torch.Tensor) -> torch.Tensor:
+        return lever(x) * (-1 if torch.rand(()) < 1e-6 else 1)
+
+    result = evaluate(rarely, pixels([0.2, 0.55, 0.8, 0.9]), {"d": Darken(0.1, eot=9)}, draws=3)
+    assert [(row.stochastic, row.draws) for row in result.rows] == [(True, 3), (True, 3)]
+    assert result.row("d").parameters["eot"] == 9
+
+
 def test_a_deterministic_model_is_scored_once() -> None:
     calls = []
     result = evaluate(
@@ -143,8 +153,9 @@ def test_a_deterministic_model_is_scored_once() -> None:
     assert clean.worst_of == {1: 0.75, 10: 0.75, 100: 0.75}
     assert clean.interval == wilson(3, 4)
     assert dark.parameters["eot"] == 1
-    # classes, eight probes and three batches of some images, probes, clean, attack, its verification, its score
-    assert len(calls) == 1 + (8 + 3) + 8 + 1 + 1 + 1 + 1
+    # classes, eight probes and three batches of some images, probes, one that looks for draws, clean, attack, its
+    # verification, its score
+    assert len(calls) == 1 + (8 + 3) + 8 + 1 + 1 + 1 + 1 + 1
 
 
 def test_a_deterministic_model_has_the_same_row_for_every_predictor() -> None:
@@ -401,7 +412,7 @@ def test_replayed_noise_is_warned_of() -> None:
 
 def test_only_long_attacks_on_noise_are_crafted_compiled():
     def rows_of(attack, images: int, *, stochastic: bool = True) -> int:
-        run = accuracy._RowRun(
+        run = rows.RowRun(
             "pgd", attack, noise=True, switched=False, stochastic=stochastic, predictors=("single",), draws=2,
             members=1, seed=0, gear=gears.FAST,
         )  # fmt: skip

@@ -12,8 +12,8 @@ from learn2perturb import load_data, perturb
 from learn2perturb.attacks import FGSM, PGD
 from learn2perturb.cli.main import main
 from learn2perturb.evaluation import Evaluation, Unfinished, evaluate
-from learn2perturb.evaluation.evaluating import _RowRun
 from learn2perturb.evaluation.keeping import PartialEvaluation
+from learn2perturb.evaluation.rows import RowRun
 
 ATTACKS = {"fgsm": FGSM(0.1), "pgd": PGD(0.1, 0.05, 1, eot=2)}
 SETTINGS = {"draws": 2, "batch_size": 16, "seed": 4, "predictor": ["single", "vote"], "members": 2}
@@ -45,7 +45,7 @@ def alike(one, other) -> bool:
 def kill(monkeypatch):
     """Kill an evaluation in the run of a given number; count the runs that are computed."""
     computed: list[str] = []
-    real = _RowRun.add
+    real = RowRun.add
 
     def arm(at: int | None) -> list[str]:
         computed.clear()
@@ -57,7 +57,7 @@ def kill(monkeypatch):
                 raise Killed
             real(self, model, x, y, batch, tell)
 
-        monkeypatch.setattr(_RowRun, "add", add)
+        monkeypatch.setattr(RowRun, "add", add)
         return computed
 
     return arm

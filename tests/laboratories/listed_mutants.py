@@ -58,7 +58,7 @@ LISTED = (
     Listed("a row's key without the predictor", "evaluation/comparing.py",
            "(one.attack_type, one.noise, one.predictor)", "(one.attack_type, one.noise, other.predictor)",
            ("tests/evaluation/test_comparing.py",)),
-    Listed("the first scoring on the attack's stream", "evaluation/evaluating.py",
+    Listed("the first scoring on the attack's stream", "evaluation/rows.py",
            'seed_everything(self.seed, "score", self.name, eps, batch, draw)',
            'seed_everything(*((self.seed, "score", self.name, eps, batch, draw) if draw else '
            '(derive_seed(self.seed, "attack", self.name, eps, batch), "attack")))',

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -17,17 +15,15 @@ from learn2perturb.certification.config import CertifyConfig
 from learn2perturb.certification.first_noise import check_draws, check_first_noise, first_noise
 from learn2perturb.certification.record import Certification, largest_radius, lower_bound, radius_of
 from learn2perturb.configs import takes
-from learn2perturb.data import BatchSource, check_labels, make_source, warn_of_subset
+from learn2perturb.data import check_labels, warn_of_subset
 from learn2perturb.engine import gears
-from learn2perturb.engine.identity import ImagesFingerprint
-from learn2perturb.engine.modes import in_mode, own_modes
-from learn2perturb.engine.random import isolated_rng, seed_everything
-from learn2perturb.errors import ConfigError, DataError, NoiseError
+from learn2perturb.engine.random import seed_everything
+from learn2perturb.errors import NoiseError
 from learn2perturb.evaluation.inputs import check_fixed
-from learn2perturb.evaluation.origin import origin, weights_of
-from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of
+from learn2perturb.evaluation.passes import Model, checked_logits
+from learn2perturb.evaluation.target import Target
 from learn2perturb.noise.sensitivity import checked_convolution, sensitivity
-from learn2perturb.progress import Progress, shown
+from learn2perturb.progress import Progress
 from learn2perturb.records import PackedIntegers
 
 
@@ -66,19 +62,14 @@ def certify(
     config = CertifyConfig.of(config, settings)
     n0, n, alpha, sigma, method = config.n0, config.n, config.alpha, config.sigma, config.chosen
     seed, batch_size = config.seed, config.batch_size
-    if not callable(model):
-        raise ConfigError(f"model is a {type(model).__name__}, must be callable: a network or a function")
-    place, weights, seen = device_of(model, device), weights_of(model), ImagesFingerprint()
-    started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
-    with shown(progress) as told, own_modes(), isolated_rng(), in_mode(model, False):
-        source = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=config.limit)
-        x, y = _all_images(source, place)
-        seen.add(x, y)
+    target = Target(model, device, name)
+    with target.judged(progress) as told:
+        source = target.source(data, batch_size=batch_size, seed=seed, limit=config.limit)
+        x, y = target.images(source)
         # Before anything else looks at the model: what is refused here is refused in seconds, not after the votes.
         constant, site, exact, mechanism = _constant(model, x, method, sigma)
         check_fixed(model, x, seed)
-        with torch.no_grad():
-            classes = checked_logits(model, x[:1]).shape[1]
+        classes = target.classes(x)
         check_labels(y, classes)
         warn_of_subset(source, y, classes)
         noise = sigma if method == "smoothing" else None
@@ -97,14 +88,7 @@ def certify(
         p_low = lower_bound(counts, n, alpha)
         radii = radius_of(p_low, constant)
         largest = largest_radius(n, alpha, constant)
-    metadata = {
-        **origin(model, data, name, weights=weights, seen=seen),
-        "date": started,
-        "seconds": time.perf_counter() - clock,
-        "batch_size": batch_size,
-        "config": replace(config, method=method).to_dict(),
-        **circumstances(place, gears.PLAIN),
-    }
+    more = {"seconds": target.seconds, "batch_size": batch_size}
     return Certification(
         method=method,
         norm="l1" if mechanism == "laplace" else "l2",
@@ -124,7 +108,7 @@ def certify(
         radii=tuple(float(radius) for radius in radii),
         num_classes=classes,
         seed=seed,
-        metadata=metadata,
+        metadata=target.metadata(data, replace(config, method=method), gears.PLAIN, **more),
     )
 
 
@@ -163,13 +147,6 @@ def _unanimous(n: int, classes: int) -> NDArray[np.int64]:
     votes = np.zeros((1, classes), dtype=np.int64)
     votes[0, 0] = n
     return votes
-
-
-def _all_images(source: BatchSource, place: torch.device) -> tuple[Tensor, Tensor]:
-    batches = list(source.epoch(0))
-    if not batches:
-        raise DataError("the data hold no images; give at least one")
-    return torch.cat([x for x, _ in batches]).to(place), torch.cat([y for _, y in batches]).to(place)
 
 
 def _votes(

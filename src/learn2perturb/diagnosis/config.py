@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from learn2perturb.checks import check_choice, check_count, check_flag
 from learn2perturb.configs import ENGINES, Config
 from learn2perturb.diagnosis.budget import Budget, budget_from, budget_of
 from learn2perturb.evaluation.config import check_seed
+from learn2perturb.records import plain
 
 if TYPE_CHECKING:
     from learn2perturb.diagnosis.claim import Claim
@@ -70,4 +71,5 @@ class DiagnoseConfig(Config):
         """Return the config as plain values."""
         claim = self.claim
         said = claim if claim is None or isinstance(claim, str | float | int) else str(claim)
-        return asdict(replace(self, claim=said))
+        values: dict[str, Any] = plain(replace(self, claim=said))
+        return values

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import functools
 import math
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +16,7 @@ from learn2perturb.attacks import PGD
 from learn2perturb.attacks.balls import BALLS
 from learn2perturb.checks import check_choice, check_size
 from learn2perturb.configs import takes
-from learn2perturb.data import BatchSource, balanced_rows, check_labels, make_source, warn_of_subset
+from learn2perturb.data import BatchSource, balanced_rows, check_labels, warn_of_subset
 from learn2perturb.diagnosis import blackbox, decision, draws, gradientless, truth, whitebox
 from learn2perturb.diagnosis.budget import (
     Budget,
@@ -37,9 +34,8 @@ from learn2perturb.diagnosis.measure import Bench, Subject
 from learn2perturb.diagnosis.record import Curve, Diagnosis
 from learn2perturb.diagnosis.verdict import Draft, conclude, judge
 from learn2perturb.engine import gears
-from learn2perturb.engine.identity import ImagesFingerprint
-from learn2perturb.engine.modes import in_mode, live_dropouts, own_modes
-from learn2perturb.engine.random import isolated_rng, seed_everything
+from learn2perturb.engine.modes import live_dropouts
+from learn2perturb.engine.random import seed_everything
 from learn2perturb.errors import ConfigError, DataError, InputError
 from learn2perturb.evaluation.arrays import BlackBox, tell_queries
 from learn2perturb.evaluation.inputs import (
@@ -49,13 +45,13 @@ from learn2perturb.evaluation.inputs import (
     replay_of,
     warn_of_probabilities,
 )
-from learn2perturb.evaluation.origin import origin, weights_of
-from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of, passes_differ
+from learn2perturb.evaluation.passes import Model, checked_logits, passes_differ
 from learn2perturb.evaluation.replays import contained, draws_anew
 from learn2perturb.evaluation.result import format_eps
+from learn2perturb.evaluation.target import Target, check_callable
 from learn2perturb.evaluation.values import ValuesOnly, no_gradient
 from learn2perturb.noise import noise_modules
-from learn2perturb.progress import Progress, shown
+from learn2perturb.progress import Progress
 from learn2perturb.records import PackedIntegers, plain
 from learn2perturb.sizes import usual_eps, whole_box
 
@@ -104,8 +100,7 @@ def diagnose(
         DataError: there are no images, or all are of one class.
     """
     config = DiagnoseConfig.of(config, settings)
-    if not callable(model):
-        raise ConfigError(f"model is a {type(model).__name__}, must be callable: a network or a function")
+    target = Target(model, device, name)
     seed, batch_size, stochastic = config.seed, config.batch_size, config.stochastic
     plan = budget_of(config.budget)
     stated = None if config.claim is None else Claim.of(config.claim)
@@ -114,20 +109,16 @@ def diagnose(
         plan = resized(plan, limit)
     attack = _reported(*decision.asked(stated, attack, config.eps, config.norm, plan), plan)
     for key, source in (sources or {}).items():
-        if not callable(source):
-            raise ConfigError(f"source {key!r} is a {type(source).__name__}, must be callable: a network or a function")
-    if noise_off is not None and not callable(noise_off):
-        raise ConfigError(f"noise_off is a {type(noise_off).__name__}, must be callable: the network without its noise")
-    place, weights, seen = device_of(model, device), weights_of(model), ImagesFingerprint()
-    started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
+        check_callable(f"source {key!r}", source)
+    if noise_off is not None:
+        check_callable("noise_off", noise_off, "the network without its noise")
     findings = _train_mode_finding(model)
-    everyone = [model, *(sources or {}).values(), *([] if noise_off is None else [noise_off])]
-    with shown(progress) as told, own_modes(), isolated_rng(), _all_in_eval_mode(everyone):
-        images = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=plan.images)
-        x, y = _images(images, place, seed, seen)
+    compared = [*(sources or {}).values(), *([] if noise_off is None else [noise_off])]
+    with target.judged(progress, compared) as told:
+        images = target.source(data, batch_size=batch_size, seed=seed, limit=plan.images)
+        x, y = _images(target, images, seed)
         decision.check_images(stated, len(x))
         plan = with_grid(resized(plan, len(x)), attack.norm, attack.eps, _checked_pixels(attack, x))
-        given_model = model
         classes = images.num_classes or max(2, int(y.max()) + 1)
         model, blind = _askable(model, x, classes)
         replay = replay_of(model, x, seed)
@@ -142,9 +133,9 @@ def diagnose(
         work: float = gradient_passes(plan, stochastic=draws_noise, sources=len(sources or {}))
         if blind:
             queries = value_queries(really_searched(plan), stochastic=draws_noise)
-            tell_queries(told, given_model, queries)
+            tell_queries(told, target.model, queries)
             work = queries / 3  # as the bench counts passes without a gradient
-        gear = gears.select(config.engine, place, pixels=int(work) * x.shape[2] * x.shape[3])
+        gear = gears.select(config.engine, target.device, pixels=int(work) * x.shape[2] * x.shape[3])
         with torch.no_grad():
             num_classes = checked_logits(model, x[:1]).shape[1]
         check_labels(y, num_classes)
@@ -171,18 +162,15 @@ def diagnose(
         eps=f"{attack.norm} {format_eps(attack.eps)}", claim=decided.claim, trial=decided.trial,
         measured={one.name: one for one in bench.measurements},
     )  # fmt: skip
-    metadata = {
-        **origin(given_model, data, name, weights=weights, seen=seen),
+    settled = replace(config, eps=attack.eps, norm=attack.norm, limit=plan.images, claim=stated)
+    more = {
         "attack": truth.DESCENT if blind else whitebox.title(attack, stochastic=draws_noise),
         "parameters": {key: value for key, value in plain(attack).items() if key != "seed"},
         "sources": sorted(given),
         "noise_off": "given" if noise_off is not None else "none" if quiet is None else "own",
-        "date": started,
-        "seconds": time.perf_counter() - clock,
-        **({"queries": given_model.queries} if isinstance(given_model, BlackBox) else {}),
+        "seconds": target.seconds,
         "batch_size": batch_size,
-        "config": replace(config, eps=attack.eps, norm=attack.norm, limit=plan.images, claim=stated).to_dict(),
-        **circumstances(place, gear),
+        **({"queries": target.model.queries} if isinstance(target.model, BlackBox) else {}),
     }
     return Diagnosis(
         verdict=verdict,
@@ -199,7 +187,7 @@ def diagnose(
         norm=attack.norm,
         seed=seed,
         budget=plain(bench.budget),
-        metadata=metadata,
+        metadata=target.metadata(data, settled, gear, **more),
         claim=decided.claim,
         trial=decided.trial,
     )
@@ -338,26 +326,14 @@ def _train_mode_finding(model: Model) -> list[str]:
     return [text]
 
 
-@contextlib.contextmanager
-def _all_in_eval_mode(models: list[Model]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for one in models:
-            stack.enter_context(in_mode(one, False))
-        yield
-
-
-def _images(source: BatchSource, place: torch.device, seed: int, seen: ImagesFingerprint) -> tuple[Tensor, Tensor]:
+def _images(target: Target, source: BatchSource, seed: int) -> tuple[Tensor, Tensor]:
     """Return images and labels in an order of which every beginning is balanced: the costly checks take one."""
     seed_everything(seed, "data")
-    batches = list(source.epoch(0))
-    if not batches:
-        raise DataError("the data hold no images; give at least one")
-    x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
-    seen.add(x, y)  # in the order of the source, as evaluate sees them
+    x, y = target.images(source)
     if len(y) > 1 and bool((y == y[0]).all()):
         raise DataError(
             f"all {len(y)} images are of class {int(y[0])}, which shows nothing; give images of several classes (from "
             "a sorted set, shuffle it first, or use more)"
         )
     rows = balanced_rows(y, len(y), len(y)).to(x.device)
-    return x[rows].to(place), y[rows].to(place)
+    return x[rows], y[rows]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import datetime
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -18,44 +15,34 @@ from torch import Tensor, nn
 
 from learn2perturb import __version__
 from learn2perturb.attacks import Attack
-from learn2perturb.attacks.listening import passes_told_to
 from learn2perturb.configs import takes
-from learn2perturb.data import BatchSource, check_labels, make_source, warn_of_subset
+from learn2perturb.data import BatchSource, check_labels, warn_of_subset
 from learn2perturb.data.loader import MemorySource
 from learn2perturb.engine import gears
-from learn2perturb.engine.halving import Halving
-from learn2perturb.engine.identity import ImagesFingerprint, fingerprint_of_weights
-from learn2perturb.engine.modes import in_mode, own_modes
-from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
+from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation.arrays import BlackBox, tell_queries
 from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.evaluation.inputs import peculiarities
-from learn2perturb.evaluation.intervals import majority
 from learn2perturb.evaluation.keeping import Unfinished, taken
-from learn2perturb.evaluation.origin import origin, weights_of
-from learn2perturb.evaluation.pace import Pace, guessed_passes
-from learn2perturb.evaluation.parts import attacked
 from learn2perturb.evaluation.passes import (
     PROBABILITIES,
     Model,
     are_probabilities,
     checked_logits,
     circumstances,
-    device_of,
     passes_differ,
 )
-from learn2perturb.evaluation.predictors import AVERAGE, scores, winners
-from learn2perturb.evaluation.replays import SEEDS, contained
-from learn2perturb.evaluation.result import CLEAN, Evaluation, Row, statistics
+from learn2perturb.evaluation.replays import SEEDS, contained, draws_anew
+from learn2perturb.evaluation.result import CLEAN, Evaluation, Row
+from learn2perturb.evaluation.rows import CONFIDENCE, RowRun
+from learn2perturb.evaluation.target import Target
 from learn2perturb.noise import is_stochastic, noise_disabled, noise_modules
-from learn2perturb.progress import Progress, shown
-from learn2perturb.records import PackedIntegers, plain
+from learn2perturb.progress import Progress
+from learn2perturb.records import PackedIntegers
 
-_CONFIDENCE = 0.95
 _ZERO_GRADIENTS = 0.05  # of the images, from which on it is said aloud that their gradients are zero
 _PROBED = 8  # images
-_COUNTS = ("zero_gradients", "c_rising", "loss_falling")  # of images, in an attack's result and in the row
 _FIRST_PASS: tuple[str, int] = ("probe", 0)  # its stream of draws
 
 
@@ -102,132 +89,127 @@ def evaluate(
             raise ConfigError("two configs are given; give the attacks third, and one config")
         attacks, config = None, attacks
     config = EvaluateConfig.of(config, settings)
-    if not callable(model):
-        raise ConfigError(f"model is a {type(model).__name__}, must be callable: a network or a function")
-    seed, batch_size, limit = config.seed, config.batch_size, config.limit
+    target = Target(model, device, name)
     table = [(CLEAN, None), *_expand(attacks, config.eps)]
-    place = device_of(model, device)
-    gear = gears.select(config.engine, place)
-    source = make_source(data, batch_size=batch_size, seed=seed, device=place, limit=limit)
-
-    labels: list[NDArray[np.int64]] = []
-    seen = ImagesFingerprint()
-    weights = weights_of(model)
-    runs: list[_RowRun] = []
-    findings: list[str] = []
-    num_classes = done = 0
-    by_row = False
-    scored = model
-    expected = source.num_examples if limit is None else min(limit, source.num_examples)
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with shown(progress) as told, own_modes(), isolated_rng(), in_mode(model, False):
-        for index, (x, y) in enumerate(_batches(source, limit, place)):
-            if not runs:
-                num_classes = _classes(model, x, seed)
-                scored = _contained(model, x, seed)
-                findings = peculiarities(model, x, seed)
-                runs = _plan(scored, x, table, config, gear)
-                if isinstance(model, BlackBox):
-                    tell_queries(told, model, expected * sum(run.queries(len(x)) for run in runs))
-                for run in runs:
-                    run.compile_if_long(expected * math.prod(x.shape[2:]), rows=len(x))
-                # Of what is held here every row gets the same images, so that rows follow each other and a finished one
-                # can be kept. A loader may shuffle or augment in its own way: one pass, all rows on each batch. So for
-                # what a generator or buffer of the model carries from pass to pass.
-                by_row = isinstance(source, MemorySource) and scored is model and not findings
-            check_labels(y, num_classes)
-            labels.append(y.cpu().numpy())
-            seen.add(x, y)
-            for number, run in enumerate(() if by_row else runs):
-                before, total = done * len(runs) + number * len(x), expected * len(runs)
-                run.add(scored, x, y, index, _share(told, before, len(x), total, run.label))
-                told(before + len(x), total, run.label)
-            done += len(x)
-        if not done:
-            raise DataError("the data hold no images; give at least one, and a limit of at least 1")
-        truth, batches = np.concatenate(labels), tuple(len(part) for part in labels)
-        warn_of_subset(source, torch.from_numpy(truth), num_classes)
-        if by_row:
-            identity = (
-                weights,
-                seen.hexdigest(),
-                f"{type(model)} {model}",
-                seed,
-                batch_size,
-                circumstances(place, gear),
-            )
-            kept = keep if weights is not None else None
-            rows = _rows_in_turn(
-                runs, scored, _Images(source, limit, place, truth, num_classes, batches), told, kept, identity
-            )
-        else:
-            rows = [row for run in runs for row in run.rows(truth, num_classes, batches)]
+    gear = gears.select(config.engine, target.device)
+    source = target.source(data, batch_size=config.batch_size, seed=config.seed, limit=config.limit)
+    with target.judged(progress) as told:
+        work = _Work(target, source, table, config, gear, told)
+        work.read()
+        warn_of_subset(source, torch.from_numpy(work.truth), work.num_classes)
+        rows = work.rows(keep)
     _warn_of_zero_gradients(rows)
-    metadata = {
-        **origin(model, data, name, weights=weights, seen=seen),
-        "date": started,
-        "batch_size": batch_size,
-        "limit": limit,
-        "findings": findings,
-        "config": config.to_dict(),
-        **circumstances(place, gear),
-    }
-    return Evaluation(
-        tuple(rows), PackedIntegers.pack(truth), num_classes, seed, _CONFIDENCE, metadata=metadata,
-        batches=PackedIntegers.pack(np.array(batches)),
-    )  # fmt: skip
+    more = {"batch_size": config.batch_size, "limit": config.limit, "findings": work.findings}
+    return work.evaluation(rows, target.metadata(data, config, gear, **more))
 
 
-def _batches(source: BatchSource, limit: int | None, place: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches that are evaluated, where they are."""
-    done = 0
-    for x, y in source.epoch(0):
-        if limit is not None:
-            x, y = x[: limit - done], y[: limit - done]
-        done += len(x)
-        yield x.to(place), y.to(place)
-        if limit is not None and done >= limit:
-            return
+@final
+class _Work:
+    """An evaluation in the making: its rows are planned at the first batch.
 
+    Of what is held here every row gets the same images, so that rows follow each other and a finished one can be kept.
+    A loader may shuffle or augment in its own way: one pass, all rows on each batch. So for what a generator or buffer
+    of the model carries from pass to pass.
+    """
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Images:
-    """Images that can be read again, batch by batch, and what is known of them."""
+    def __init__(
+        self,
+        target: Target,
+        source: BatchSource,
+        table: list[tuple[str, Attack | None]],
+        config: EvaluateConfig,
+        gear: gears.Gear,
+        told: Progress,
+    ) -> None:
+        self.target, self.source, self.table, self.config = target, source, table, config
+        self.gear, self.told = gear, told
+        self.model = target.model  # that is scored: with random generators of its own, where it seeds them
+        self.runs: list[RowRun] = []
+        self.findings: list[str] = []
+        self.num_classes = 0
+        self.by_row = False
+        self.labels: list[NDArray[np.int64]] = []
+        limit, images = config.limit, source.num_examples
+        self.expected = images if limit is None else min(limit, images)
 
-    source: BatchSource
-    limit: int | None
-    place: torch.device
-    truth: NDArray[np.int64]
-    num_classes: int
-    batches: tuple[int, ...]
+    @property
+    def truth(self) -> NDArray[np.int64]:
+        """The labels of all images."""
+        return np.concatenate(self.labels)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many images each batch has."""
+        return tuple(len(part) for part in self.labels)
 
-def _rows_in_turn(
-    runs: Sequence[_RowRun], model: Model, images: _Images, told: Progress, keep: Unfinished | None, identity: object
-) -> list[Row]:
-    """Return all rows, each computed when that before it is finished and kept."""
-    counts, size = [len(run.predictors) for run in runs], len(images.truth)
-    finished: list[tuple[Row, ...]] = []
-    if keep is not None:
-        finished = taken(keep.open((__version__, identity, [run.identity for run in runs]), sum(counts)), counts)
-    labels, passes = PackedIntegers.pack(images.truth), PackedIntegers.pack(np.array(images.batches))
-    for number, run in enumerate(runs[len(finished) :], start=len(finished)):
-        done = 0
-        for index, (x, y) in enumerate(_batches(images.source, images.limit, images.place)):
-            before, total = number * size + done, len(runs) * size
-            run.add(model, x, y, index, _share(told, before, len(x), total, run.label))
-            done += len(x)
-            told(before + len(x), total, run.label)
-        finished.append(tuple(run.rows(images.truth, images.num_classes, images.batches)))
-        if keep is not None:
-            rows = tuple(itertools.chain.from_iterable(finished))
-            keep.keep(Evaluation(rows, labels, images.num_classes, run.seed, _CONFIDENCE, batches=passes))
-    return list(itertools.chain.from_iterable(finished))
+    def read(self) -> None:
+        """Read all images; where they may differ when they are read again, attack and score them at once.
 
+        Raises:
+            DataError: there are none.
+        """
+        for index, (x, y) in enumerate(self.target.batches(self.source, self.config.limit)):
+            if not self.runs:
+                self._plan(x)
+            check_labels(y, self.num_classes)
+            self.target.seen.add(x, y)
+            for number, run in enumerate(() if self.by_row else self.runs):
+                done = sum(self.sizes) * len(self.runs) + number * len(x)
+                self._add(run, x, y, index, done, self.expected * len(self.runs))
+            self.labels.append(y.cpu().numpy())
+        if not self.labels:
+            raise DataError("the data hold no images; give at least one, and a limit of at least 1")
 
-def _share(told: Progress, before: int, images: int, total: int, label: str) -> Callable[[float], object]:
-    """Return what shows that a share of the ``images`` of a batch is done."""
-    return lambda share: told(before + share * images, total, label)
+    def _plan(self, x: Tensor) -> None:
+        model, seed = self.target.model, self.config.seed
+        self.num_classes = _classes(model, x, seed)
+        self.model = _contained(model, x, seed)
+        self.findings = peculiarities(model, x, seed)
+        self.runs = _planned(self.model, x, self.table, self.config, self.gear)
+        if isinstance(model, BlackBox):
+            tell_queries(self.told, model, self.expected * sum(run.queries(len(x)) for run in self.runs))
+        for run in self.runs:
+            run.compile_if_long(self.expected * math.prod(x.shape[2:]), rows=len(x))
+        self.by_row = isinstance(self.source, MemorySource) and self.model is model and not self.findings
+
+    def _add(self, run: RowRun, x: Tensor, y: Tensor, index: int, before: int, total: int) -> None:
+        """Attack and score one batch of one row, of whose images so many were done before."""
+        run.add(self.model, x, y, index, lambda share: self.told(before + share * len(x), total, run.label))
+        self.told(before + len(x), total, run.label)
+
+    def rows(self, keep: Unfinished | None) -> list[Row]:
+        """Return the rows; those that are not computed yet one after the other, each kept when it is finished."""
+        if not self.by_row:
+            return [row for run in self.runs for row in run.rows(self.truth, self.num_classes, self.sizes)]
+        # A function's weights are not known, so that its rows cannot be told from those of another.
+        keep = keep if self.target.weights is not None else None
+        finished = [] if keep is None else self._kept(keep)
+        size = len(self.truth)
+        for number, run in enumerate(self.runs[len(finished) :], start=len(finished)):
+            done = number * size
+            for index, (x, y) in enumerate(self.target.batches(self.source, self.config.limit)):
+                self._add(run, x, y, index, done, len(self.runs) * size)
+                done += len(x)
+            finished.append(tuple(run.rows(self.truth, self.num_classes, self.sizes)))
+            if keep is not None:
+                keep.keep(self.evaluation(itertools.chain.from_iterable(finished)))
+        return list(itertools.chain.from_iterable(finished))
+
+    def _kept(self, keep: Unfinished) -> list[tuple[Row, ...]]:
+        """Return the rows that the same evaluation has finished before, run by run."""
+        config, target = self.config, self.target
+        model = f"{type(target.model)} {target.model}"
+        where = circumstances(target.device, self.gear)
+        identity = target.weights, target.seen.hexdigest(), model, config.seed, config.batch_size, where
+        counts = [len(run.predictors) for run in self.runs]
+        return taken(keep.open((__version__, identity, [run.identity for run in self.runs]), sum(counts)), counts)
+
+    def evaluation(self, rows: Iterable[Row], metadata: dict[str, Any] | None = None) -> Evaluation:
+        """Return the record of ``rows``."""
+        return Evaluation(
+            tuple(rows), PackedIntegers.pack(self.truth), self.num_classes, self.config.seed, CONFIDENCE,
+            metadata=metadata or {}, batches=PackedIntegers.pack(np.array(self.sizes)),
+        )  # fmt: skip
 
 
 def _contained(model: Model, x: Tensor, seed: int) -> Model:
@@ -239,150 +221,9 @@ def _contained(model: Model, x: Tensor, seed: int) -> Model:
         warnings.warn(
             f"{SEEDS}: its draws are replayed, so scoring uses the draws that the attacks saw; learn2perturb diagnose "
             "fails such a model",
-            stacklevel=3,
+            stacklevel=5,
         )
     return found
-
-
-@final
-class _RowRun:
-    """One row in the making: what to run on each batch, and what came out so far."""
-
-    def __init__(
-        self,
-        name: str,
-        attack: Attack | None,
-        *,
-        noise: bool,
-        switched: bool,
-        stochastic: bool,
-        predictors: tuple[str, ...],
-        draws: int,
-        members: int,
-        seed: int,
-        gear: gears.Gear,
-    ) -> None:
-        self.gear = gear
-        self.name, self.noise, self.switched, self.stochastic, self.seed = name, noise, switched, stochastic, seed
-        # Without noise all predictors are one and the same, so one run serves the rows of all.
-        self.predictors = predictors
-        self.predictor = predictors[0]
-        self.draws = draws if stochastic else 1
-        self.members = members if stochastic and self.predictor != "single" else 1
-        self.attack = None if attack is None else _adapted(attack, self.predictor, self.members, stochastic)
-        self.pace = None if self.attack is None else Pace(self.attack)
-        self.pools = stochastic and self.predictor == "single" and self.draws > 1
-        self.predictions: list[NDArray[np.int64]] = []
-        self.pooled: list[NDArray[np.int64]] = []
-        self.totals = dict.fromkeys(("linf", "l2", "forward_passes", "backward_passes"), 0.0)
-        self.seconds = 0.0
-        self.fits = Halving()
-        self.counts: dict[str, int] = {}
-
-    def compile_if_long(self, pixels: int, rows: int) -> None:
-        """Attack in compiled passes of ``rows`` images if that is worth it for ``pixels``: all images, once."""
-        # Of a model without noise, images drop out of some attacks as they are broken, so batches have no one size.
-        if self.stochastic:
-            passes = math.prod(getattr(self.attack, name, 1) for name in ("steps", "eot", "restarts"))
-            self.gear = gears.with_compiled_attack(self.gear, pixels * passes, rows)
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """All that the rows follow from, beside model, images and seed."""
-        attack = None if self.attack is None else (type(self.attack).__name__, _settings(self.attack))
-        switches = self.noise, self.switched, self.stochastic
-        return self.name, attack, switches, self.predictors, self.draws, self.members, repr(self.gear)
-
-    def queries(self, images: int) -> float:
-        """Return about how many passes of an image the row takes, in batches of so many ``images``."""
-        scorings = self.draws * self.members
-        return scorings if self.attack is None else scorings + guessed_passes(self.attack, images)
-
-    @property
-    def label(self) -> str:
-        """What progress shows."""
-        eps = "" if self.attack is None else f" eps {self.attack.eps:.4g}"
-        return f"{self.name}{eps}{'' if self.noise else ', noise off'}, {self.predictor}"
-
-    def add(self, model: Model, x: Tensor, y: Tensor, batch: int, tell: Callable[[float], object]) -> None:
-        """Attack and score one batch; ``tell`` is called with the share of it that is done."""
-        quiet = noise_disabled(model) if self.switched and isinstance(model, nn.Module) else contextlib.nullcontext()
-        with quiet:
-            x_adv = x
-            if self.attack is not None and self.pace is not None:
-                with passes_told_to(self.pace.listener(len(x), tell)):
-                    x_adv = self._attacked(self.attack, model, x, y, batch)
-            with torch.no_grad():
-                self._score(model, x_adv, batch)
-
-    def _attacked(self, attack: Attack, model: Model, x: Tensor, y: Tensor, batch: int) -> Tensor:
-        own = derive_seed(self.seed, "attack", self.name, repr(attack.eps), batch)
-        with gears.running(self.gear):
-            result = attacked(dataclasses.replace(attack, seed=own), model, self.gear.place_images(x), y, self.fits)
-        if self.pace is not None:
-            self.pace.took(result.forward_passes)
-        self.totals["linf"] += result.linf.sum().item()
-        self.totals["l2"] += result.l2.sum().item()
-        self.totals["forward_passes"] += result.forward_passes * len(x)
-        self.totals["backward_passes"] += result.backward_passes * len(x)
-        self.seconds += result.seconds
-        for name in _COUNTS:
-            count = getattr(result, name)
-            if count is not None:
-                self.counts[name] = self.counts.get(name, 0) + count
-        return result.x_adv.to(x.dtype).contiguous()
-
-    def _score(self, model: Model, x: Tensor, batch: int) -> None:
-        scorings = []
-        total: Tensor | None = None
-        eps = "" if self.attack is None else repr(self.attack.eps)
-        for draw in range(self.draws):
-            # Each scoring has a stream of its own, named so that no attack's stream can be the same.
-            seed_everything(self.seed, "score", self.name, eps, batch, draw)
-            score = scores(self.predictor, lambda images: checked_logits(model, images), x, self.members)
-            scorings.append(winners(score))
-            if self.pools:
-                total = score.softmax(dim=1) + (0 if total is None else total)
-        self.predictions.append(np.stack(scorings))
-        if total is not None:
-            self.pooled.append(total.argmax(dim=1).cpu().numpy())
-
-    def rows(self, labels: NDArray[np.int64], num_classes: int, batches: tuple[int, ...]) -> Iterator[Row]:
-        """Give the finished rows: one, or one for each predictor that this run serves."""
-        predictions = np.concatenate(self.predictions, axis=1)
-        pooled = {}
-        if self.pools:
-            pooled = {"vote": majority(predictions, num_classes), "mean_probability": np.concatenate(self.pooled)}
-        found = statistics(
-            predictions,
-            labels,
-            pooled,
-            stochastic=self.stochastic,
-            batches=batches,
-            confidence=_CONFIDENCE,
-        )
-        parameters = {} if self.attack is None else _settings(self.attack)
-        size = len(labels)
-        for predictor in self.predictors:
-            yield Row(
-                attack=self.name,
-                attack_type=None if self.attack is None else type(self.attack).__name__,
-                parameters=parameters,
-                eps=None if self.attack is None else float(self.attack.eps),
-                noise=self.noise,
-                stochastic=self.stochastic,
-                predictor=predictor,
-                members=self.members,
-                seconds=self.seconds,
-                linf=self.totals["linf"] / size,
-                l2=self.totals["l2"] / size,
-                forward_passes=self.totals["forward_passes"] / size,
-                backward_passes=self.totals["backward_passes"] / size,
-                zero_gradients=self.counts.get("zero_gradients"),
-                c_rising=self.counts.get("c_rising"),
-                loss_falling=self.counts.get("loss_falling"),
-                **found,
-            )
 
 
 def _warn_of_zero_gradients(rows: Iterable[Row]) -> None:
@@ -396,42 +237,29 @@ def _warn_of_zero_gradients(rows: Iterable[Row]) -> None:
             )
 
 
-def _settings(attack: Attack) -> dict[str, Any]:
-    """Return all settings of ``attack`` but its seed; a network among them is known by the hash of its weights."""
-    found = {name: value for name, value in plain(attack).items() if name != "seed"}
-    for item in dataclasses.fields(attack):
-        value = getattr(attack, item.name)
-        network = value if isinstance(value, nn.Module) else getattr(value, "model", None)
-        if isinstance(network, nn.Module):
-            found[f"{item.name}_weights"] = fingerprint_of_weights(network)
-            if network is value:
-                found[item.name] = type(network).__name__
-    return found
-
-
-def _plan(
+def _planned(
     model: Model,
     x: Tensor,
     table: list[tuple[str, Attack | None]],
     config: EvaluateConfig,
     gear: gears.Gear,
-) -> list[_RowRun]:
+) -> list[RowRun]:
     """Return the rows to run: for each predictor clean and attacks, then the same with the noise switched off."""
     predictors, seed = config.predictors, config.seed
     ours = isinstance(model, nn.Module) and is_stochastic(model)
-    stochastic = ours or passes_differ(model, x, seed)
+    stochastic = ours or draws_anew(model, x, seed)
     modules = noise_modules(model) if isinstance(model, nn.Module) else []
     if any(module.enabled and module.replay is not None for module in modules):
         warnings.warn(
             "the model's noise is being replayed (fixed_noise), so these scorings are of one fixed draw, which "
             "says little about a random one; evaluate outside of fixed_noise",
-            stacklevel=3,
+            stacklevel=5,
         )
     noise = not modules or any(module.enabled for module in modules)
     groups = [(one,) for one in predictors] if stochastic else [predictors]
     settings: dict[str, Any] = {"draws": config.draws, "members": config.members, "seed": seed, "gear": gear}
     runs = [
-        _RowRun(row, attack, noise=noise, switched=False, stochastic=stochastic, predictors=group, **settings)
+        RowRun(row, attack, noise=noise, switched=False, stochastic=stochastic, predictors=group, **settings)
         for group in groups
         for row, attack in table
     ]
@@ -440,23 +268,11 @@ def _plan(
             rest = passes_differ(model, x, seed)  # noise that is not ours, such as dropout that is always on
         groups = [(one,) for one in predictors] if rest else [("single",)]
         runs += [
-            _RowRun(row, attack, noise=False, switched=True, stochastic=rest, predictors=group, **settings)
+            RowRun(row, attack, noise=False, switched=True, stochastic=rest, predictors=group, **settings)
             for group in groups
             for row, attack in table
         ]
     return runs
-
-
-def _adapted(attack: Attack, predictor: str, members: int, stochastic: bool) -> Attack:
-    """Return ``attack`` aimed at what will be scored: one draw, an ensemble, or a network without noise."""
-    names = {field.name for field in dataclasses.fields(attack)}
-    if "eot" not in names:
-        return attack
-    if not stochastic:
-        return dataclasses.replace(attack, eot=1)
-    if predictor == "single" or "eot_average" not in names:
-        return attack
-    return dataclasses.replace(attack, eot=max(attack.eot, members), eot_average=AVERAGE[predictor])
 
 
 def _classes(model: Model, x: Tensor, seed: int) -> int:
@@ -467,7 +283,7 @@ def _classes(model: Model, x: Tensor, seed: int) -> int:
     with torch.no_grad():
         logits = checked_logits(model, x)
     if are_probabilities(logits):
-        warnings.warn(PROBABILITIES, stacklevel=3)
+        warnings.warn(PROBABILITIES, stacklevel=5)
     return logits.shape[1]
 
 

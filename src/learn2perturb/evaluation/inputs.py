@@ -137,7 +137,7 @@ def peculiarities(model: Model, x: Tensor, seed: int) -> list[str]:
             "mode?), so this score holds for this batch size and order only; give it running statistics"
         )
     for text in found:
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=5)  # whoever called evaluate
     return found
 
 

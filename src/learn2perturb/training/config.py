@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -112,6 +112,10 @@ class TrainConfig(OpenSettings, Config):
         if resolved.missing():
             raise ConfigError(f"recipe {self.recipe!r} leaves {', '.join(resolved.missing())} open; set them")
         return resolved
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain values."""
+        return asdict(self)
 
     def describe(self) -> str:
         """Return one line: what is trained on what, and by which recipe."""

@@ -1,0 +1,198 @@
+"""One row of an evaluation in the making: attack each batch, score it by fresh draws, and sum up."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from learn2perturb.attacks import Attack
+from learn2perturb.attacks.listening import passes_told_to
+from learn2perturb.engine import gears
+from learn2perturb.engine.halving import Halving
+from learn2perturb.engine.identity import fingerprint_of_weights
+from learn2perturb.engine.random import derive_seed, seed_everything
+from learn2perturb.evaluation.intervals import majority
+from learn2perturb.evaluation.pace import Pace, guessed_passes
+from learn2perturb.evaluation.parts import attacked
+from learn2perturb.evaluation.passes import Model, checked_logits
+from learn2perturb.evaluation.predictors import AVERAGE, scores, winners
+from learn2perturb.evaluation.result import Row, statistics
+from learn2perturb.noise import noise_disabled
+from learn2perturb.records import plain
+
+CONFIDENCE = 0.95
+_COUNTS = ("zero_gradients", "c_rising", "loss_falling")  # of images, in an attack's result and in the row
+
+
+@final
+class RowRun:
+    """One row in the making: what to run on each batch, and what came out so far."""
+
+    def __init__(
+        self,
+        name: str,
+        attack: Attack | None,
+        *,
+        noise: bool,
+        switched: bool,
+        stochastic: bool,
+        predictors: tuple[str, ...],
+        draws: int,
+        members: int,
+        seed: int,
+        gear: gears.Gear,
+    ) -> None:
+        self.gear = gear
+        self.name, self.noise, self.switched, self.stochastic, self.seed = name, noise, switched, stochastic, seed
+        # Without noise all predictors are one and the same, so one run serves the rows of all.
+        self.predictors = predictors
+        self.predictor = predictors[0]
+        self.draws = draws if stochastic else 1
+        self.members = members if stochastic and self.predictor != "single" else 1
+        self.attack = None if attack is None else _adapted(attack, self.predictor, self.members, stochastic)
+        self.pace = None if self.attack is None else Pace(self.attack)
+        self.pools = stochastic and self.predictor == "single" and self.draws > 1
+        self.predictions: list[NDArray[np.int64]] = []
+        self.pooled: list[NDArray[np.int64]] = []
+        self.totals = dict.fromkeys(("linf", "l2", "forward_passes", "backward_passes"), 0.0)
+        self.seconds = 0.0
+        self.fits = Halving()
+        self.counts: dict[str, int] = {}
+
+    def compile_if_long(self, pixels: int, rows: int) -> None:
+        """Attack in compiled passes of ``rows`` images if that is worth it for ``pixels``: all images, once."""
+        # Of a model without noise, images drop out of some attacks as they are broken, so batches have no one size.
+        if self.stochastic:
+            passes = math.prod(getattr(self.attack, name, 1) for name in ("steps", "eot", "restarts"))
+            self.gear = gears.with_compiled_attack(self.gear, pixels * passes, rows)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """All that the rows follow from, beside model, images and seed."""
+        attack = None if self.attack is None else (type(self.attack).__name__, _settings(self.attack))
+        switches = self.noise, self.switched, self.stochastic
+        return self.name, attack, switches, self.predictors, self.draws, self.members, repr(self.gear)
+
+    def queries(self, images: int) -> float:
+        """Return about how many passes of an image the row takes, in batches of so many ``images``."""
+        scorings = self.draws * self.members
+        return scorings if self.attack is None else scorings + guessed_passes(self.attack, images)
+
+    @property
+    def label(self) -> str:
+        """What progress shows."""
+        eps = "" if self.attack is None else f" eps {self.attack.eps:.4g}"
+        return f"{self.name}{eps}{'' if self.noise else ', noise off'}, {self.predictor}"
+
+    def add(self, model: Model, x: Tensor, y: Tensor, batch: int, tell: Callable[[float], object]) -> None:
+        """Attack and score one batch; ``tell`` is called with the share of it that is done."""
+        quiet = noise_disabled(model) if self.switched and isinstance(model, nn.Module) else contextlib.nullcontext()
+        with quiet:
+            x_adv = x
+            if self.attack is not None and self.pace is not None:
+                with passes_told_to(self.pace.listener(len(x), tell)):
+                    x_adv = self._attacked(self.attack, model, x, y, batch)
+            with torch.no_grad():
+                self._score(model, x_adv, batch)
+
+    def _attacked(self, attack: Attack, model: Model, x: Tensor, y: Tensor, batch: int) -> Tensor:
+        own = derive_seed(self.seed, "attack", self.name, repr(attack.eps), batch)
+        with gears.running(self.gear):
+            result = attacked(dataclasses.replace(attack, seed=own), model, self.gear.place_images(x), y, self.fits)
+        if self.pace is not None:
+            self.pace.took(result.forward_passes)
+        self.totals["linf"] += result.linf.sum().item()
+        self.totals["l2"] += result.l2.sum().item()
+        self.totals["forward_passes"] += result.forward_passes * len(x)
+        self.totals["backward_passes"] += result.backward_passes * len(x)
+        self.seconds += result.seconds
+        for name in _COUNTS:
+            count = getattr(result, name)
+            if count is not None:
+                self.counts[name] = self.counts.get(name, 0) + count
+        return result.x_adv.to(x.dtype).contiguous()
+
+    def _score(self, model: Model, x: Tensor, batch: int) -> None:
+        scorings = []
+        total: Tensor | None = None
+        eps = "" if self.attack is None else repr(self.attack.eps)
+        for draw in range(self.draws):
+            # Each scoring has a stream of its own, named so that no attack's stream can be the same.
+            seed_everything(self.seed, "score", self.name, eps, batch, draw)
+            score = scores(self.predictor, lambda images: checked_logits(model, images), x, self.members)
+            scorings.append(winners(score))
+            if self.pools:
+                total = score.softmax(dim=1) + (0 if total is None else total)
+        self.predictions.append(np.stack(scorings))
+        if total is not None:
+            self.pooled.append(total.argmax(dim=1).cpu().numpy())
+
+    def rows(self, labels: NDArray[np.int64], num_classes: int, batches: tuple[int, ...]) -> Iterator[Row]:
+        """Give the finished rows: one, or one for each predictor that this run serves."""
+        predictions = np.concatenate(self.predictions, axis=1)
+        pooled = {}
+        if self.pools:
+            pooled = {"vote": majority(predictions, num_classes), "mean_probability": np.concatenate(self.pooled)}
+        found = statistics(
+            predictions,
+            labels,
+            pooled,
+            stochastic=self.stochastic,
+            batches=batches,
+            confidence=CONFIDENCE,
+        )
+        parameters = {} if self.attack is None else _settings(self.attack)
+        size = len(labels)
+        for predictor in self.predictors:
+            yield Row(
+                attack=self.name,
+                attack_type=None if self.attack is None else type(self.attack).__name__,
+                parameters=parameters,
+                eps=None if self.attack is None else float(self.attack.eps),
+                noise=self.noise,
+                stochastic=self.stochastic,
+                predictor=predictor,
+                members=self.members,
+                seconds=self.seconds,
+                linf=self.totals["linf"] / size,
+                l2=self.totals["l2"] / size,
+                forward_passes=self.totals["forward_passes"] / size,
+                backward_passes=self.totals["backward_passes"] / size,
+                zero_gradients=self.counts.get("zero_gradients"),
+                c_rising=self.counts.get("c_rising"),
+                loss_falling=self.counts.get("loss_falling"),
+                **found,
+            )
+
+
+def _settings(attack: Attack) -> dict[str, Any]:
+    """Return all settings of ``attack`` but its seed; a network among them is known by the hash of its weights."""
+    found = {name: value for name, value in plain(attack).items() if name != "seed"}
+    for item in dataclasses.fields(attack):
+        value = getattr(attack, item.name)
+        network = value if isinstance(value, nn.Module) else getattr(value, "model", None)
+        if isinstance(network, nn.Module):
+            found[f"{item.name}_weights"] = fingerprint_of_weights(network)
+            if network is value:
+                found[item.name] = type(network).__name__
+    return found
+
+
+def _adapted(attack: Attack, predictor: str, members: int, stochastic: bool) -> Attack:
+    """Return ``attack`` aimed at what will be scored: one draw, an ensemble, or a network without noise."""
+    names = {field.name for field in dataclasses.fields(attack)}
+    if "eot" not in names:
+        return attack
+    if not stochastic:
+        return dataclasses.replace(attack, eot=1)
+    if predictor == "single" or "eot_average" not in names:
+        return attack
+    return dataclasses.replace(attack, eot=max(attack.eot, members), eot_average=AVERAGE[predictor])

@@ -1,0 +1,117 @@
+"""The target of a verb: the model that is attacked, judged or certified, its images, and what a record says of both."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from learn2perturb.configs import Config
+from learn2perturb.data import BatchSource, make_source
+from learn2perturb.engine.gears import Gear
+from learn2perturb.engine.identity import ImagesFingerprint
+from learn2perturb.engine.modes import in_mode, own_modes
+from learn2perturb.engine.random import isolated_rng
+from learn2perturb.errors import ConfigError, DataError
+from learn2perturb.evaluation.origin import origin, weights_of
+from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of
+from learn2perturb.progress import Progress, shown
+
+
+@final
+class Target:
+    """A model as a verb finds it: where it runs, and its weights when the work begins.
+
+    Args:
+        model: any callable from images in [0, 1] (N, C, H, W) to logits (N, classes).
+        device: where it is to run; by default where it is.
+        name: what its user calls it.
+
+    Attributes:
+        device: where it runs.
+        weights: their hash; None for a function.
+        seen: hash of the images that were read.
+
+    Raises:
+        ConfigError: the model cannot be called, or is on another device.
+    """
+
+    def __init__(self, model: Model, device: str | torch.device | None = None, name: str | None = None) -> None:
+        check_callable("model", model)
+        self.model, self.name = model, name
+        self.device, self.weights, self.seen = device_of(model, device), weights_of(model), ImagesFingerprint()
+        self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._clock = time.perf_counter()
+
+    @contextlib.contextmanager
+    def judged(self, progress: Progress | bool | None, others: Sequence[Model] = ()) -> Iterator[Progress]:
+        """Run the body with the model, and ``others``, in eval mode; give what progress is told to.
+
+        Modes, random generators, autocast and gradients are afterwards what they were for the caller.
+        """
+        with contextlib.ExitStack() as stack:
+            told = stack.enter_context(shown(progress))
+            stack.enter_context(own_modes())
+            stack.enter_context(isolated_rng())
+            for one in (self.model, *others):
+                stack.enter_context(in_mode(one, False))
+            yield told
+
+    def source(self, data: Any, *, batch_size: int, seed: int, limit: int | None) -> BatchSource:
+        """Return ``data`` as a source of batches for the model's device."""
+        return make_source(data, batch_size=batch_size, seed=seed, device=self.device, limit=limit)
+
+    def batches(self, source: BatchSource, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of ``source`` where the model is, ``limit`` images at most."""
+        done = 0
+        for x, y in source.epoch(0):
+            if limit is not None:
+                x, y = x[: limit - done], y[: limit - done]
+            done += len(x)
+            yield x.to(self.device), y.to(self.device)
+            if limit is not None and done >= limit:
+                return
+
+    def images(self, source: BatchSource) -> tuple[Tensor, Tensor]:
+        """Return all images and labels of ``source``, which are then among those that were seen.
+
+        Raises:
+            DataError: there are none.
+        """
+        batches = list(source.epoch(0))
+        if not batches:
+            raise DataError("the data hold no images; give at least one")
+        x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+        self.seen.add(x, y)
+        return x.to(self.device), y.to(self.device)
+
+    def classes(self, x: Tensor) -> int:
+        """Return how many classes the model tells, by its checked logits of one image."""
+        with torch.no_grad():
+            return checked_logits(self.model, x[:1]).shape[1]
+
+    @property
+    def seconds(self) -> float:
+        """How long the work has taken so far."""
+        return time.perf_counter() - self._clock
+
+    def metadata(self, data: Any, config: Config, gear: Gear, **more: Any) -> dict[str, Any]:
+        """Return what a record says of model, images, settings, and where and when it was made; and ``more``."""
+        return {
+            **origin(self.model, data, self.name, weights=self.weights, seen=self.seen),
+            "date": self.started,
+            "config": config.to_dict(),
+            **more,
+            **circumstances(self.device, gear),
+        }
+
+
+def check_callable(name: str, model: object, what: str = "a network or a function") -> None:
+    """Raise ConfigError unless ``model`` can be called."""
+    if not callable(model):
+        raise ConfigError(f"{name} is a {type(model).__name__}, must be callable: {what}")
