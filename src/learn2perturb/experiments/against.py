@@ -97,7 +97,7 @@ def _reasons(study: Study, pair: Pair) -> Iterator[str]:
 def statements(facts: Facts | None, layout: Grid, cells: Sequence[ViewCell]) -> Iterator[Statement]:
     """Give what the paper says in words of a curve, and at how many points our numbers say so."""
     for claim in facts.claims if facts is not None else ():
-        best = [row for row in layout.rows if _is_of(row, layout, claim.best)]
+        best = [row for row in layout.rows if claim.best and _is_of(row, layout, claim.best)]
         points = sorted({cell.x for cell in cells if cell.x is not None and 0 < cell.x <= claim.most + 1e-9})
         holds = judged = 0
         for x in points:

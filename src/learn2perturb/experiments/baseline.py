@@ -23,9 +23,10 @@ def partner(pair: Pair, baseline: Mapping[str, Any], pairs: Sequence[Pair]) -> P
     if matches(pair.run, baseline):
         return None
     kept = [key for key in _SAME if key not in baseline]
+    cell = _cell(pair)
     found = [
         other for other in pairs
-        if matches(other.run, baseline) and _cell(other) == _cell(pair)
+        if _cell(other) == cell and matches(other.run, baseline)
         and all(other.run.label(key) == pair.run.label(key) for key in kept)
     ]  # fmt: skip
     likeness = {id(other): _likeness(pair, other, baseline) for other in found}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,13 @@ class Published:
 
 @dataclass(frozen=True)
 class Claimed:
-    """What the paper says of a curve: runs with the labels ``best`` lie highest up to ``most`` on the axis."""
+    """What the paper says of a figure: runs with the labels ``best`` lie highest up to ``most`` on the axis.
+
+    Without ``best`` no number judges it.
+    """
 
     text: str
-    best: Mapping[str, str]
+    best: Mapping[str, str] = field(default_factory=dict)
     most: float = math.inf
 
 
@@ -65,22 +68,28 @@ class Facts:
         return {tuple(map(_plain, cell)): number for cell, number in self.cells.items()}
 
 
+def known() -> list[str]:
+    """Return the names of the published tables and figures."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+@lru_cache
 def published(name: str) -> Facts:
     """Return the table called ``name``.
 
     Raises:
         UnknownNameError: no table is so called.
     """
-    known = sorted(path.stem for path in _FOLDER.glob("*.yaml"))
-    if name not in known:
-        raise UnknownNameError.of("table", name, known)
+    if name not in known():
+        raise UnknownNameError.of("table", name, known())
     raw = _EMPTY | yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     suspect = {tuple(item["cell"]): item["why"] for item in raw["suspect"]}
     keys = tuple(raw["keys"])
     found: dict[tuple[str, ...], Published] = {}
     _collect(raw["cells"], (), len(keys), suspect, found)
     claims = tuple(
-        Claimed(one["text"], one["best"], fraction(one["most"]) if "most" in one else math.inf) for one in raw["claims"]
+        Claimed(one["text"], one.get("best", {}), fraction(one["most"]) if "most" in one else math.inf)
+        for one in raw["claims"]
     )
     return Facts(name, raw["title"], raw["dataset"], keys, found, raw["parameters"], claims)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
-from learn2perturb.errors import ConfigError
 from learn2perturb.experiments.facts import Facts
 from learn2perturb.experiments.grid import Grid, text_of
 from learn2perturb.experiments.spec import Study
@@ -34,13 +34,12 @@ def level_notes(study: Study) -> list[str]:
 
 
 def _at_paper(study: Study) -> Study | None:
-    if study.level == PAPER or study.name not in shipped():
-        return None
-    try:
-        source = read_source(study.name)[1]
-        return read_study(study.name, PAPER) if PAPER in (source.get("levels") or {}) else None
-    except ConfigError:  # a file of the user's own that has this name
-        return None
+    return None if study.level == PAPER or study.name not in shipped() else _shipped_at_paper(study.name)
+
+
+@lru_cache
+def _shipped_at_paper(name: str) -> Study | None:
+    return read_study(name, PAPER) if PAPER in (read_source(name)[1].get("levels") or {}) else None
 
 
 def _configs(study: Study) -> dict[str, list[str]]:

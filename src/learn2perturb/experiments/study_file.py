@@ -99,7 +99,7 @@ def build_study(
         whole = merged(whole, _nested(key, value))
     runs = tuple(_runs(whole, where))
     cells = tuple(_cells(whole, where))
-    views = tuple(_views(whole, where))
+    views = tuple(_views(whole, cells, where))
     notes, reasons = whole.get("notes") or [], whole.get("reasons") or []
     if not isinstance(notes, list) or not isinstance(reasons, list):
         raise ConfigError(f"{where}notes and reasons are lists; write - before each")
@@ -117,7 +117,8 @@ def build_study(
 
 def _reason(value: Any, where: str) -> dict[str, Any]:
     reason = _mapping(value, where)
-    if not isinstance(reason.get("why"), str) or not isinstance(reason.get("where", {}), Mapping) or len(reason) > 2:
+    keys = set(reason) <= {"where", "why"}
+    if not keys or not isinstance(reason.get("why"), str) or not isinstance(reason.get("where", {}), Mapping):
         raise ConfigError(f"{where}: {value!r}; write - {{where: {{defense: pni}}, why: what is known}}")
     return reason
 
@@ -294,9 +295,16 @@ def _attack(value: Any) -> tuple[str, dict[str, Any]]:
     return name, settings
 
 
-def _views(whole: Mapping[str, Any], where: str) -> Iterator[ViewPlan]:
+def _usual_view(cells: Sequence[CellPlan]) -> dict[str, Any]:
+    """Return the table of a study that names no views: a column for every cell, whatever tells one from another."""
+    axes = dict.fromkeys(key for cell in cells for key in cell.axes)
+    sources = ["source"] if any(cell.source == OTHERS for cell in cells) else []
+    return {"table": {"rows": ["run", *sources], "columns": ["cell", *axes]}}
+
+
+def _views(whole: Mapping[str, Any], cells: Sequence[CellPlan], where: str) -> Iterator[ViewPlan]:
     known = {item.name for item in fields(ViewPlan)} - {"name"}
-    listed = _mapping(whole.get("views"), f"{where}views") or {"table": {}}
+    listed = _mapping(whole.get("views"), f"{where}views") or _usual_view(cells)
     for name, own in listed.items():
         settings = _mapping(own, f"{where}view {name}")
         for key in settings:

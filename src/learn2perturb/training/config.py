@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from importlib import resources
@@ -132,6 +133,12 @@ def _recipe_text(name: str) -> str:
     return (resources.files("learn2perturb.training") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
+@lru_cache  # a study resolves hundreds of configs
+def _parsed(text: str) -> dict[str, Any]:
+    recipe: dict[str, Any] = yaml.safe_load(text)
+    return recipe
+
+
 def load_recipe(name: str) -> dict[str, Any]:
     """Return the recipe ``name``: ``settings`` for all, and ``defenses`` with what is special to one.
 
@@ -142,7 +149,7 @@ def load_recipe(name: str) -> dict[str, Any]:
     """
     if name not in RECIPES:
         raise UnknownNameError.of("recipe", name, RECIPES)
-    recipe: dict[str, Any] = yaml.safe_load(_recipe_text(name))
+    recipe = deepcopy(_parsed(_recipe_text(name)))
     base = recipe.pop("extends", None)
     return recipe if base is None else _extended(load_recipe(base), recipe)
 
