@@ -11,7 +11,7 @@ from learn2perturb.cli.options import add_config, add_json, print_json, typed
 from learn2perturb.cli.subject import add_images, check_subject, is_factory, load_subject
 from learn2perturb.errors import ConfigError, Interrupted
 from learn2perturb.evaluation.config import EvaluateConfig
-from learn2perturb.experiments.facts import PAPER_EOT, published
+from learn2perturb.experiments.facts import PAPER_EOT, of_trained_runs
 from learn2perturb.values import guess
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compute the table; print it."""
-    published(arguments.table)
+    of_trained_runs(arguments.table)
     settings = _settings(arguments.set)
     for name in arguments.runs:
         check_subject(_of(arguments, name))

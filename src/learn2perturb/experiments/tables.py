@@ -20,7 +20,7 @@ from learn2perturb.attacks.base import Model
 from learn2perturb.errors import CheckpointError, ConfigError, DataError
 from learn2perturb.evaluation import Evaluation, Interval, evaluate
 from learn2perturb.evaluation.config import EvaluateConfig
-from learn2perturb.experiments.facts import PAPER_EOT, Published, published
+from learn2perturb.experiments.facts import PAPER_EOT, Published, of_trained_runs
 from learn2perturb.noise import is_stochastic
 from learn2perturb.progress import Progress, shown
 from learn2perturb.terminal import markdown_row
@@ -126,7 +126,7 @@ def reproduce(
         UnknownNameError: no such table.
         DataError: the runs of table 6 have images of different sizes.
     """
-    facts = published(table)
+    facts = of_trained_runs(table)
     if not runs:
         raise ConfigError("no run is given; give at least one that is trained")
     doubles = sorted({run.name for run in runs if sum(other.name == run.name for other in runs) > 1})
