@@ -34,10 +34,13 @@ class _Start(NamedTuple):
 
 
 class Reporter:
-    """One bar and lines above it, on standard error; off a terminal, a line every ``interval`` seconds."""
+    """One bar and lines above it, on standard error; off a terminal, a line every ``interval`` seconds.
 
-    def __init__(self, enabled: bool = True, interval: float = 30.0) -> None:
-        self.enabled, self.interval = enabled, interval
+    ``silent`` says nothing at all: for all but one of several processes.
+    """
+
+    def __init__(self, enabled: bool = True, interval: float = 30.0, *, silent: bool = False) -> None:
+        self.enabled, self.interval, self.silent = enabled and not silent, interval, silent
         self._console = Console(file=cast(TextIO, Steady(sys.stderr)))
         self._bar: Bar | None = None
         self._task: Any = None
@@ -64,7 +67,7 @@ class Reporter:
 
     def line(self, text: str, *, always: bool = False) -> None:
         """Print one line, above the bar if there is one; ``always`` is for an answer to what the user has just done."""
-        if not (self.enabled or always):
+        if self.silent or not (self.enabled or always):
             return
         if self._bar is not None:
             self._console.print(visible(text), highlight=False, markup=False)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.engine import compile_time
+from learn2perturb.engine import compile_time, ranks
 
 _LEVELS = 1 << 16
 _SCIPY_NAMES = {"gaussian": "norm", "laplace": "laplace", "uniform": "uniform"}
@@ -68,20 +68,20 @@ def _fresh_key() -> Tensor:
     return torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(torch.int32)
 
 
-def draws(rows: int, features: int, key: Tensor, table: Tensor) -> Tensor:
-    """Return the (rows, features) draws that ``key`` (2 int32 numbers) stands for."""
-    index = torch.arange(rows * features, dtype=torch.int32)
+def draws(rows: int, features: int, key: Tensor, table: Tensor, start: int = 0) -> Tensor:
+    """Return the (rows, features) draws that ``key`` (2 int32 numbers) stands for; of a batch, those from ``start``."""
+    index = torch.arange(start * features, (start + rows) * features, dtype=torch.int32)
     bits = _mix(_mix(index + key[0]) ^ key[1])
     # An embedding, since an index could be negative for all a compiler knows, and is looked at for that.
     return nn.functional.embedding(bits & (_LEVELS - 1), table.unsqueeze(1)).view(rows, features)
 
 
-def _add(h: Tensor, scale: Tensor, key: Tensor, table: Tensor) -> Tensor:
-    return (h + scale * draws(h.shape[0], h.shape[1], key, table)).to(h.dtype)
+def _add(h: Tensor, scale: Tensor, key: Tensor, table: Tensor, start: int) -> Tensor:
+    return (h + scale * draws(h.shape[0], h.shape[1], key, table, start)).to(h.dtype)
 
 
-def _pull(gradient: Tensor, key: Tensor, table: Tensor) -> Tensor:
-    return (gradient.float() * draws(gradient.shape[0], gradient.shape[1], key, table)).sum(0, keepdim=True)
+def _pull(gradient: Tensor, key: Tensor, table: Tensor, start: int) -> Tensor:
+    return (gradient.float() * draws(gradient.shape[0], gradient.shape[1], key, table, start)).sum(0, keepdim=True)
 
 
 @functools.cache
@@ -110,18 +110,19 @@ class _AddNoise(torch.autograd.Function):
     """``h + scale * eps`` on (rows, features), with eps a function of the key."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, scale: Tensor, key: Tensor, table: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, scale: Tensor, key: Tensor, table: Tensor, start: int) -> Tensor:
         ctx.save_for_backward(key, table)
+        ctx.start = start
         # Detached: one graph serves with and without gradients, and the compiler does not look at .grad of non-leaves.
-        result: Tensor = _compiled(_add)(h.detach(), scale.detach(), key, table)
+        result: Tensor = _compiled(_add)(h.detach(), scale.detach(), key, table, start)
         return result
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         (gradient,) = gradients
         key, table = ctx.saved_tensors
-        pulled = _compiled(_pull)(gradient.contiguous(), key, table) if ctx.needs_input_grad[1] else None
-        return gradient, pulled, None, None
+        pulled = _compiled(_pull)(gradient.contiguous(), key, table, ctx.start) if ctx.needs_input_grad[1] else None
+        return gradient, pulled, None, None, None
 
 
 def _is_last(h: Tensor) -> bool:
@@ -259,9 +260,13 @@ def add_noise(h: Tensor, theta: Tensor, distribution: str) -> Tensor | None:
     ``theta`` broadcasts against one row. The draws are decided by the state of torch's default generator.
     """
     global _usable
-    key, table, last = _fresh_key(), quantile_table(distribution), _is_last(h)
+    share = ranks.current_share()
+    with ranks.plain_calls():
+        key, table, last = _fresh_key(), quantile_table(distribution), _is_last(h)
+    start = 0 if share is None else share.start
     try:
-        noisy: Tensor = _AddNoise.apply(_flat(h, last), _map(theta, h.shape[1:], last), key, table)
+        with ranks.plain_calls():
+            noisy: Tensor = _AddNoise.apply(_flat(h, last), _map(theta, h.shape[1:], last), key, table, start)
     except Exception as error:
         _usable = False
         warnings.warn(

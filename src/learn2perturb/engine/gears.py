@@ -164,6 +164,11 @@ def with_compiled_attack(gear: Gear, attacked_pixels: float, rows: int) -> Gear:
     )
 
 
+def eager(gear: Gear) -> Gear:
+    """Return ``gear`` without what is recorded or compiled beforehand."""
+    return dataclasses.replace(gear, compiled_rows=0, compiled_training=False, recording=False)
+
+
 def select(
     name: str, device: torch.device, *, pixels: float = math.inf, attacked_pixels: float = 0, rows: int = 0
 ) -> Gear:

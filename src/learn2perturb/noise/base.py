@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from learn2perturb.checks import check_choice
 from learn2perturb.engine.random import derive_seed
+from learn2perturb.engine.rows import shared_by_all
 from learn2perturb.noise.distributions import check_distribution, draw, draw_seeded, is_channels_last
 from learn2perturb.noise.places import Place, place_of
 
@@ -142,7 +143,8 @@ class NoiseModule(nn.Module, ABC):
             eps = self._replayed(self.replay, rows, tuple(value.shape[1:] if rows else value.shape))
             return eps.to(value.device) if rows else eps.to(value)
         shape = (rows, *value.shape[1:]) if rows else value.shape
-        eps = draw(self.distribution, shape, value.device, channels_last=is_channels_last(value))
+        with shared_by_all(not rows or self.sharing == "per_batch"):
+            eps = draw(self.distribution, shape, value.device, channels_last=is_channels_last(value))
         return eps if rows else eps.to(value.dtype)
 
     def _rows(self, value: Tensor) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from learn2perturb.engine import fused, gears
+from learn2perturb.engine import fused, gears, rows
 from learn2perturb.errors import ConfigError, NoiseError
 from learn2perturb.noise.base import NoiseModule
 from learn2perturb.registry import NOISES
@@ -61,11 +61,16 @@ def noise_law(kind: str) -> type[NoiseModule]:
     return law
 
 
-def spread(tensor: Tensor) -> Tensor:
-    """Return the standard deviation over the whole of ``tensor``: unbiased, float32, a constant to autograd."""
+def spread(tensor: Tensor, *, of_rows: bool = False) -> Tensor:
+    """Return the standard deviation over the whole of ``tensor``: unbiased, float32, a constant to autograd.
+
+    ``of_rows``: of the whole batch, where these are rows of one that several processes share.
+    """
     values = tensor.detach()
     values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
-    return values.std() if values.numel() > 1 else values.new_zeros(())  # of one number there is none
+    if values.numel() <= 1:
+        return values.new_zeros(())  # of one number there is none
+    return rows.deviation(values) if of_rows else values.std()
 
 
 def _positive(name: str, value: Any, *, or_zero: bool = False) -> float:
@@ -170,7 +175,7 @@ class Perturbation(NoiseModule):
         return None
 
     def _size(self, value: Tensor) -> Tensor:
-        return self.theta * spread(value) if self.relative else self.theta
+        return self.theta * spread(value, of_rows=self.where.of_features) if self.relative else self.theta
 
     def noisy(self, value: Tensor, eps: Tensor) -> Tensor:
         """Return ``h + theta * eps``."""

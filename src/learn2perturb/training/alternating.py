@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,7 @@ def iterate(
     objective: Callable[[], Losses],
     check: Callable[[Losses], None],
     weight: Tensor | float | None = None,
+    complete: Callable[[Iterable[nn.Parameter]], None] | None = None,
 ) -> Iteration:
     """Run one iteration of training on one batch.
 
@@ -73,11 +74,13 @@ def iterate(
         objective: evaluates the loss on the batch, anew at each call (fresh noise, fresh adversarial examples).
         check: called with the losses before anything is updated; raises to stop.
         weight: of the regulariser; by default what the defense says, and in a recorded step the tensor that has it.
+        complete: makes the gradients of a part of the batch those of all of it, where other processes have the rest.
     """
     plan = defense.alternation()
     weight = defense.regulariser_weight(clock) if weight is None else weight
     noise = [parameter for parameter in noise_parameters(model) if parameter.requires_grad]
     noise = noise if "noise" in optimizers else []
+    trained = [p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]]
 
     def regulariser_slopes() -> list[Tensor] | None:
         penalty = defense.regulariser(model, clock) if noise else None
@@ -89,6 +92,8 @@ def iterate(
         losses = objective()
         check(losses)
         losses.total.backward()
+        if complete is not None:
+            complete(trained)
         return losses
 
     if noise and plan.kind == "released":

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from learn2perturb.engine.ranks import ALONE, Ranks
 from learn2perturb.errors import Interrupted, signal_name
 
+_TWICE = 5.0  # seconds
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -20,12 +23,19 @@ class Interrupt:
     Args:
         say: tells the user what the first signal does.
         saves: whether there is a folder to save to.
+        ranks: the processes that stop together, where one of them has a signal.
     """
 
-    def __init__(self, say: Callable[[str], object], *, saves: bool) -> None:
+    def __init__(self, say: Callable[[str], object], *, saves: bool, ranks: Ranks = ALONE) -> None:
         self.received: int | None = None
+        self._ranks, self._elsewhere, self._at = ranks, 0, 0.0
         self.after = "this step"  # what is finished before the training stops
         self._say, self._saves, self._owner = say, saves, os.getpid()
+
+    def asked(self) -> bool:
+        """Tell whether a signal was received, here or by another process; all must ask at once."""
+        self._elsewhere = self._ranks.largest(self.received or 0)
+        return self._elsewhere > 0
 
     def check(self) -> None:
         """Stop if a signal was received.
@@ -33,8 +43,9 @@ class Interrupt:
         Raises:
             Interrupted: one was.
         """
-        if self.received is not None:
-            raise Interrupted(number=self.received)
+        number = self._elsewhere if not self._ranks.alone else self.received
+        if number:
+            raise Interrupted(number=number)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -59,14 +70,18 @@ class Interrupt:
             for number, handler in before.items():
                 # None: a handler that is not Python's, which Python cannot put back.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self.asked()
         self.check()
 
     def _note(self, number: int, frame: Any) -> None:
         if os.getpid() != self._owner:
             return  # a worker that was forked to load data: its parent ends it
         if self.received is not None:
+            # A launcher hands on the Ctrl-C that its processes have had from the terminal already.
+            if not self._ranks.alone and time.monotonic() - self._at < _TWICE:
+                return
             raise Interrupted(number=number)
-        self.received = number
+        self.received, self._at = number, time.monotonic()
         then = "saving" if self._saves else "ending; nothing is saved, as no folder was given"
         again = "again" if number == signal.SIGINT else "or Ctrl-C"
         self._say(f"{signal_name(number)}: finishing {self.after}, then {then}; {again} to stop at once")

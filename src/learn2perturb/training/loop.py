@@ -6,6 +6,7 @@ batch). So a training resumed at any step goes on exactly as if it had never sto
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -20,15 +21,17 @@ from torch import Tensor, nn
 
 from learn2perturb.data import check_labels
 from learn2perturb.engine import compile_time, gears
+from learn2perturb.engine.identity import fingerprint_of_weights
 from learn2perturb.engine.modes import own_modes
 from learn2perturb.engine.random import isolated_rng
+from learn2perturb.engine.ranks import first_of_all, joined
 from learn2perturb.errors import ConfigError, Interrupted, TrainingError
 from learn2perturb.progress import Reporter
 from learn2perturb.records import clear_temporaries, make_folder
 from learn2perturb.runs import lock
 from learn2perturb.runs.checkpoint import checkpoints
 from learn2perturb.training.config import TrainConfig
-from learn2perturb.training.folder import METRICS, SETTINGS, check_folder, write_settings
+from learn2perturb.training.folder import METRICS, SETTINGS, check_folder, settings_text, write_settings
 from learn2perturb.training.interrupt import Interrupt
 from learn2perturb.training.metrics import MetricsFile, Totals, noise_report, noise_scales, read_metrics
 from learn2perturb.training.state import Training, check_network
@@ -84,19 +87,34 @@ def train(
     if out is not None and not isinstance(out, (str, os.PathLike)):
         raise ConfigError(f"out is {out!r}; give the path of a run folder, or None to write nothing")
     folder = None if out is None else Path(out)
-    if folder is not None:
+    if folder is not None and first_of_all():
         check_folder(folder, config)
-    with _told(folder), _held(folder, config), Reporter(progress) as reporter, own_modes(), isolated_rng():
-        training = Training(config, model, data, folder, reporter)
+    with (
+        _told(folder),
+        joined() as ranks,
+        _held(folder if ranks.first else None, config),
+        Reporter(progress, silent=not ranks.first) as reporter,
+        own_modes(),
+        isolated_rng(),
+    ):
+        training = Training(config, model, data, folder, reporter, ranks)
+        _check_alike(training)
         resumed = training.restore()
         if resumed and _unfinished(training):
             reporter.line(f"resuming {folder} at epoch {training.epoch}, batch {training.batch}")
-        if folder is not None:
+        if training.out is not None:
             # A finished run that is called again was made where and by what the file says already.
-            write_settings(folder, config, training.device, where=not resumed or _unfinished(training))
+            write_settings(training.out, config, training.device, where=not resumed or _unfinished(training))
         metrics = _Loop(training).run()
     training.finish()
     return Run(folder, training.model, config, metrics)
+
+
+def _check_alike(training: Training) -> None:
+    """Refuse processes that were not started alike: one training has one config and one beginning."""
+    if not training.ranks.alone:
+        training.ranks.agree("settings", settings_text(training.config))
+        training.ranks.agree("first weights", fingerprint_of_weights(training.model))
 
 
 @contextmanager
@@ -148,7 +166,9 @@ class _Loop:
         self.expected = None
         if self.schedule is not None and training.step:
             self.expected = next(islice(self.schedule, training.step - 1, None))
-        self.interrupt = Interrupt(partial(training.reporter.line, always=True), saves=self.folder is not None)
+        self.ranks = training.ranks
+        say = partial(training.reporter.line, always=True)
+        self.interrupt = Interrupt(say, saves=training.folder is not None, ranks=self.ranks)
         self.compiled = compile_time.seconds_spent()
         self.classes: int | None = None
         self.saved = time.monotonic()
@@ -171,7 +191,13 @@ class _Loop:
             self.file.close()
             if self.board is not None:
                 self.board.close()
-        return self.lines if self.folder is None else read_metrics(self.folder)
+        return self.lines if training.folder is None else self._written()
+
+    def _written(self) -> list[dict[str, Any]]:
+        """Return the metrics of all epochs, on every process as the first has written them."""
+        lines = self.ranks.told(lambda: "" if self.folder is None else json.dumps(read_metrics(self.folder)))
+        epochs: list[dict[str, Any]] = json.loads(lines)
+        return epochs
 
     def _epoch(self) -> None:
         """Train on every batch that is left of this epoch, then score, write down and save."""
@@ -212,7 +238,7 @@ class _Loop:
             line = {"kind": "step", "step": training.step, "epoch": training.epoch}
             self.file.write(line | _clean(training.totals.means()))
         due = time.monotonic() - self.saved > 60 * config.checkpoint_minutes
-        if self.interrupt.received is not None or (due and training.batch < training.batches):
+        if self.interrupt.asked() or (due and training.batch < training.batches):
             training.save(self.file)
             self.saved = time.monotonic()
         self.interrupt.check()
@@ -232,8 +258,11 @@ class _Loop:
             _to_board(self.board, line)
         training.epoch, training.batch, training.seconds = training.epoch + 1, 0, 0.0
         training.totals = Totals(training.device)
+        if not self.ranks.alone:
+            self.ranks.agree("weights", fingerprint_of_weights(training.model))
         training.save(self.file)
         training.reporter.line(_epoch_line(training, line))
+        self.interrupt.asked()
         self.interrupt.check()
         self.interrupt.after = "this step"
 

@@ -14,12 +14,14 @@ from learn2perturb.training.folder import METRICS
 from learn2perturb.training.metrics import parse_metrics
 
 Say = Callable[[str], object]
+# A checkpoint, its resume state and its state dict.
+Whole = tuple[Path, dict[str, Any], dict[str, Any]]
 # What a run must have in common with the checkpoint that it goes on from, and what it is called if it has not.
 _SAME = {"data": "other data, or the same made into others by a transform", "structure": "a network of other layers"}
 _MEND = "give the same again, or another --out"
 
 
-def newest_whole(out: Path, found: list[Path], say: Say) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+def newest_whole(out: Path, found: list[Path], say: Say) -> Whole:
     """Return the newest checkpoint that is not damaged, its resume state and state dict; say which are passed over.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from learn2perturb.engine.frozen import left_in_eval, train_but
 from learn2perturb.engine.halving import Halving, out_of_memory
 from learn2perturb.engine.modes import blind_to_one_image, in_mode, one_image_explained
 from learn2perturb.engine.random import isolated_rng, seed_torch
+from learn2perturb.engine.ranks import ALONE, Ranks, Share
 from learn2perturb.engine.recording import CudaGraphs
+from learn2perturb.engine.rows import sharded
 from learn2perturb.engine.weights import settle
 from learn2perturb.errors import (
     CheckpointError,
@@ -40,6 +42,7 @@ from learn2perturb.models import build_model
 from learn2perturb.noise import noise_modules
 from learn2perturb.progress import Reporter
 from learn2perturb.registry import DEFENSES
+from learn2perturb.runs.checkpoint import FOLDER as CHECKPOINTS
 from learn2perturb.runs.checkpoint import (
     check_noise,
     checkpoints,
@@ -55,7 +58,8 @@ from learn2perturb.training.identity import identity_of_data, identity_of_networ
 from learn2perturb.training.metrics import MetricsFile, Totals
 from learn2perturb.training.network import check_trainable, materialise
 from learn2perturb.training.recorded import NaNGuard, RecordedSteps, prepare, set_rate
-from learn2perturb.training.restoring import check_same, metrics_text, newest_whole
+from learn2perturb.training.restoring import Say, Whole, check_same, metrics_text, newest_whole
+from learn2perturb.training.shares import mark, objective
 from learn2perturb.training.sources import joined, sources
 
 
@@ -76,11 +80,19 @@ class Training:
     """The state of one training: built from the config, moved forward step by step, saved, restored."""
 
     def __init__(
-        self, config: TrainConfig, model: nn.Module | None, data: Any, out: Path | None, reporter: Reporter
+        self,
+        config: TrainConfig,
+        model: nn.Module | None,
+        data: Any,
+        folder: Path | None,
+        reporter: Reporter,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.config, self.out, self.reporter = config, out, reporter
+        self.config, self.folder, self.reporter, self.ranks = config, folder, reporter, ranks
+        # All processes read the run folder, the first writes it.
+        out = self.out = folder if ranks.first else None
         self.settings = config.closed()
-        self.device = choose_device(config.device)
+        self.device = ranks.device(choose_device(config.device))
         self.defense: Defense = build_defense(config.defense, config.options)
         self.defense.check(self.settings)
         self.source, self.monitor, self.monitored, self.classes = sources(config, data, self.device)
@@ -92,6 +104,9 @@ class Training:
         self.gear = gears.select(
             config.engine, self.device, pixels=pixels, attacked_pixels=passes * pixels, rows=settings.batch_size
         )
+        if not ranks.alone:
+            # Neither a recorded nor a compiled pass can wait for other processes, or draw the rows of theirs.
+            self.gear = gears.eager(self.gear)
         # None: data of the user's own, which no name brings back
         self.dataset = config.dataset if data is None else None
         self.identity: dict[str, str] = {}
@@ -269,20 +284,22 @@ class Training:
         Raises:
             CheckpointError: none is whole, or it is of other data or another network.
         """
-        found = checkpoints(self.out) if self.out is not None else []
-        if not found:
-            return False
-        assert self.out is not None
         say = partial(self.reporter.line, always=True)
-        checkpoint, resume, state = newest_whole(self.out, found, say)
+        found = None if self.folder is None else self._newest(self.folder, say)
+        if found is None:
+            return False
+        checkpoint, resume, state = found
         now = {"batches": self.batches, "gear": self.gear.name, "compiled": self.gear.compiled_rows}
-        check_same(self.out, resume, now, self.identity, finished=resume["epoch"] >= self.epochs, say=say)
+        assert self.folder is not None
+        check_same(self.folder, resume, now, self.identity, finished=resume["epoch"] >= self.epochs, say=say)
         check_noise(checkpoint, self.model, state)
         try:
             self.model.load_state_dict(state if self.average is None else resume["weights"])
         except (RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{self.out} holds a run of another network ({reason}); give another --out") from None
+            raise CheckpointError(
+                f"{self.folder} holds a run of another network ({reason}); give another --out"
+            ) from None
         try:
             self._restore_position(resume)
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError, zlib.error) as error:
@@ -295,8 +312,15 @@ class Training:
         self.defense.begin_step(self.model, self.clock())
         return True
 
+    def _newest(self, folder: Path, say: Say) -> Whole | None:
+        """Return the checkpoint to go on from, if there is one, as the first process chooses it."""
+        found = checkpoints(folder) if self.ranks.first else []
+        whole = newest_whole(folder, found, say) if found else None
+        chosen = self.ranks.told(lambda: "" if whole is None else whole[0].name)
+        return whole if self.ranks.first or not chosen else newest_whole(folder, [folder / CHECKPOINTS / chosen], say)
+
     def _restore_position(self, resume: dict[str, Any]) -> None:
-        assert self.out is not None
+        assert self.folder is not None
         if self.average is not None:
             self.average.restore(resume["average"])
         self.gear.place(self.model)
@@ -308,7 +332,8 @@ class Training:
             self._dress_optimizers()
         self.totals = Totals(self.device, resume["totals"])
         self.seconds = resume["seconds"]
-        self.metrics = metrics_text(self.out, resume, partial(self.reporter.line, always=True))
+        if self.out is not None:
+            self.metrics = metrics_text(self.out, resume, partial(self.reporter.line, always=True))
 
     def _mend(self) -> str:
         kept = f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint yet"
@@ -332,24 +357,39 @@ class Training:
         train_but(self.model, self.frozen)
         self.defense.begin_step(self.model, clock)
 
+        images = len(y)
         step, x = partial(self._iterate, clock), self.gear.place_images(x)
+        if not self.ranks.alone:
+            share = self.ranks.share(images)
+            step = partial(self._iterate, clock, share=share, marked=mark(x, y))
+            x, y = share.of(x), share.of(y)
         weight = self.defense.regulariser_weight(clock)
-        with _memory_explained(len(y)):
+        with _memory_explained(images):
             if self.recorded is None:
                 iteration = step(x, y, weight)
             else:
                 iteration = self.recorded.run(self._capture_key(clock), x, y, weight, step)
         if self.average is not None:
             self.average.update(self.model)
-        self.totals.add_iteration(iteration, len(y))
+        self.totals.add_iteration(iteration, images)
 
-    def _iterate(self, clock: Clock, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | float) -> Iteration:
-        """Run one iteration of alternating back-propagation."""
+    def _iterate(
+        self,
+        clock: Clock,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        weight: torch.Tensor | float,
+        share: Share | None = None,
+        marked: torch.Tensor | None = None,
+    ) -> Iteration:
+        """Run one iteration of alternating back-propagation, on all of a batch or on a share of it."""
+        loss: Callable[[], Losses] = partial(self.defense.loss, self.model, x, y, clock, self.settings)
+        if share is not None and marked is not None:
+            loss = partial(objective, loss, share, marked)
         with gears.training(self.model), one_image_explained(len(x)):
             return iterate(
-                self.defense, self.model, clock, self.optimizers,
-                partial(self.defense.loss, self.model, x, y, clock, self.settings),
-                partial(self._check_losses, clock), weight,
+                self.defense, self.model, clock, self.optimizers, loss, partial(self._check_losses, clock), weight,
+                None if share is None else self.ranks.add_gradients,
             )  # fmt: skip
 
     def _check_losses(self, clock: Clock, losses: Losses) -> None:
@@ -405,25 +445,29 @@ class Training:
         self.model.eval()
         seed_torch(self.config.seed, "monitor", self.epoch)
         attack = training_adversary(self.settings)
-        hits = torch.zeros(2, dtype=torch.int64, device=self.device)
-        bad = torch.zeros((), dtype=torch.bool, device=self.device)
+        hits = torch.zeros(3, dtype=torch.int64, device=self.device)  # clean, attacked, and what is not finite
         labels, classes, fits = [], 1, Halving()
         for x, y in monitor.epoch(0):
-            x = self.gear.place_images(x)
-            adversarial = fits.map(partial(attack.craft, self.model), x, y)
-            bad |= ~torch.isfinite(adversarial).all()
-            answers = [fits.map(partial(forward, self.model), z) for z in (x, adversarial)]
-            hits += torch.stack([(logits.argmax(1) == y).sum() for logits in answers])
-            classes = answers[0].shape[1]
-            check_labels(y, classes)
             labels.append(y)
-        if bool(bad):
+            share = self.ranks.share(len(y))
+            x, y = share.of(self.gear.place_images(x)), share.of(y)
+            with sharded(share):
+                adversarial = fits.map(partial(attack.craft, self.model), x, y)
+                answers = [fits.map(partial(forward, self.model), z) for z in (x, adversarial)]
+            found = torch.stack(
+                [*((logits.argmax(1) == y).sum() for logits in answers), (~torch.isfinite(adversarial)).sum()]
+            )
+            hits += found * share.counted
+            classes = answers[0].shape[1]
+            check_labels(labels[-1], classes)
+        *right, bad = self.ranks.sum(hits).tolist()
+        if bad:
             raise NonFiniteError(
                 f"a gradient or logit of the monitored images was not finite after step {self.step}; {self._mend()}"
             )
         self.look_at("monitor", monitor, labels, classes)
         count = sum(map(len, labels))
-        clean, pgd = (hits / max(count, 1)).tolist()
+        clean, pgd = (torch.tensor(right) / max(count, 1)).tolist()
         return {f"{self.monitored}_clean": clean, f"{self.monitored}_pgd": pgd, f"{self.monitored}_n": count}
 
 

@@ -1,0 +1,443 @@
+"""Several processes at one piece of work: who is who, what each has of a batch, sums over all of them.
+
+Started by ``torchrun`` (or by anything that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT), a process joins the
+others for the length of :func:`joined`. Alone, nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import datetime
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from learn2perturb.errors import ConfigError, TrainingError
+
+T = TypeVar("T")
+TIMEOUT_VARIABLE = "LEARN2PERTURB_RANK_TIMEOUT"
+_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_TIMEOUT = 600.0
+# So long a process waits for the word of others before it says who is missing; they time out at nearly the same moment.
+_GRACE = 3.0
+# A sum over all processes is of one block of memory at most this large: enough to hide the latency of a message.
+_BLOCK = 25 * 2**20
+
+
+class ElsewhereError(TrainingError):
+    """Another process failed, or is gone, and says so itself where it can."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """The processes that work together, seen from one of them.
+
+    Attributes:
+        rank: number of this process.
+        world: how many there are.
+        local: number of this process on its machine, by which it takes its card.
+        name: of this meeting of theirs, in the store that they share.
+        timeout: seconds after which one that does not answer is given up.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    name: str = ""
+    timeout: float = _TIMEOUT
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.world == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, total: int) -> Share:
+        """Return what this process has of a batch of ``total`` rows."""
+        return Share(self, total)
+
+    def device(self, device: torch.device) -> torch.device:
+        """Return the card of this process where ``device`` is any card."""
+        if self.alone or device.type != "cuda" or device.index is not None:
+            return device
+        own = torch.device("cuda", self.local % torch.cuda.device_count())
+        torch.cuda.set_device(own)
+        return own
+
+    # -- what all of them say ---------------------------------------------------------------------------------------
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all processes of a tensor of equal shape."""
+        if self.alone:
+            return tensor
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self._together(lambda: dist.all_reduce(total))
+        return total
+
+    def largest(self, number: int) -> int:
+        """Return the largest of the numbers that the processes give."""
+        if self.alone:
+            return number
+        value = torch.tensor(number)
+        self._together(lambda: dist.all_reduce(value, op=dist.ReduceOp.MAX))
+        return int(value)
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes, in place, in a few large messages."""
+        if self.alone:
+            return
+        for block in _blocks(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in block])
+            self._together(lambda flat=flat: dist.all_reduce(flat))  # type: ignore[misc]
+            done = 0
+            for tensor in block:
+                tensor.copy_(flat[done : done + tensor.numel()].view(tensor.shape))
+                done += tensor.numel()
+
+    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace the gradient of each parameter by its sum over all processes; one that nobody has stays None."""
+        if self.alone:
+            return
+        trained = list(dict.fromkeys(parameters))
+        there = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.int32)
+        there = self.sum(there)
+        held = [parameter for parameter, count in zip(trained, there.tolist(), strict=True) if count]
+        for parameter in held:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        with torch.no_grad():
+            self.add_up([parameter.grad for parameter in held if parameter.grad is not None])
+
+    def told(self, text: Callable[[], str]) -> str:
+        """Return on every process what ``text`` gives on the first."""
+        if self.alone:
+            return text()
+        content = text().encode() if self.first else b""
+        size = self.largest(len(content))
+        letters = torch.zeros(max(size, 1), dtype=torch.uint8)
+        letters[: len(content)] = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)[: len(content)]
+        self._together(lambda: dist.broadcast(letters, 0))
+        return bytes(letters[:size].tolist()).decode()
+
+    def gathered(self, content: bytes) -> list[bytes]:
+        """Return what every process gives, in the order of their numbers."""
+        if self.alone:
+            return [content]
+        sizes = torch.zeros(self.world, dtype=torch.int64)
+        sizes[self.rank] = len(content)
+        sizes = self.sum(sizes)
+        letters = torch.zeros(max(int(sizes.max()), 1), dtype=torch.uint8)
+        letters[: len(content)] = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)[: len(content)]
+        found = [torch.empty_like(letters) for _ in range(self.world)]
+        self._together(lambda: dist.all_gather(found, letters))
+        return [one[:size].numpy().tobytes() for one, size in zip(found, sizes.tolist(), strict=True)]
+
+    def agree(self, what: str, value: str) -> None:
+        """Refuse to go on where the processes do not have the same ``value``.
+
+        Raises:
+            TrainingError: another process has another one.
+        """
+        there = [one.decode() for one in self.gathered(value.encode())]
+        for rank, other in enumerate(there):
+            if other != there[0]:
+                raise TrainingError(
+                    f"process {rank} of {self.world} has other {what} than process 0 ({other} there, {there[0]} "
+                    "here); give all of them the same command, code and data, in an order that the seed decides"
+                )
+
+    # -- what goes wrong --------------------------------------------------------------------------------------------
+
+    def _together(self, work: Callable[[], object]) -> None:
+        """Do what all processes do at once; where one does not, say which."""
+        try:
+            work()
+        except RuntimeError as error:
+            self._blame(error)
+
+    def _blame(self, error: RuntimeError) -> NoReturn:
+        """Name who has not come to a meeting that has failed: those here say so, so the others are the missing ones."""
+        store = _store()
+        store.set(f"{self.name}/waiting/{self.rank}", "yes")
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        until = time.monotonic() + _GRACE
+        while True:
+            failed = [rank for rank in others if store.check([f"{self.name}/failed/{rank}"])]
+            missing = [rank for rank in others if not store.check([f"{self.name}/waiting/{rank}"])]
+            if failed or not missing or time.monotonic() > until:
+                break
+            time.sleep(0.05)
+        reason = " ".join(str(error).split())[:200]
+        if failed:
+            said = store.get(f"{self.name}/failed/{failed[0]}").decode()
+            raise ElsewhereError(f"process {failed[0]} of {self.world} failed: {said}") from None
+        where = " and ".join(
+            f"process {rank} of {self.world} ({store.get(f'{self.name}/at/{rank}').decode()})" for rank in missing
+        )
+        if "timed out" in reason.lower() and missing:
+            raise ElsewhereError(
+                f"{where} has not answered for {self.timeout:g} s: it hangs, or its work is longer than that; look at "
+                f"it there, or set {TIMEOUT_VARIABLE} to more seconds"
+            ) from None
+        if missing:
+            raise ElsewhereError(f"{where} is gone without a word: killed, or out of memory") from None
+        raise TrainingError(f"the processes cannot reach each other ({reason}); look at the network") from error
+
+    def _left(self, error: BaseException) -> None:
+        """Leave word for the others of why this process ends."""
+        if not isinstance(error, ElsewhereError):
+            said = " ".join(f"{error}".split())[:500] or type(error).__name__
+            with contextlib.suppress(RuntimeError):
+                _store().set(f"{self.name}/failed/{self.rank}", said)
+
+
+ALONE = Ranks()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Share:
+    """The rows of a batch that one process has: as even as may be, or all of them where there are too few for all.
+
+    Attributes:
+        ranks: the processes.
+        total: rows of the batch.
+    """
+
+    ranks: Ranks
+    total: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether every process has all rows."""
+        return self.ranks.alone or self.total < self.ranks.world
+
+    @property
+    def start(self) -> int:
+        """First row of this process."""
+        return 0 if self.whole else self._edge(self.ranks.rank)
+
+    @property
+    def stop(self) -> int:
+        """The row behind its last one."""
+        return self.total if self.whole else self._edge(self.ranks.rank + 1)
+
+    @property
+    def rows(self) -> int:
+        """How many it has."""
+        return self.stop - self.start
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each process, where they are shared out."""
+        return [self._edge(rank + 1) - self._edge(rank) for rank in range(self.ranks.world)]
+
+    @property
+    def weight(self) -> float:
+        """What a mean over these rows is multiplied by, so that the sum over the processes is that of the batch."""
+        return 1 / self.ranks.world if self.whole else self.rows / self.total
+
+    @property
+    def counted(self) -> bool:
+        """Whether a sum over these rows counts: of rows that all have, only that of the first."""
+        return self.ranks.first or not self.whole
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return its rows of a tensor (total, ...)."""
+        return tensor if self.whole else tensor[self.start : self.stop]
+
+    def _edge(self, rank: int) -> int:
+        return self.total * rank // self.ranks.world
+
+
+_share: contextvars.ContextVar[Share | None] = contextvars.ContextVar("share", default=None)
+
+
+def current_share() -> Share | None:
+    """Return the share that the rows of the passes are now, or None where they are whole batches."""
+    return _share.get()
+
+
+@contextlib.contextmanager
+def sharing(share: Share | None) -> Iterator[None]:
+    """Let the passes of the body be of this share of a batch; None: of what is no part of one."""
+    token = _share.set(None if share is None or share.whole else share)
+    try:
+        yield
+    finally:
+        _share.reset(token)
+
+
+def plain_calls() -> contextlib.AbstractContextManager[None]:
+    """Return the context in which what watches calls on a share (see ``rows``) sees none: for what knows its rows."""
+    return contextlib.nullcontext() if _share.get() is None else torch._C.DisableTorchFunction()
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes of a tensor, through which gradients flow: those of all processes, summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.sum(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(gradients[0], ctx.ranks), None
+
+
+def differentiable_sum(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """Return the sum over all processes of a tensor; the gradient of a sum of losses over all flows back."""
+    return tensor if ranks.alone else _Sum.apply(tensor, ranks)
+
+
+class _Valued(torch.autograd.Function):
+    """A number of another value: that of the whole batch, whose gradient here is that of this share."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def valued(own: Tensor, value: Tensor) -> Tensor:
+    """Return ``value`` with the gradient of ``own``."""
+    return _Valued.apply(own, value)
+
+
+# -- meeting ----------------------------------------------------------------------------------------------------------
+
+_current: contextvars.ContextVar[Ranks] = contextvars.ContextVar("ranks", default=ALONE)
+_meetings = 0
+
+
+def current() -> Ranks:
+    """Return the processes that this one has joined, or :data:`ALONE`."""
+    return _current.get()
+
+
+def first_of_all() -> bool:
+    """Tell whether this process is the one that speaks, joined or not yet."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return not _called() or os.environ["RANK"] == "0"
+
+
+def _called() -> bool:
+    return all(os.environ.get(name) for name in _NEEDED) and os.environ["WORLD_SIZE"] != "1"
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """Join the other processes for the body, if this one was started as one of several.
+
+    A process group that is there already is used, and left as it is. Inside another :func:`joined` this is the same.
+
+    Raises:
+        ConfigError: the variables of the environment that say who is who make no sense.
+        TrainingError: the others do not come.
+    """
+    here = _current.get()
+    ready = dist.is_available() and dist.is_initialized()
+    if not here.alone or not (ready or _called()):
+        yield here
+        return
+    timeout = _seconds()
+    if not ready:
+        _open(timeout)
+    ranks = _introduced(timeout)
+    token = _current.set(ranks)
+    try:
+        yield ranks
+    except BaseException as error:
+        ranks._left(error)
+        raise
+    finally:
+        _current.reset(token)
+        if not ready:
+            dist.destroy_process_group()
+
+
+def _introduced(timeout: float) -> Ranks:
+    global _meetings
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if world == 1:
+        return ALONE
+    _meetings += 1
+    # The store outlives a restart, and a process may train more than once: what is left there is of one meeting.
+    name = f"learn2perturb/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_meetings}"
+    ranks = Ranks(rank, world, int(os.environ.get("LOCAL_RANK", rank)), name, timeout)
+    _store().set(f"{name}/at/{rank}", f"pid {os.getpid()} on {platform.node()}")
+    ranks.largest(0)  # all are here, and have said who they are
+    return ranks
+
+
+def _open(timeout: float) -> None:
+    try:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except ValueError:
+        raise ConfigError(
+            f"RANK is {os.environ['RANK']!r} and WORLD_SIZE {os.environ['WORLD_SIZE']!r}; they must be whole numbers, "
+            "as torchrun sets them"
+        ) from None
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    # NCCL takes one card a process; fewer cards than processes, as in a trial run, talk through the CPU.
+    cards = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= local else "gloo"
+    try:
+        dist.init_process_group(
+            f"cpu:gloo,cuda:{cards}" if torch.cuda.is_available() else "gloo",
+            rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout),
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TrainingError(
+            f"process {rank} cannot join the {world} of them ({reason}); start them all, by torchrun"
+        ) from None
+
+
+def _seconds() -> float:
+    given = os.environ.get(TIMEOUT_VARIABLE, "")
+    try:
+        seconds = float(given or _TIMEOUT)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ConfigError(f"{TIMEOUT_VARIABLE} is {given!r}; it must be a number of seconds above 0, such as 600")
+    return seconds
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _blocks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield tensors of one type in blocks of a bounded size, in an order that is the same on every process."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        block: list[Tensor] = []
+        size = 0
+        for tensor in tensors:
+            if tensor.dtype != dtype:
+                continue
+            if block and size + tensor.nbytes > _BLOCK:
+                yield block
+                block, size = [], 0
+            block.append(tensor)
+            size += tensor.nbytes
+        if block:
+            yield block

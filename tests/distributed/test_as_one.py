@@ -1,0 +1,178 @@
+"""Two and four processes on a batch do what one does: every defense, in float64 to the last digits."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from learn2perturb.data import load_data
+from learn2perturb.defenses import Defense, Losses, forward, list_defenses, training_adversary
+from learn2perturb.engine.identity import fingerprint
+from learn2perturb.registry import DEFENSES
+from learn2perturb.training import TrainConfig, train
+from tests.distributed.processes import together
+
+
+def config(**changes):
+    """Return a config of twenty steps, the last batch of each epoch of two images, with noise in its first epoch."""
+    values = {
+        "defense": "learn2perturb", "model": "digits_cnn", "dataset": "digits", "recipe": "fast", "epochs": 4,
+        "limit": 34, "batch_size": 8, "attack_steps": 1, "monitor": 0, "log_every": 1, "tensorboard": False,
+        "engine": "plain", "device": "cpu", "adversarial_delay": 0,
+    }  # fmt: skip
+    learned = values | changes
+    if learned["defense"].startswith("learn2perturb"):
+        changes["options"] = {"noise_delay": 0, **changes.get("options", {})}
+    return TrainConfig(**{**values, **changes})
+
+
+DIGITS = load_data("digits", "train"), load_data("digits", "test")
+
+
+def network(*more):
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.Conv2d(6, 8, 3, stride=2, bias=False)
+    layers = [first, nn.BatchNorm2d(6), nn.ReLU(), second, nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*layers, *more, nn.Flatten(), nn.Linear(72, 10))
+
+
+def trained(config, *more, out=None, double=True):
+    """Return the metrics of all epochs and the weights after a training in float64, theta and draws included."""
+    torch.set_default_dtype(torch.float64 if double else torch.float32)
+    try:
+        run = train(config, model=network(*more), data=DIGITS, out=out, progress=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    lines = [{k: v for k, v in line.items() if "second" not in k} for line in run.metrics]
+    return lines, run.model.state_dict()
+
+
+def numbers(line, prefix=""):
+    for key, value in line.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, (int, float)):
+            yield prefix + key, value
+
+
+def check_alike(one, many, tolerance=1e-10):
+    for lines, weights in many:
+        assert len(lines) == len(one[0])
+        for line, expected in zip(lines, one[0], strict=True):
+            found = dict(numbers(line))
+            assert list(found) == list(dict(numbers(expected)))
+            for key, value in numbers(expected):
+                assert found[key] == pytest.approx(value, abs=1e-6, rel=1e-6), key  # metrics keep seven digits
+        for key, value in one[1].items():
+            assert torch.equal(many[0][1][key], weights[key]), f"the processes have other {key}"
+            assert (weights[key] - value).abs().max() <= tolerance, key
+
+
+def compare(config, *more, count=2, tmp_path, tolerance=1e-10):
+    many = together(count, lambda rank: trained(config, *more), tmp_path)
+    check_alike(trained(config, *more), many, tolerance)
+
+
+@pytest.mark.parametrize("name", list_defenses())
+def test_two_processes_train_every_defense_as_one_does(name, tmp_path):
+    compare(config(defense=name), tmp_path=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [3, 4])
+@pytest.mark.parametrize("name", list_defenses())
+def test_more_processes_train_every_defense_as_one_does(name, count, tmp_path):
+    compare(config(defense=name), count=count, tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"awp": 0.01, "weight_average": 0.9, "monitor": 10},
+        {"objective": "trades", "options": {"sharing": "per_batch", "theta_step": "sequential"}},
+        {"attack_mode": "train", "attack_steps": 2, "options": {"theta_step": "released", "granularity": "channel"}},
+        {"defense": "pni", "options": {"variant": "output"}},
+        {"defense": "pni", "options": {"variant": "input", "granularity": "channel"}},
+        {"batch_size": 6},  # at four processes some have one image, others two; PNI's weights have as many rows
+    ],
+    ids=["awp and average", "trades and one map", "attack in train mode", "pni a-a", "pni a-b", "uneven"],
+)
+def test_four_processes_train_every_setting_as_one_does(changes, tmp_path):
+    compare(config(epochs=2, **changes), count=4, tmp_path=tmp_path)
+
+
+def test_dropout_and_batches_smaller_than_their_number(tmp_path):
+    compare(config(epochs=2, limit=25), nn.Dropout(0.4), nn.Dropout2d(0.2), count=3, tmp_path=tmp_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfOnesOwn(Defense):
+    """Draws, doubled batches, a gradient of the weights: written with no thought of several processes."""
+
+    def loss(self, model, x, y, clock, settings):
+        start = (x + 0.1 * torch.rand(x.shape, dtype=x.dtype)).clamp(0, 1)
+        x_adv = training_adversary(settings).craft(model, start, y)
+        both = torch.cat([x, x_adv])
+        logits = forward(model, both + 0.05 * torch.randn_like(both))
+        loss = F.cross_entropy(logits, torch.cat([y, y]))
+        weights = list(model.parameters())
+        slopes = torch.autograd.grad(loss, weights, retain_graph=True)
+        size = torch.stack([slope.square().sum() for slope in slopes]).sum()
+        kept = torch.bernoulli(torch.full((len(x), 1), 0.9, dtype=x.dtype))
+        return Losses(loss / (1 + size) + 1e-3 * (kept * logits[: len(x)]).square().mean())
+
+
+def test_a_defense_of_ones_own_knows_nothing_of_it(tmp_path):
+    DEFENSES.register("of_ones_own", f"{__name__}:OfOnesOwn", "draws, doubles, differentiates")
+    try:
+        compare(config(defense="of_ones_own", limit=36), tmp_path=tmp_path)
+    finally:
+        DEFENSES._entries.pop("of_ones_own")
+
+
+def test_in_float32_the_first_gradients_are_those_of_one(tmp_path):
+    # Later ones part: a rounding turns the sign of a gradient that is nearly 0, in one process as in two.
+    settings = config(epochs=1, limit=8)
+    (lines, weights), *_ = together(2, lambda rank: trained(settings, double=False), tmp_path)
+    expected_lines, expected = trained(settings, double=False)
+    assert lines[0]["loss"] == pytest.approx(expected_lines[0]["loss"], abs=1e-5)
+    for key, value in expected.items():  # one step of the optimiser: the gradient, times the learning rate
+        assert (weights[key] - value).abs().max() <= 1e-5, key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched(Defense):
+    """Plain training that writes down which images it has had."""
+
+    def loss(self, model, x, y, clock, settings):
+        rows = torch.cat([x.flatten(1), y.unsqueeze(1)], dim=1)
+        _seen.append([fingerprint([("", row)]) for row in rows])
+        logits = forward(model, x)
+        return Losses(F.cross_entropy(logits, y))
+
+
+_seen: list[list[str]] = []
+
+
+def test_every_image_is_trained_on_once_and_in_the_order_of_one_process(tmp_path):
+    DEFENSES.register("watched", f"{__name__}:Watched", "writes down its images")
+
+    def order(rank=0):
+        _seen.clear()
+        train(config(defense="watched", limit=35, epochs=2, monitor=0), progress=False)
+        return list(_seen)
+
+    try:
+        parts, whole = together(3, order, tmp_path), order()
+    finally:
+        DEFENSES._entries.pop("watched")
+    steps = list(zip(*parts, strict=True))
+    assert [list(itertools.chain(*step)) for step in steps] == whole
+    assert all(sorted(map(len, step)) == [2, 3, 3] for step in steps[:4])
+    epoch = list(itertools.chain(*whole[:5]))
+    assert len(set(epoch)) == len(epoch) == 35
