@@ -164,7 +164,7 @@ def test_every_image_is_trained_on_once_and_in_the_order_of_one_process(tmp_path
 
     def order(rank=0):
         _seen.clear()
-        train(config(defense="watched", limit=35, epochs=2, monitor=0), progress=False)
+        train(config(defense="watched", limit=38, epochs=2), progress=False)
         return list(_seen)
 
     try:
@@ -175,4 +175,4 @@ def test_every_image_is_trained_on_once_and_in_the_order_of_one_process(tmp_path
     assert [list(itertools.chain(*step)) for step in steps] == whole
     assert all(sorted(map(len, step)) == [2, 3, 3] for step in steps[:4])
     epoch = list(itertools.chain(*whole[:5]))
-    assert len(set(epoch)) == len(epoch) == 35
+    assert len(set(epoch)) == len(epoch) == 38

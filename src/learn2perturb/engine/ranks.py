@@ -210,7 +210,9 @@ ALONE = Ranks()
 @final
 @dataclass(frozen=True, eq=False)
 class Share:
-    """The rows of a batch that one process has: as even as may be, or all of them where there are too few for all.
+    """The rows of a batch that one process has: as even as may be, or all of them where some would have only one.
+
+    A draw that has rows is known by its length (see ``rows``), and one of length 1 is what all rows have in common.
 
     Attributes:
         ranks: the processes.
@@ -223,7 +225,7 @@ class Share:
     @property
     def whole(self) -> bool:
         """Whether every process has all rows."""
-        return self.ranks.alone or self.total < self.ranks.world
+        return self.ranks.alone or self.total < 2 * self.ranks.world
 
     @property
     def start(self) -> int:

@@ -68,13 +68,13 @@ def deviation(values: Tensor) -> Tensor:
 
 def _times(share: Share, value: Any) -> int:
     """Return how many times the rows of this share a size or tensor has, in blocks as of ``cat``; 0: it has no rows."""
-    if isinstance(value, Tensor):
-        length = value.shape[0] if value.ndim and not isinstance(value, nn.Parameter) else 0
-    else:
-        length = value[0] if isinstance(value, (tuple, list)) and value and isinstance(value[0], int) else 0
-    if length == share.rows:
-        return 1
-    return 0 if share.rows == 1 or length % share.rows else length // share.rows
+    if isinstance(value, nn.Parameter) or not isinstance(value, (Tensor, tuple, list)):
+        return 0
+    size = value.shape if isinstance(value, Tensor) else value
+    if not size or not isinstance(size[0], int) or size[0] % share.rows:
+        return 0
+    times = size[0] // share.rows
+    return times if times == 1 or len(size) > 1 else 0
 
 
 def _own(share: Share, wide: Tensor, times: int) -> Tensor:
@@ -116,6 +116,16 @@ def _drawn(share: Share, func: Callable[..., Any], args: Sequence[Any], kwargs: 
     else:
         wide = [_widened(share, value) for value in args]
     return _own(share, func(*wide, **{key: _widened(share, value) for key, value in kwargs.items()}), times)
+
+
+def _picked(share: Share, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """``multinomial``: a row of probabilities for each row, or a pick for each row from the same probabilities."""
+    chances, *others = args
+    if chances.ndim > 1:
+        return _drawn(share, func, args, kwargs)
+    if others[:1] != [share.rows]:
+        return func(*args, **kwargs)
+    return func(chances, share.total, *others[1:], **kwargs)[share.start : share.stop]
 
 
 def _filled(share: Share, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -164,7 +174,7 @@ def _differentiated(share: Share, func: Callable[..., Any], args: Sequence[Any],
 
 _LIKE = (torch.rand_like, torch.randn_like, torch.randint_like)
 _DRAWN = (
-    torch.rand, torch.randn, torch.randint, torch.normal, torch.bernoulli, torch.poisson, torch.multinomial,
+    torch.rand, torch.randn, torch.randint, torch.normal, torch.bernoulli, torch.poisson,
     F.alpha_dropout, F.feature_alpha_dropout, F.rrelu, F.gumbel_softmax, *_LIKE,
 )  # fmt: skip
 _FILLED = (
@@ -176,6 +186,7 @@ _TREATMENTS: dict[Any, Treatment] = {
     **dict.fromkeys(_DRAWN, _drawn),
     **dict.fromkeys(_FILLED, _filled),
     **dict.fromkeys(_DROPPED, _dropped),
+    torch.multinomial: _picked,
     F.batch_norm: _normed,
     torch.autograd.grad: _differentiated,
 }
