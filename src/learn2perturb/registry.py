@@ -16,11 +16,12 @@ class Entry:
     """One registered thing: where it lives, who published it, and facts that are needed without importing it.
 
     Facts of defenses: ``stochastic`` (its network draws noise), ``adversarial`` (trains on adversarial examples),
-    ``recordable`` (its loss looks at the clock for the adversary's delay only, and no recipe holds its draws). Of
-    attacks: ``needs_gradient``, ``needs`` (settings that a name cannot give), and ``finite_ensembles`` (of random
-    models it takes those of finitely many members only; it keeps a step only if it fools, and decides that on the
-    host). Of noises: ``everywhere`` (acts at every place of any network; else it is the law of one defense, which knows
-    where it goes).
+    ``recordable`` (its loss looks at the clock for the adversary's delay only, and no recipe holds its draws),
+    ``finite_ensemble`` (it draws one of finitely many networks, so its accuracy is known exactly). Of attacks:
+    ``needs_gradient``, ``needs`` (settings that a name cannot give), and ``finite_ensembles`` (of random models it
+    takes those of finitely many members only; it keeps a step only if it fools, and decides that on the host). Of
+    noises: ``everywhere`` (acts at every place of any network; else it is the law of one defense, which knows where it
+    goes).
     """
 
     name: str
@@ -358,6 +359,13 @@ for _name, _target, _summary, _paper, _year in (
         2022,
     ),
     (
+        "members",
+        "members:RandomMember",
+        "the network or one of its copies answers each image: a random ensemble",
+        "Pinot et al., Randomization matters",
+        2020,
+    ),
+    (
         "gain",
         "gain:RandomGain",
         "features times random weights of learned mean and deviation: v (mu + sigma eps)",
@@ -506,6 +514,26 @@ DEFENSES.register(
     year=2023,
     stochastic=True,
     adversarial=True,
+)
+DEFENSES.register(
+    "bat",
+    "learn2perturb.defenses.bat:BAT",
+    "a random ensemble: an adversarially trained network, rarely one trained on attacks on it",
+    paper="Pinot et al., Randomization matters. How to defend against strong adversarial attacks",
+    year=2020,
+    stochastic=True,
+    adversarial=True,
+    finite_ensemble=True,
+)
+DEFENSES.register(
+    "barre",
+    "learn2perturb.defenses.barre:BARRE",
+    "a random ensemble whose members are trained one after the other against attacks on all so far",
+    paper="Dbouk, Shanbhag, On the Robustness of Randomized Ensembles to Adversarial Perturbations",
+    year=2023,
+    stochastic=True,
+    adversarial=True,
+    finite_ensemble=True,
 )
 DEFENSES.register(
     "pixeldp",

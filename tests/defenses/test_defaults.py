@@ -43,6 +43,10 @@ OWN: dict[str, dict[str, Any]] = {
     "RNA": {"channels": (1,)},
     # Ma et al. 2023, released code: the sum of sigma at least 2,048 of 3,072.
     "CTRW": {"least": 2 / 3, "sharing": "per_batch"},
+    # Pinot et al. 2020: two members, drawn .9 and .1.
+    "BAT": {"count": 2, "weight": 0.1},
+    # Dbouk, Shanbhag 2023: five members, ARC of ten rounds (released code).
+    "BARRE": {"count": 5, "osp_steps": 10, "osp_lr": 0.1, "arc_steps": 10},
     # Lecuyer et al. 2019: (1, 0.05)-differential privacy for changes up to 0.1.
     "PixelDP": {
         "bound": 0.1, "epsilon": 1.0, "delta": 0.05, "mechanism": "gaussian", "sensitivity": "measured",
@@ -65,6 +69,8 @@ KIND: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "RPF": ("single", 10, BOTH),
     "RNA": ("single", 10, BOTH),
     "CTRW": ("single", 10, BOTH),
+    "BAT": ("single", 10, ()),
+    "BARRE": ("single", 10, ()),
     "PixelDP": ("mean_probability", 50, ()),
 }
 ARGUMENTS = {
@@ -131,7 +137,9 @@ def test_kind_of_a_defense(name):
 
 def test_whose_steps_can_be_recorded():
     """All of the package's but PixelDP's, whose noise follows a ramp, and those that hold the adversary's draws."""
-    assert [entry.name for entry in DEFENSES if not entry.facts.get("recordable")] == ["rpf", "rna", "ctrw", "pixeldp"]
+    assert [entry.name for entry in DEFENSES if not entry.facts.get("recordable")] == [
+        "rpf", "rna", "ctrw", "bat", "barre", "pixeldp",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OWN)

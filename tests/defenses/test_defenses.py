@@ -27,7 +27,7 @@ EXPECTED = {
     "none", "pgd_at", "madry", "trades", "learn2perturb", "learn2perturb_r",
     "pni", "adv_bnn",
     "rse", "rse_at", "pixeldp",
-    "smoothadv", "wca", "wca_at", "rpf", "rna", "ctrw",
+    "smoothadv", "wca", "wca_at", "rpf", "rna", "ctrw", "bat", "barre",
 }  # fmt: skip
 
 

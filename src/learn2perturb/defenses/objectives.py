@@ -140,7 +140,8 @@ def _clean_loss(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> L
     return Losses(loss, clean=loss.detach(), clean_correct=logits.detach().argmax(1) == y)
 
 
-def _attack_mode(settings: Settings) -> Literal["eval", "keep"]:
+def mode_of_attack(settings: Settings) -> Literal["eval", "keep"]:
+    """Return the mode that the training adversary runs in."""
     # The model is in train mode, but for what its owner has frozen, so train mode is the mode that it is in.
     return "keep" if settings.attack_mode == "train" else "eval"
 
@@ -158,7 +159,7 @@ def mixed_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: S
     guessing = settings.attack_labels == "predicted"
     logits = prediction(model, x, settings) if settings.alpha or guessing else None
     labels = logits.detach().argmax(1) if guessing and logits is not None else y
-    x_adv = training_adversary(settings).craft(model, x, labels, mode=_attack_mode(settings))
+    x_adv = training_adversary(settings).craft(model, x, labels, mode=mode_of_attack(settings))
     network: Model = model
     if settings.awp:
         network = against_weights(model, settings.awp, lambda f: F.cross_entropy(prediction(f, x_adv, settings), y))
@@ -238,7 +239,7 @@ def trades_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: 
         steps=settings.attack_steps,
         **_draws_of_adversary(settings),
     )
-    x_adv = adversary.craft(model, x, y, mode=_attack_mode(settings))
+    x_adv = adversary.craft(model, x, y, mode=mode_of_attack(settings))
 
     def parts(network: Model) -> tuple[Tensor, Tensor, Tensor]:
         logits, adv_logits = prediction(network, x, settings), prediction(network, x_adv, settings)

@@ -38,10 +38,15 @@ class Members:
 def members_of(model: Any) -> Members | None:
     """Return the members of ``model``, None where it is no finite ensemble: has no ``members`` and ``probabilities``.
 
+    What draws among them may be a part of it instead, with ``members_in(model)``: noise of the kind ``members``.
+
     Raises:
         InputError: there is not one probability for each member, or they are none.
     """
     networks, given = getattr(model, "members", None), getattr(model, "probabilities", None)
+    drawing: Any = getattr(model, "perturbation", None)
+    if networks is None and given is None and hasattr(drawing, "members_in") and getattr(drawing, "enabled", False):
+        networks, given = drawing.members_in(model), drawing.probabilities
     if networks is None or given is None:
         return None
     networks = tuple(networks)

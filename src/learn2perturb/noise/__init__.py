@@ -30,6 +30,7 @@ from learn2perturb.noise.laws import (
     kl_divergence,
     register_noise,
 )
+from learn2perturb.noise.members import RandomMember, random_members
 from learn2perturb.noise.norms import RandomNorm
 from learn2perturb.noise.projection import RandomProjection
 from learn2perturb.noise.quiet import NoiseFree
@@ -42,6 +43,7 @@ __all__ = [
     "NoiseModule",
     "Perturbation",
     "RandomGain",
+    "RandomMember",
     "RandomNorm",
     "RandomProjection",
     "VariationalWeight",
@@ -60,6 +62,7 @@ __all__ = [
     "perturb",
     "perturb_images",
     "perturb_weights",
+    "random_members",
     "register_distribution",
     "register_noise",
     "remove_noise",

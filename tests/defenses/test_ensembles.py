@@ -1,0 +1,223 @@
+"""BAT and BARRE: whom a stage trains and on what, against transcriptions; exact accuracy; saving."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import learn2perturb as l2p
+from learn2perturb.attacks import ARC
+from learn2perturb.data import ImageData
+from learn2perturb.defenses import Clock, build_defense
+from learn2perturb.defenses.barre import onto_simplex
+from learn2perturb.engine.finite import members_of
+from learn2perturb.errors import ConfigError, SiteError
+from learn2perturb.evaluation import exact_accuracy
+from learn2perturb.noise import fixed_noise, noise_disabled, noise_modules, remove_noise
+from learn2perturb.registry import DEFENSES
+from learn2perturb.training import TrainConfig, train
+from learn2perturb.training.alternating import iterate
+
+SHAPE, EPS, STEP, LR, DECAY = (2, 4, 4), 0.1, 0.06, 0.05, 1e-3
+NAMES = [entry.name for entry in DEFENSES if entry.fact("finite_ensemble")]
+
+
+def plain():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+
+
+def dense():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(32, 3))
+
+
+def pixels(n=12):
+    images = torch.randint(0, 256, (n, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    return ImageData("random", images, torch.arange(n) % 3, ("a", "b", "c"), False, 0, (0.5,) * 2, (0.25,) * 2)
+
+
+def config(name, **settings):
+    return TrainConfig(
+        defense=name, recipe="common", eps=EPS, attack_steps=2, attack_step_size=STEP, attack_random_start=False,
+        lr=LR, weight_decay=DECAY, schedule="constant", nesterov=False, engine="plain", device="cpu",
+        tensorboard=False, monitor=0, **settings,
+    )  # fmt: skip
+
+
+def fools(weights, x, y):
+    """The attack of two steps on ``-log sum_k q_k p_k(y)`` of linear members ``(q, W, b)``."""
+    x_adv = x
+    for _ in range(2):
+        leaf = x_adv.clone().requires_grad_()
+        mean = sum(q * torch.softmax(leaf.flatten(1) @ w.T + b, 1) for q, w, b in weights)
+        (g,) = torch.autograd.grad(-mean.gather(1, y[:, None]).log().sum(), leaf)
+        x_adv = torch.minimum(torch.maximum(x_adv + STEP * g.sign(), x - EPS), x + EPS).clamp(0, 1)
+    return x_adv
+
+
+@pytest.mark.parametrize("name", ["bat", "barre"])
+def test_a_step_of_the_second_member_equals_a_transcription(name):
+    """BAT's is trained on attacks on the first; BARRE's starts from the first, on attacks on the mean of both."""
+    settings = config(name, epochs=4, options={"count": 2} | ({"osp_steps": 0} if name == "barre" else {})).resolve()
+    defense = build_defense(name, settings.options)
+    model = defense.prepare(dense(), SHAPE).double().train()
+    second = model.perturbation.others[0]
+    with torch.no_grad():
+        second[1].weight.add_(0.3)
+    first = [model[1].weight.detach().clone(), model[1].bias.detach().clone()]
+    start = first if name == "barre" else [second[1].weight.detach().clone(), second[1].bias.detach().clone()]
+    x, y = torch.rand(5, *SHAPE, dtype=torch.float64), torch.arange(5) % 3
+    stage, clock = defense.stages(settings)[1], Clock(2, 0, 4, stage=1)
+    defense.begin_step(model, clock)
+    iterate(
+        defense, model, clock, stage.optimizers(model), lambda: defense.loss(model, x, y, clock, settings),
+        lambda losses: None,
+    )  # fmt: skip
+    x_adv = fools([(1.0, *first)] if name == "bat" else [(0.5, *first), (0.5, *start)], x, y)
+    leaves = [value.clone().requires_grad_() for value in start]
+    slopes = torch.autograd.grad(F.cross_entropy(x_adv.flatten(1) @ leaves[0].T + leaves[1], y), leaves)
+    for parameter, value, slope in zip(second[1].parameters(), start, slopes, strict=True):
+        assert torch.allclose(parameter, value - LR * (slope + DECAY * value), rtol=1e-9)
+    assert torch.equal(model[1].weight, first[0])  # the first is trained no more
+
+
+def test_bat_draws_as_its_paper_and_barre_evenly():
+    assert build_defense("bat").chances(2) == [0.9, 0.1]
+    assert build_defense("bat", {"count": 3, "weight": 0.2}).chances(3) == pytest.approx([0.64, 0.16, 0.2])
+    model = build_defense("barre", {"count": 3}).prepare(dense(), SHAPE)
+    for stage in range(3):
+        build_defense("barre", {"count": 3}).begin_step(model, Clock(stage, 0, 4, stage=stage))
+        assert model.perturbation.probabilities == pytest.approx([1 / (stage + 1)] * (stage + 1) + [0] * (2 - stage))
+
+
+def test_epochs_are_shared_out_and_each_member_has_the_whole_schedule():
+    settings = TrainConfig(defense="barre", recipe="paper").resolve()
+    stages = build_defense("barre").stages(settings)
+    assert [stage.epochs for stage in stages] == [100] * 5
+    factors = [stages[0].factor(Clock(0, 0, 4, stage_epoch=epoch)) for epoch in (49, 50, 74, 75)]
+    assert factors == pytest.approx([1.0, 0.1, 0.1, 0.01])
+    few = TrainConfig(defense="barre", recipe="common", epochs=3).resolve()
+    assert [stage.epochs for stage in build_defense("barre").stages(few)] == [1, 1, 1]  # two members are never drawn
+    one = build_defense("barre").stages(TrainConfig(defense="barre", recipe="common", epochs=0).resolve())
+    assert [stage.epochs for stage in one] == [0]
+
+
+@pytest.mark.parametrize("point", [[0.5, 0.5], [1.2, -0.3, 0.4], [-1.0, -2.0], [0.2, 0.3, 0.5]])
+def test_the_nearest_point_of_the_simplex(point):
+    found = onto_simplex(torch.tensor(point, dtype=torch.float64))
+    assert found.sum().item() == pytest.approx(1) and bool((found >= 0).all())
+    shifts = (torch.tensor(point, dtype=torch.float64) - found)[found > 0]
+    assert torch.allclose(shifts, shifts[0])  # optimality: the same shift wherever it is not at a bound
+    assert bool((torch.tensor(point)[found == 0] <= shifts[0] + 1e-12).all())
+
+
+def test_barres_chances_leave_a_member_that_errs():
+    """At the end of the training: one member is always wrong on ARC's images, the other always right."""
+
+    class Always(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.answer = nn.Parameter(torch.tensor([5.0, 0.0, 0.0]))
+
+        def forward(self, x):
+            return self.answer + 0 * x.flatten(1).sum(1, keepdim=True)
+
+    defense = build_defense("barre", {"count": 2, "osp_steps": 3, "osp_lr": 0.5, "arc_steps": 1})
+    model = defense.prepare(Always(), SHAPE).train()
+    model.perturbation.set_chances([0.5, 0.5])
+    with torch.no_grad():
+        model.perturbation.others[0].answer.copy_(torch.tensor([0.0, 5.0, 0.0]))
+    x, y, settings = torch.rand(4, *SHAPE), torch.zeros(4, dtype=torch.long), config("barre", epochs=4).resolve()
+    expected = 0.5
+    for batch in range(4):
+        defense.loss(model, x, y, Clock(3, batch, 4, stage=1, stage_epoch=1), settings)
+        expected = expected if batch == 0 else min(expected + 0.5 / batch / 2, 1.0)  # the last three of the training
+        assert model.perturbation.probabilities[0] == pytest.approx(expected)
+    assert model.training
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accuracy_is_a_sum_and_arc_takes_it_as_an_ensemble(name):
+    model = build_defense(name, {"count": 2}).prepare(plain(), SHAPE).eval()
+    model.perturbation.set_chances([0.7, 0.3])
+    with torch.no_grad():
+        model.perturbation.others[0][4].weight.neg_()
+    x, y = torch.rand(40, *SHAPE), torch.arange(40) % 3
+    members = members_of(model)
+    assert members is not None and members.probabilities == pytest.approx((0.7, 0.3))
+    each = [float((network(x).argmax(1) == y).float().mean()) for network in members.networks]
+    exact = exact_accuracy(model, x, y)
+    assert exact == pytest.approx(0.7 * each[0] + 0.3 * each[1])
+    with torch.no_grad():
+        drawn = sum(float((model(x).argmax(1) == y).float().mean()) for _ in range(400)) / 400
+    assert drawn == pytest.approx(exact, abs=4 * math.sqrt(0.21 / 400 / 40))
+    with torch.no_grad():
+        weaker = exact_accuracy(model, ARC(EPS, steps=4, seed=0)(model, x, y), y)
+    assert weaker <= exact
+    with noise_disabled(model), torch.no_grad():
+        assert members_of(model) is None
+        assert torch.equal(model(x), plain().eval()(x))  # the first member
+        assert torch.equal(remove_noise(copy.deepcopy(model))(x), model(x))
+
+
+def test_a_row_has_its_draw_and_all_of_a_pass_one_if_shared():
+    model = build_defense("bat").prepare(dense(), SHAPE).eval()
+    model.perturbation.set_chances([0.5, 0.5])
+    with torch.no_grad():
+        model.perturbation.others[0][1].weight.neg_()
+        x = torch.rand(1, *SHAPE).expand(64, -1, -1, -1).contiguous()
+        rows = model(x)
+        assert len({tuple(row.tolist()) for row in rows}) == 2
+        with fixed_noise(model, 5):
+            assert torch.equal(model(x), model(x)) and torch.allclose(model(x)[:7], model(x[:7]), atol=1e-5)
+        model.perturbation.sharing = "per_batch"
+        assert len({tuple(row.tolist()) for row in model(x)}) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_strangers_network_is_trained_and_loaded(name, tmp_path):
+    """Both members are trained; they and their chances are saved."""
+    settings = config(
+        name, epochs=2, batch_size=6, options={"count": 2, **({"osp_steps": 1} if name == "barre" else {})}
+    )
+    whole = train(settings, model=plain(), data=pixels(), out=tmp_path / "whole", progress=False)
+    assert [line["epoch"] for line in whole.metrics] == [0, 1]
+
+    loaded = l2p.load(tmp_path / "whole", model=plain())
+    assert loaded.perturbation.probabilities == whole.model.perturbation.probabilities
+    assert not torch.equal(loaded[0].weight, loaded.perturbation.others[0][0].weight)
+    x = pixels().images.float() / 255
+    with fixed_noise(loaded), fixed_noise(whole.model), torch.no_grad():
+        assert torch.equal(loaded(x), whole.model(x))
+    result = l2p.evaluate(loaded, pixels(), {"arc": ARC(EPS, steps=2)}, draws=2, progress=False)
+    assert result.row("arc").stochastic and not result.row("arc", noise=False).stochastic
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("bat", {"count": 1}, "count must be .* at least 2, got 1"),
+        ("bat", {"weight": 0.0}, "weight is 0.0"),
+        ("barre", {"count": True}, "count must be"),
+        ("barre", {"osp_lr": -1}, "osp_lr is -1"),
+        ("barre", {"osp_steps": -1}, "osp_steps must be"),
+    ],
+)
+def test_a_wrong_option_is_named(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        build_defense(name, options)
+
+
+def test_what_is_no_ensemble_or_one_already_is_refused():
+    with pytest.raises(ConfigError, match="no random ensemble"):
+        build_defense("bat").begin_step(dense(), Clock(0, 0, 1))
+    model = build_defense("bat").prepare(dense(), SHAPE)
+    with pytest.raises(SiteError, match="already"):
+        build_defense("bat").prepare(model, SHAPE)
+    assert len(noise_modules(model)) == 1
