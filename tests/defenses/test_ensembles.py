@@ -69,7 +69,7 @@ def test_a_step_of_the_second_member_equals_a_transcription(name):
     model = defense.prepare(dense(), SHAPE).double().train()
     second = model.perturbation.others[0]
     with torch.no_grad():
-        second[1].weight.add_(0.3)
+        second[1].weight.normal_()
     first = [model[1].weight.detach().clone(), model[1].bias.detach().clone()]
     start = first if name == "barre" else [second[1].weight.detach().clone(), second[1].bias.detach().clone()]
     x, y = torch.rand(5, *SHAPE, dtype=torch.float64), torch.arange(5) % 3
