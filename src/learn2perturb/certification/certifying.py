@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from learn2perturb.certification.bounds import gaussian_dp_radius, laplace_radius, vote_bounds
-from learn2perturb.certification.config import CertifyConfig
+from learn2perturb.certification.config import GAPS, CertifyConfig
 from learn2perturb.certification.first_noise import check_draws, check_first_noise, first_noise
 from learn2perturb.certification.record import Certification, largest_radius, lower_bound, radius_of
 from learn2perturb.configs import takes
 from learn2perturb.data import check_labels, warn_of_subset
 from learn2perturb.engine import gears
 from learn2perturb.engine.random import seed_everything
-from learn2perturb.errors import NoiseError
+from learn2perturb.errors import ConfigError, NoiseError
 from learn2perturb.evaluation.inputs import check_fixed
 from learn2perturb.evaluation.passes import Model, checked_logits
 from learn2perturb.evaluation.target import Target
@@ -60,6 +60,10 @@ def certify(
         DataError: there are no images.
     """
     config = CertifyConfig.of(config, settings)
+    if config.chosen in GAPS:
+        raise ConfigError(
+            f"method {config.chosen!r} bounds a risk and gives no radii: use learn2perturb.certification.risk_gap"
+        )
     n0, n, alpha, sigma, method = config.n0, config.n, config.alpha, config.sigma, config.chosen
     seed, batch_size = config.seed, config.batch_size
     target = Target(model, device, name)
@@ -75,9 +79,9 @@ def certify(
         noise = sigma if method == "smoothing" else None
         total = len(x) * (n0 + n)
         seed_everything(seed, "choose")
-        chosen = _votes(model, x, n0, noise, classes, batch_size, told, (0, total)).argmax(axis=1)
+        chosen = votes_of(model, x, n0, noise, classes, batch_size, told, (0, total)).argmax(axis=1)
         seed_everything(seed, "certify")
-        votes = _votes(model, x, n, noise, classes, batch_size, told, (len(x) * n0, total))
+        votes = votes_of(model, x, n, noise, classes, batch_size, told, (len(x) * n0, total))
     counts = votes[np.arange(len(votes)), chosen]
     if method == "pixeldp":
         p_low, others = vote_bounds(votes, alpha, top=chosen)
@@ -149,7 +153,7 @@ def _unanimous(n: int, classes: int) -> NDArray[np.int64]:
     return votes
 
 
-def _votes(
+def votes_of(
     model: Model,
     x: Tensor,
     draws: int,

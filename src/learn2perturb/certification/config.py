@@ -11,6 +11,7 @@ from learn2perturb.evaluation.config import check_seed
 from learn2perturb.sizes import LINF_EPS
 
 METHODS = ("first_noise", "smoothing", "pixeldp")
+GAPS = ("renyi",)  # no radii, but how much the risk can grow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,9 @@ class CertifyConfig(Config):
         n: draws that certify it.
         alpha: chance of a wrong certificate, for each image.
         method: ``first_noise`` (Gaussian noise inside, R = Phi^-1(p_low) / S), ``smoothing`` (Cohen et al. 2019,
-            noise of ``sigma`` on the image, R = sigma Phi^-1(p_low)), ``pixeldp`` (Lecuyer et al. 2018), or ``auto``:
-            ``smoothing`` where sigma is given, else ``first_noise``.
+            noise of ``sigma`` on the image, R = sigma Phi^-1(p_low)), ``pixeldp`` (Lecuyer et al. 2018), ``renyi`` (no
+            radius, but how much the risk of a draw can grow; Pinot et al. 2019), or ``auto``: ``smoothing`` where sigma
+            is given, else ``first_noise``.
         sigma: standard deviation of the smoothing noise, [0, 1] pixel scale, such as 0.25.
         eps: l_inf size at which the record says whether the certificate is vacuous.
         limit: certify so many images only, balanced over the classes (the first ones of a loader of yours).
@@ -55,8 +57,8 @@ class CertifyConfig(Config):
     def chosen(self) -> str:
         """The method; what ``auto`` stands for depends on sigma."""
         method, sigma = self.method, self.sigma
-        if method not in ("auto", *METHODS):
-            raise ConfigError(f"method is {method!r}; allowed: auto, {', '.join(METHODS)}")
+        if method not in ("auto", *METHODS, *GAPS):
+            raise ConfigError(f"method is {method!r}; allowed: auto, {', '.join((*METHODS, *GAPS))}")
         if method == "auto":
             method = "first_noise" if sigma is None else "smoothing"
         if method == "smoothing":

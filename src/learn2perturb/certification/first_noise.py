@@ -52,8 +52,10 @@ def check_draws(model: object, *, what: str) -> list[tuple[str, Perturbation]]:
         if not module.enabled:
             continue
         reason = ""
-        if not isinstance(module, Perturbation):
+        if not module.where.of_features:
             reason = "is in the weights: one draw for a whole batch, and its effect depends on the image"
+        elif not isinstance(module, Perturbation):
+            reason = f"is of the law {module.kind!r}, and not added to features with scales of their own"
         elif module.replay is not None:
             reason = "is replayed (fixed_noise), so two votes are one"
         elif module.sharing != "per_example":

@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learn2perturb.certification.config import CertifyConfig
+from learn2perturb.certification.config import GAPS, CertifyConfig
 from learn2perturb.cli.figures import certification_figure, check_folder
 from learn2perturb.cli.options import add_config, add_json, config_of, print_json
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.subject import add_subject, check_subject, load_subject, new_record, save_record
+from learn2perturb.errors import ConfigError
 
 if TYPE_CHECKING:
     from learn2perturb.certification.record import Certification
+    from learn2perturb.cli.subject import Subject
 
 DESCRIPTION = (
     "Certify the majority vote: for each image a radius within which no attack changes it, or an abstention.\n"
@@ -38,6 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_subject(arguments)
     figures = check_folder(arguments.figures)
     asked = config_of(CertifyConfig, arguments)
+    if asked.chosen in GAPS and figures is not None:
+        raise ConfigError(f"--figures draws radii, and method {asked.chosen!r} gives none; leave it out")
     if arguments.out:
         new_record(arguments, Path(), "certification")  # refuse a wrong place before hours of work
 
@@ -47,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     subject = load_subject(arguments)
     check_writable(new_record(arguments, subject.folder, "certification"))
     config = asked if arguments.eps is not None else replace(asked, eps=subject.eps)
+    if config.chosen in GAPS:
+        return _gap(arguments, subject, config)
     found = certify(subject.model, subject.data, config, name=subject.name)
     record = saved(lambda: save_record(found, arguments, subject.folder, "certification"))
     drawn = [] if figures is None else certification_figure(found, figures)
@@ -60,6 +66,28 @@ def run(arguments: argparse.Namespace) -> int:
         return FAILURE
     print(f"\nrecord: {record}")
     return SUCCESS
+
+
+def _gap(arguments: argparse.Namespace, subject: Subject, config: CertifyConfig) -> int:
+    """Bound the growth of the risk; print it, save the record."""
+    from learn2perturb.certification import risk_gap
+
+    found = risk_gap(subject.model, subject.data, config, name=subject.name)
+    record = saved(lambda: save_record(found, arguments, subject.folder, "certification"))
+    if arguments.json:
+        values = {
+            "model": found.metadata["model"], "method": "renyi", "constant": found.constant, "exact": found.exact,
+            "site": found.site, "n": found.n, "alpha": found.alpha, "eps": found.eps, "images": len(found.accuracies),
+            "accuracy": found.accuracy, "bound": found.bound, "floor": found.floor, "direct": found.direct,
+            "reach": found.reach, "direct_reach": found.direct_reach, "statement": found.statement,
+            "seconds": found.metadata["seconds"],
+        }  # fmt: skip
+        print_json(values | {"record": place_of(record), "figures": []})
+    else:
+        print(found)
+        if record is not None:
+            print(f"\nrecord: {record}")
+    return FAILURE if record is None else SUCCESS
 
 
 def summary(found: Certification) -> dict[str, Any]:
