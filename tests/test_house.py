@@ -26,7 +26,7 @@ EXPECTED_NAMES = {
     *("build_model", "list_models", "load_data"),
     *("perturb", "noise_sites", "noise_parameters", "remove_noise", "noise_disabled", "fixed_noise"),
     *("attacks", "list_attacks", "list_defenses"),
-    *("train", "TrainConfig", "load", "evaluate", "diagnose", "certify", "black_box", "report"),
+    *("train", "TrainConfig", "load", "evaluate", "diagnose", "certify", "black_box", "report", "study"),
     *("EvaluateConfig", "DiagnoseConfig", "CertifyConfig"),
     *("errors", "__version__"),
 }

@@ -28,6 +28,7 @@ _HOMES = {
     "TrainConfig": "learn2perturb.training",
     "load": "learn2perturb.runs",
     "report": "learn2perturb.report",
+    "study": "learn2perturb.experiments",
     "black_box": "learn2perturb.evaluation",
     "evaluate": "learn2perturb.evaluation",
     "EvaluateConfig": "learn2perturb.evaluation",
@@ -63,6 +64,7 @@ __all__ = [
     "perturb",
     "remove_noise",
     "report",
+    "study",
     "train",
 ]
 
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
     from learn2perturb.defenses import list_defenses
     from learn2perturb.diagnosis import DiagnoseConfig, diagnose
     from learn2perturb.evaluation import EvaluateConfig, black_box, evaluate
+    from learn2perturb.experiments import study
     from learn2perturb.models import build_model, list_models
     from learn2perturb.noise import (
         fixed_noise,

@@ -29,6 +29,7 @@ VERBS = {
     "certify": "certify radii within which no attack changes the majority vote",
     "report": "write one HTML page of records and runs: claim, verdict, table, charts",
     "export": "write a trained network as safetensors, and a RobustBench model-info file",
+    "study": "any experiment by one file: networks, attacks, seeds, tables; resumable, on one core or a cluster",
     "reproduce": "compute a table of the paper on trained runs, its numbers beside ours",
     "list": "show networks, attacks, defenses, data sets and recipes, with their options",
     "bench": "time training steps, attacks, data: gears against textbook code and the floor",

@@ -27,6 +27,7 @@ class EvaluateConfig(Config):
         eps: replaces the eps of every attack, [0, 1] pixel scale: 8/255; of several each gives a row. Numbers of pixels
             and infinite eps (minimum-norm attacks) stay. Steps that would exceed it shrink in proportion.
         noise_off: also give the rows of the same network with its noise switched off.
+        clean: also give the rows of the images as they are.
         seed: of attacks and scoring; the same seed gives the same evaluation (and, for a model without noise and an
             attack without a random start, for every batch size).
         batch_size: images in one pass (a DataLoader keeps its own).
@@ -40,6 +41,7 @@ class EvaluateConfig(Config):
     members: int = 10
     eps: float | list[float] | None = None
     noise_off: bool = True
+    clean: bool = True
     seed: int = 0
     batch_size: int = 256
     limit: int | None = None
@@ -51,6 +53,7 @@ class EvaluateConfig(Config):
         check_count("limit", self.limit, optional=True)
         check_seed(self.seed)
         check_flag("noise_off", self.noise_off)
+        check_flag("clean", self.clean)
         check_choice("engine", self.engine, ENGINES)
         _ = self.predictors
 

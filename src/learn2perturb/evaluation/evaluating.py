@@ -90,7 +90,9 @@ def evaluate(
         attacks, config = None, attacks
     config = EvaluateConfig.of(config, settings)
     target = Target(model, device, name)
-    table = [(CLEAN, None), *_expand(attacks, config.eps)]
+    table = [*([(CLEAN, None)] if config.clean else []), *_expand(attacks, config.eps)]
+    if not table:
+        raise ConfigError("clean is False and no attack is given, so nothing is left to score; give one of them")
     gear = gears.select(config.engine, target.device)
     source = target.source(data, batch_size=config.batch_size, seed=config.seed, limit=config.limit)
     with target.judged(progress) as told:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -42,23 +42,30 @@ def shipped() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def read_source(name: str | Path) -> tuple[str, dict[str, Any]]:
+def read_source(name: str | Path, above: tuple[Path, ...] = ()) -> tuple[str, dict[str, Any]]:
     """Return name and contents of a study: a YAML file, or one that comes with the package.
 
     Raises:
         ConfigError: there is no such file or study, or it cannot be read.
     """
-    text = str(name)
-    path = Path(text)
-    if text in shipped() and path.suffix not in _SUFFIXES:
-        path = Path(str(resources.files(_FOLDER) / "studies" / f"{text}.yaml"))
-    elif path.suffix not in _SUFFIXES:
-        raise UnknownNameError.of("study", text, [*shipped(), "FILE.yaml"])
+    path = _path(str(name))
+    if path in above:
+        raise ConfigError(f"study {path} extends itself; let it extend another")
     source = read_config(path)
     base = source.pop("extends", None)
     if base is not None:
-        source = merged(read_source(path.parent / str(base) if str(base).endswith(_SUFFIXES) else str(base))[1], source)
+        whose = path.parent / str(base) if str(base).endswith(_SUFFIXES) else str(base)
+        source = merged(read_source(whose, (*above, path))[1], source)
     return path.stem, source
+
+
+def _path(name: str) -> Path:
+    path = Path(name)
+    if path.suffix in _SUFFIXES:
+        return path
+    if name not in shipped():
+        raise UnknownNameError.of("study", name, [*shipped(), "FILE.yaml"])
+    return Path(str(resources.files(_FOLDER) / "studies" / f"{name}.yaml"))
 
 
 def read_study(name: str | Path, level: str | None = None, changes: Mapping[str, Any] | None = None) -> Study:
@@ -187,12 +194,13 @@ def _runs(whole: Mapping[str, Any], where: str) -> Iterator[RunPlan]:
         at = f"{where}run {name}: "
         settings = _mapping(own, f"{where}run {name}")
         if "weights" in settings:
-            yield from _found(name, settings, at)
+            yield from (replace(run, alone=len(listed) == 1) for run in _found(name, settings, at))
             continue
         settings = merged({**common, **({"seed": seeds} if seeds is not None else {})}, settings)
         for values, axes in _combined(*_axes(settings, lists)):
             config = _config(values, kinds, at)
-            run = RunPlan(name, {key: _labelled(config, key, value) for key, value in axes.items()}, config)
+            labels = {key: _labelled(config, key, value) for key, value in axes.items()}
+            run = RunPlan(name, labels, config, alone=len(listed) == 1)
             if matches(run, only):
                 yield run
 
