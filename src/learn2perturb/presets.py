@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from learn2perturb.checks import check_choice
 from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.registry import ATTACKS
 from learn2perturb.values import guess
 
 EOT_DRAWS = 10
@@ -20,6 +22,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "apgd-dlr": ("apgd", {"loss": "dlr"}),
     "apgd-t": ("apgd_t", {}),
     "eot-apgd-ce": ("apgd", {"eot": EOT_DRAWS}),
+    "arc": ("arc", {}),
     "square": ("square", {}),
     "spsa": ("spsa", {}),
     "surrogate": ("surrogate", {}),
@@ -32,19 +35,36 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "autoattack": ("autoattack", {}),
     "autoattack-rand": ("autoattack_rand", {}),
 }
+AVERAGES = ("loss", "probability", "logits")
+DRAWS = ("fresh", "held")
+_ONE_STEP = ("fgsm",)  # which has no later step to hold draws for
 DEFAULT_ATTACKS = "fgsm,pgd7,pgd20,eot-pgd20"
 
 
-def preset(name: str, eot: int) -> tuple[str, dict[str, Any]]:
+def preset(name: str, eot: int, *, average: str | None = None, draws: str | None = None) -> tuple[str, dict[str, Any]]:
     """Return registered name and settings of a named attack.
+
+    ``eot`` draws are averaged where it averages any, and ``average`` says what of them; ``draws`` are fresh in each
+    step or held through all of them, one draw of a preset without EOT too.
 
     Raises:
         UnknownNameError: it is no preset.
+        ConfigError: a choice is unknown, or the attack cannot hold its draws.
     """
     if name not in PRESETS:
         raise UnknownNameError.of("attack preset", name, PRESETS)
+    check_choice("eot_average", average, AVERAGES, optional=True)
+    check_choice("eot_draws", draws, DRAWS, optional=True)
     attack, settings = PRESETS[name]
-    return attack, settings | ({"eot": eot} if "eot" in settings else {})
+    averages = "eot" in settings or "eot" in ATTACKS.entry(attack).arguments
+    found = settings | ({"eot": eot} if "eot" in settings else {})
+    if average is not None and averages:
+        found["eot_average"] = average
+    if draws is not None and attack == "pgd":
+        found["eot_draws"] = draws
+    elif draws == "held" and attack not in _ONE_STEP:
+        raise ConfigError(f"eot_draws is 'held', which preset {name!r} cannot do; it is for those of PGD")
+    return attack, found
 
 
 def parse_attack(text: str) -> tuple[str, dict[str, Any]]:

@@ -116,6 +116,34 @@ def test_every_preset_builds(name):
     assert attack.eot == (3 if name.startswith("eot-") else 1)
 
 
+@pytest.mark.parametrize("name", list(presets.PRESETS))
+@pytest.mark.parametrize("average", presets.AVERAGES)
+def test_every_preset_with_draws_averages_what_is_asked(name, average):
+    registered, settings = presets.preset(name, eot=3, average=average)
+    entry = ATTACKS.entry(registered)
+    attack, usual = (entry.load()(**{**entry.arguments, **own}) for own in (settings, presets.preset(name, eot=3)[1]))
+    assert attack.eot_average == (average if attack.eot > 1 else usual.eot_average)
+
+
+@pytest.mark.parametrize("name", list(presets.PRESETS))
+def test_every_preset_of_pgd_holds_its_draws_if_asked_and_others_say_that_they_cannot(name):
+    if "pgd" in name and "apgd" not in name:
+        registered, settings = presets.preset(name, eot=3, draws="held")
+        assert ATTACKS.entry(registered).load()(**settings).eot_draws == "held"
+    elif name == "fgsm":
+        assert presets.preset(name, eot=3, draws="held") == ("fgsm", {})  # a single step has nothing to hold
+    else:
+        with pytest.raises(ConfigError, match=f"eot_draws is 'held', which preset '{name}' cannot do"):
+            presets.preset(name, eot=3, draws="held")
+    assert presets.preset(name, eot=3, draws="fresh")[0] == presets.preset(name, eot=3)[0]
+
+
+@pytest.mark.parametrize("wrong", [{"average": "logit"}, {"draws": "hold"}])
+def test_another_average_or_way_to_draw_is_refused(wrong):
+    with pytest.raises(ConfigError, match="must be one of|allowed"):
+        presets.preset("eot-pgd20", eot=3, **wrong)
+
+
 def test_an_attack_in_full():
     name, settings = parse_attack("pgd:steps=20,step_size=2/255, eot=10")
     assert (name, settings) == ("pgd", {"steps": 20, "step_size": 2 / 255, "eot": 10})

@@ -23,7 +23,7 @@ from learn2perturb.cli.subject import (
 )
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation.config import EvaluateConfig
-from learn2perturb.presets import DEFAULT_ATTACKS, EOT_DRAWS, PRESETS, parse_attack, preset
+from learn2perturb.presets import AVERAGES, DEFAULT_ATTACKS, EOT_DRAWS, PRESETS, parse_attack, preset
 from learn2perturb.registry import ATTACKS, DATASETS
 
 if TYPE_CHECKING:
@@ -50,6 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help=f"draws of eot presets (default {EOT_DRAWS})",
     )
+    add(
+        "--eot-average", metavar="WHAT",
+        help=f"what eot presets average over their draws: {', '.join(AVERAGES)} (default loss)",
+    )  # fmt: skip
+    add(
+        "--eot-draws", metavar="HOW",
+        help="draws of PGD presets: fresh in each step (default), or held through all of them",
+    )  # fmt: skip
     add(
         "--bpda", metavar="GLOB",
         help="submodules whose gradient is replaced by the identity's in attacks by gradients: quantise, pre.*",
@@ -138,7 +146,8 @@ def attack_specs(arguments: argparse.Namespace) -> dict[str, tuple[str, dict[str
     if named is None:
         named = "none" if arguments.attack else DEFAULT_ATTACKS
     check_count("eot", arguments.eot)
-    specs = {name: preset(name, arguments.eot) for name in words(named, "--attacks") if name != "none"}
+    how = {"average": arguments.eot_average, "draws": arguments.eot_draws}
+    specs = {name: preset(name, arguments.eot, **how) for name in words(named, "--attacks") if name != "none"}
     for text in arguments.attack:
         name, settings = parse_attack(text)
         ATTACKS.entry(name)
