@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from learn2perturb.attacks import PGD
 from learn2perturb.cli.digits import config_of
 from learn2perturb.data import load_data
 from learn2perturb.engine.random import isolated_rng
@@ -58,6 +59,15 @@ def fitted(
         return train(config, model=network(), progress=False).model.eval()
 
 
+def squeezed(loss: Callable[[Tensor, Tensor], Tensor], *, size: float = 0.2, seed: int = 0) -> nn.Module:
+    """Return a network trained with ``loss`` of logits and labels on noisy images."""
+    data = load_data("digits", "train")
+    x, y = data.images.float() / 255, data.labels
+    with isolated_rng():
+        torch.manual_seed(seed)
+        return _at(1.0, lambda z, rows: loss(z, y[rows]), x + size * torch.randn_like(x)).eval()
+
+
 def distilled(temperature: float, *, seed: int = 0) -> nn.Module:
     """Return a student of the plain network's soft labels, both at ``temperature``."""
     data = load_data("digits", "train")
@@ -79,6 +89,29 @@ def _at(temperature: float, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor)
             loss(network(x[rows]) / temperature, rows).backward()
             optimizer.step()
     return network
+
+
+def paired(weight: float = 0.5, *, seed: int = 0, epochs: int = EPOCHS) -> nn.Module:
+    """Return a network trained on clean and adversarial images whose logits are drawn together.
+
+    Adversarial logit pairing (Kannan et al. 2018; Engstrom et al. 2018 find little in it). True.
+    """
+    data = load_data("digits", "train")
+    x, y = data.images.float() / 255, data.labels
+    with isolated_rng():
+        torch.manual_seed(seed)
+        network = Small()
+        optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+        attack = PGD(EPS, EPS / 2, 5)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(x)).split(64):
+                adversarial = attack.craft(network.eval(), x[rows], y[rows])
+                optimizer.zero_grad()
+                clean, moved = network.train()(torch.cat([x[rows], adversarial])).chunk(2)
+                loss = F.cross_entropy(moved, y[rows]) + F.cross_entropy(clean, y[rows])
+                (loss + weight * (clean - moved).square().mean()).backward()
+                optimizer.step()
+        return network.eval()
 
 
 _BASES: dict[str, Callable[[], nn.Module]] = {

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from learn2perturb.data import load_data
 from learn2perturb.noise import fixed_noise, perturb
-from tests.literature import honest, masked, randomised
-from tests.literature.networks import Behind, Small, base, distilled, fitted
+from tests.literature import honest, later, masked, randomised
+from tests.literature.networks import Behind, Small, base, distilled, fitted, paired, squeezed
 
 Model = Callable[[Tensor], Tensor]
 Kind = Literal["masked", "random", "honest"]
@@ -87,6 +87,11 @@ _TRAINED: dict[str, Callable[[], nn.Module]] = {
     "half and half": lambda: fitted(Small, "pgd_at"),
     "straight-through": lambda: fitted(lambda: Small(activation=honest.straight_through), "madry"),
     "smooth": lambda: fitted(lambda: Small(activation=honest.smooth), "madry"),
+    "output codes": lambda: fitted(lambda: later.OutputCodes(_sixteen()), epochs=10),
+    "logit squeezing": lambda: squeezed(later.squeezing),
+    "logit pairing": paired,
+    "dithered": lambda: fitted(lambda: Small(activation=later.dithered), "madry"),
+    "binary": lambda: fitted(lambda: Small(activation=later.binary), "madry", epochs=25),
     "denoiser": lambda: fitted(_denoiser, "madry", epochs=10),
 }
 
@@ -113,8 +118,18 @@ def _of(name: str) -> Callable[[], nn.Module]:
     return lambda: trained(name)
 
 
+def _images() -> Tensor:
+    return load_data("digits", "train").images.float() / 255
+
+
+def _sixteen() -> nn.Module:
+    network = Small()
+    network.out = nn.Linear(128, 16)
+    return network
+
+
 def _manifold() -> masked.Manifold:
-    return masked.Manifold(load_data("digits", "train").images.float() / 255)
+    return masked.Manifold(_images())
 
 
 def _pair() -> list[nn.Module]:
@@ -125,6 +140,11 @@ def _with_weights(network: nn.Module, other: nn.Module) -> nn.Module:
     """Return ``network`` with the weights of ``other``, whose layers have the same names."""
     network.load_state_dict(other.state_dict())
     return network
+
+
+def _plain(network: nn.Module) -> nn.Module:
+    """Return the network with activations that only clip: rounding at random, without its draws."""
+    return _with_weights(Small(activation=lambda x: x.relu().clamp(max=2.0)), network)
 
 
 def _pruned() -> nn.Module:
@@ -217,6 +237,20 @@ MASKED = (
     ),
     Entry("noise from a pool", "Athalye 2018", "masked", lambda: masked.PooledNoise(base("undefended"), 0.1)),
     Entry("replayed Learn2Perturb", "Jeddi 2020", "masked", lambda: Replayed(trained("Learn2Perturb"))),
+    Entry(
+        "vector quantisation",
+        "Oord 2017",
+        "masked",
+        lambda: Behind(later.PatchCodes(_images()), base("undefended")),
+        _undefended,
+    ),
+    Entry("squashed logits", "", "masked", lambda: later.Squashed(base("undefended")), _undefended),
+    Entry("cut gradient", "", "masked", _behind(later.cut_gradient), _undefended),
+    Entry("noise from a hash", "", "masked", _behind(later.hashed_noise), _undefended),
+    Entry("output codes", "Verma 2019", "masked", _of("output codes")),
+    Entry("squeezing as a gate", "Xu 2018", "masked", lambda: later.Gate(base("undefended")), _undefended),
+    Entry("constant where suspicious", "Grosse 2017", "masked", lambda: later.Constant(base("pgd_at")), _robust),
+    Entry("logit squeezing", "Kannan 2018", "masked", _of("logit squeezing")),
 )
 RANDOM = (
     Entry("SAP", "Dhillon 2018", "random", _pruned, noise_off=_undefended, lives_on_noise=True),
@@ -312,6 +346,23 @@ RANDOM = (
     Entry("Adv-BNN", "Liu 2019", "random", _of("Adv-BNN")),
     Entry("Learn2Perturb", "Jeddi 2020", "random", _of("Learn2Perturb")),
     Entry("Learn2Perturb, per batch", "Jeddi 2020", "random", _of("Learn2Perturb, per batch")),
+    Entry(
+        "barrage of smooth transforms",
+        "Raff 2019",
+        "random",
+        lambda: later.Barrage(base("pgd_at"), smooth=True),
+        noise_off=_robust,
+    ),
+    Entry(
+        "mixup inference",
+        "Pang 2020",
+        "random",
+        lambda: later.MixupInference(base("pgd_at"), _images()),
+        noise_off=_robust,
+    ),
+    Entry(
+        "stochastic rounding", "Gupta 2015", "random", _of("dithered"), noise_off=lambda: _plain(trained("dithered"))
+    ),
 )
 HONEST = (
     Entry("undefended", "", "honest", _undefended),
@@ -325,6 +376,10 @@ HONEST = (
     Entry("HGD-like denoiser", "Liao 2018", "honest", _of("denoiser")),
     Entry("ensemble, mean of logits", "Tramer 2018", "honest", lambda: honest.Averaged([base("pgd_at"), base("twin")])),
     Entry("stronger with its noise off", "Liu 2018", "honest", _stronger_quiet),
+    Entry("largest of two networks", "", "honest", lambda: later.Largest([base("pgd_at"), base("twin")])),
+    Entry("half precision", "", "honest", lambda: later.Half(base("pgd_at"))),
+    Entry("binary activations", "Hubara 2016", "honest", _of("binary")),
+    Entry("adversarial logit pairing", "Kannan 2018", "honest", _of("logit pairing")),
 )
 ZOO = (*MASKED, *RANDOM, *HONEST)
 
