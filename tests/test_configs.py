@@ -41,7 +41,7 @@ OTHER: dict[str, dict[str, Any]] = {
     },
     "diagnose": {
         "budget": "full", "eps": 0.5, "norm": "l2", "claim": "51 % under pgd20 with 0.5", "stochastic": False,
-        "seed": 3, "limit": 4, "batch_size": 2, "engine": "auto",
+        "bpda": "pre", "seed": 3, "limit": 4, "batch_size": 2, "engine": "auto",
     },
 }  # fmt: skip
 TINY = budget_of(

@@ -132,7 +132,7 @@ def diagnosed(model: Model, *, left: float = 0.0, rivals: float | None = None):
         return Attacked("canned", bench.x, Scores(right))
 
     other = leaving(left if rivals is None else rivals)
-    draft = true_gradient(bench, truth_of(bench), leaving(left), other, {"twin": other})
+    draft = true_gradient(bench, truth_of(bench), leaving(left), {"Square": other, "transfer from twin": other})
     return judge([draft])[0], bench
 
 

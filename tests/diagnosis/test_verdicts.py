@@ -68,8 +68,17 @@ def test_1_one_step_may_not_leave_less(left, fails):
 
 @pytest.mark.parametrize(("square", "transfer", "fails"), [(0.5, 0.5, False), (0.495, 0.5, True), (0.5, 0.495, True)])
 def test_2_nothing_without_gradients_may_leave_less(square, transfer, fails):
-    draft = blackbox.blackbox(Canned({}), measured(0.5), measured(square), {"twin": measured(transfer)})
+    transfers = {"twin": measured(transfer)}
+    rivals = blackbox.rivals_of(measured(square), transfers, {})
+    assert status(blackbox.blackbox(Canned({}), measured(0.5), rivals, transfers)) == says(fails)
+
+
+@pytest.mark.parametrize(("left", "fails"), [(0.5, False), (0.495, True)])
+def test_2_neither_may_gradients_that_pass_by_a_submodule(left, fails):
+    rivals = blackbox.rivals_of(measured(0.6), {"twin": measured(0.6)}, {"BPDA through pre": measured(left)})
+    draft = blackbox.blackbox(Canned({}), measured(0.5), rivals, {"twin": measured(0.6)})
     assert status(draft) == says(fails)
+    assert draft.evidence["BPDA through pre"] == left
 
 
 @pytest.mark.parametrize(("left", "fails"), [(0.01, False), (0.015, True)])

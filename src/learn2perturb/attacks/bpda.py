@@ -42,7 +42,7 @@ def bpda(
     if surrogate is not None and not callable(surrogate):
         raise ConfigError(f"surrogate is a {type(surrogate).__name__}, must be callable; None is the identity")
     handles = []
-    for name, module in _chosen(model, modules).items():
+    for name, module in submodules_of(model, modules).items():
         kept: list[Tensor] = []
         handles.append(module.register_forward_pre_hook(_keeping(kept, name)))
         handles.append(module.register_forward_hook(_replacing(kept, name, surrogate)))
@@ -103,7 +103,7 @@ class BPDA(Attack):
             return own.search(part, x, y)
 
 
-def _chosen(model: nn.Module, modules: str | Iterable[str | nn.Module]) -> dict[str, nn.Module]:
+def submodules_of(model: Any, modules: str | Iterable[str | nn.Module]) -> dict[str, nn.Module]:
     """Return name -> submodule, the outermost of those asked for.
 
     Raises:

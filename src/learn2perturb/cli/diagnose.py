@@ -147,7 +147,7 @@ def _origin(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what the record says of the command: so that it can be repeated, or extended."""
     given = {
         "--dataset": arguments.dataset, "--data-dir": arguments.data_dir, "--claim": arguments.claim,
-        "--eps": arguments.eps, "--norm": arguments.norm, "--noise-off": arguments.noise_off,
+        "--eps": arguments.eps, "--norm": arguments.norm, "--noise-off": arguments.noise_off, "--bpda": arguments.bpda,
         "--limit": arguments.limit, "--seed": arguments.seed, "--batch-size": arguments.batch_size,
         "--queries-per-second": arguments.queries_per_second, "--sources-dir": arguments.sources_dir,
     }  # fmt: skip

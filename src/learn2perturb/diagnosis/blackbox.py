@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from learn2perturb.attacks import BPDA
 from learn2perturb.attacks.balls import BALLS
 from learn2perturb.attacks.losses import margin
 from learn2perturb.attacks.square import Square
@@ -16,7 +17,7 @@ from learn2perturb.diagnosis.measure import Attacked, Bench, Subject
 from learn2perturb.diagnosis.verdict import Draft, Statement, percent
 from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.evaluation.intervals import Scores
-from learn2perturb.evaluation.passes import checked_logits
+from learn2perturb.evaluation.passes import Model, checked_logits
 from learn2perturb.evaluation.significance import TWO_SIGMA, beyond, exceeds
 
 # name -> what it is; any other source that is given is used as well
@@ -63,18 +64,37 @@ def searched(bench: Bench, n: int) -> Attacked:
     return bench.attacked("square", square, n)
 
 
+def replaced(bench: Bench, model: Model, modules: str) -> dict[str, Attacked]:
+    """Run the reported attack with the gradient of these submodules of ``model`` replaced by the identity's.
+
+    ``model`` is ours as it was given: what asks it for values only has no submodules.
+    """
+    source = dataclasses.replace(bench.subject, model=model, gradient=True)
+    name = f"BPDA through {modules}"
+    return {name: bench.attacked(name, BPDA(attack=bench.attack, modules=modules), bench.budget.images, source=source)}
+
+
 def descent(bench: Bench, name: str) -> Attacked:
     """Descend on values, whatever gradients the model has."""
     source = dataclasses.replace(bench.subject, gradient=False)
     return bench.attacked(name, bench.attack, bench.budget.images, source=source)
 
 
-def blackbox(bench: Bench, reported: Attacked, square: Attacked, transfers: Mapping[str, Attacked]) -> Draft:
+def rivals_of(
+    square: Attacked, transfers: Mapping[str, Attacked], adaptive: Mapping[str, Attacked]
+) -> dict[str, Attacked]:
+    """Return all that the white-box attack is held against, as it is to be called."""
+    return {**{f"transfer from {name}": one for name, one in transfers.items()}, "Square": square, **adaptive}
+
+
+def blackbox(
+    bench: Bench, reported: Attacked, rivals: Mapping[str, Attacked], transfers: Mapping[str, Attacked]
+) -> Draft:
     """2: no attack without the model's gradients leaves less than the white-box attack."""
-    rivals = {**transfers, "Square": square}
+    square = rivals["Square"]
     missing = missing_sources(transfers)
-    claims = tuple(not_beaten(_of(name), rival, reported.first(len(rival.x))) for name, rival in rivals.items())
-    lowest = min(rivals, key=lambda name: rivals[name].accuracy, default="")
+    claims = tuple(not_beaten(name, rival, reported.first(len(rival.x))) for name, rival in rivals.items())
+    lowest = min(rivals, key=lambda name: rivals[name].accuracy)
     good = not_shown = ""
     if not transfers:
         not_shown = (
@@ -83,10 +103,10 @@ def blackbox(bench: Bench, reported: Attacked, square: Attacked, transfers: Mapp
         )
     else:
         good = (
-            f"the white-box attack leaves {percent(reported.accuracy)}, the strongest black-box one ({_of(lowest)}) "
+            f"the white-box attack leaves {percent(reported.accuracy)}, the strongest black-box one ({lowest}) "
             f"{percent(rivals[lowest].accuracy)}"
         )
-    evidence = {"white-box": reported.accuracy} | {_of(name): rival.accuracy for name, rival in rivals.items()}
+    evidence = {"white-box": reported.accuracy} | {name: rival.accuracy for name, rival in rivals.items()}
     return Draft(2, good, claims, missing=missing, not_shown=not_shown, evidence=evidence)
 
 
@@ -104,10 +124,6 @@ def not_beaten(name: str, rival: Attacked, own: Scores) -> Statement:
         own,
         rival.scores,
     )
-
-
-def _of(name: str) -> str:
-    return name if name == "Square" else f"transfer from {name}"
 
 
 def random_search(bench: Bench, reported: Attacked) -> Draft:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from learn2perturb.checks import check_choice, check_count, check_flag
 from learn2perturb.configs import ENGINES, Config
 from learn2perturb.diagnosis.budget import Budget, budget_from, budget_of
+from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation.config import check_seed
 from learn2perturb.records import plain
 
@@ -30,6 +31,8 @@ class DiagnoseConfig(Config):
         stochastic: whether the model is said to be random; if nothing is said it is found out. Say so of a foreign
             model, and draws that are missing are caught; say no of one that seeds a generator to make up a fixed
             function.
+        bpda: submodules whose gradient the identity's replaces in an attack of its own, by globs of their names with
+            commas between ('quantise,pre.*'): for rounding, JPEG and other transforms that stand near the identity.
         seed: of attacks, scoring and everything else.
         limit: use so many images, in place of the budget's number.
         batch_size: images in one pass; a batch is attacked hundreds of times, so that a small one shows progress.
@@ -42,6 +45,7 @@ class DiagnoseConfig(Config):
     norm: str | None = None
     claim: Claim | str | float | None = None
     stochastic: bool | None = None
+    bpda: str | None = None
     seed: int = 0
     limit: int | None = None
     batch_size: int = 100
@@ -53,6 +57,8 @@ class DiagnoseConfig(Config):
         check_count("limit", self.limit, optional=True)
         check_flag("stochastic", self.stochastic, optional=True)
         check_choice("norm", self.norm, ("linf", "l2"), optional=True)
+        if self.bpda is not None and (not isinstance(self.bpda, str) or not self.bpda.strip()):
+            raise ConfigError(f"bpda is {self.bpda!r}, must be globs of names of submodules such as 'quantise'")
         check_choice("engine", self.engine, ENGINES)
         budget_of(self.budget)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from learn2perturb.attacks import PGD
 from learn2perturb.attacks.balls import BALLS
+from learn2perturb.attacks.bpda import submodules_of
 from learn2perturb.checks import check_choice, check_size
 from learn2perturb.configs import takes
 from learn2perturb.data import BatchSource, balanced_rows, check_labels, warn_of_subset
@@ -30,7 +31,7 @@ from learn2perturb.diagnosis.budget import (
 from learn2perturb.diagnosis.claim import Claim
 from learn2perturb.diagnosis.config import DiagnoseConfig
 from learn2perturb.diagnosis.images import others
-from learn2perturb.diagnosis.measure import Bench, Subject
+from learn2perturb.diagnosis.measure import Attacked, Bench, Subject
 from learn2perturb.diagnosis.record import Curve, Diagnosis
 from learn2perturb.diagnosis.verdict import Draft, conclude, judge
 from learn2perturb.engine import gears
@@ -112,6 +113,8 @@ def diagnose(
         check_callable(f"source {key!r}", source)
     if noise_off is not None:
         check_callable("noise_off", noise_off, "the network without its noise")
+    if config.bpda is not None:
+        submodules_of(model, config.bpda)  # refuse what names no submodule before hours of work
     findings = _train_mode_finding(model)
     compared = [*(sources or {}).values(), *([] if noise_off is None else [noise_off])]
     with target.judged(progress, compared) as told:
@@ -153,8 +156,10 @@ def diagnose(
             quiet = _own_twin(bench)
         learned = functools.partial(others, data, x, plan.surrogate_queries // 2, batch_size=batch_size, seed=seed)
         drafts, curves = _checks(
-            bench, given, quiet if claimed else None, learned, claimed=claimed, replay=replay, blind=blind
-        )
+            bench, given, quiet if claimed else None, learned,
+            adaptive=lambda: {} if config.bpda is None else blackbox.replaced(bench, target.model, config.bpda),
+            claimed=claimed, replay=replay, blind=blind,
+        )  # fmt: skip
         decided = decision.decide(bench, stated)
     checks = judge(drafts)
     verdict, summary = conclude(
@@ -199,6 +204,7 @@ def _checks(
     quiet: Subject | None,
     learned: Callable[[], Tensor],
     *,
+    adaptive: Callable[[], Mapping[str, Attacked]],
     claimed: bool,
     replay: str,
     blind: str,
@@ -206,7 +212,7 @@ def _checks(
     """Run the checks; return their drafts, in order, and the curves.
 
     ``blind``: why there are no gradients. ``learned``: gives images from which a surrogate learns, beside those that
-    are attacked.
+    are attacked. ``adaptive``: runs the attacks that the user knows to fit.
     """
     told = None if blind else truth.truth_of(bench)
     if told is None or not told.near:
@@ -216,17 +222,18 @@ def _checks(
         sources = {**sources, blackbox.SURROGATE: blackbox.surrogate(bench, images)}
     if told is None:
         transfers = blackbox.transferred(bench, sources, quiet)
-        return gradientless.checks(bench, transfers, blind, claimed=claimed, replay=replay), []
+        return gradientless.checks(bench, transfers, adaptive(), blind, claimed=claimed, replay=replay), []
     clean = bench.scored("clean", bench.x, kind="none")
     reported = bench.attacked("reported", bench.attack, bench.budget.images)
     own = truth.best_by_gradients(bench, reported) if told.leads else reported
     square = blackbox.searched(bench, bench.budget.some if told.near else bench.budget.images)
     transfers = blackbox.transferred(bench, sources, quiet)
+    rivals = blackbox.rivals_of(square, transfers, adaptive())
     fifth, sizes = whitebox.distortion(bench, clean)
     seventh, curves = whitebox.converged(bench, reported)
     drafts = [
         whitebox.iterative(bench, reported),
-        blackbox.blackbox(bench, own, square, transfers),
+        blackbox.blackbox(bench, own, rivals, transfers),
         whitebox.unbounded(bench),
         blackbox.random_search(bench, reported),
         fifth,
@@ -236,7 +243,7 @@ def _checks(
         seventh,
         whitebox.losses(bench, reported),
         draws.real(bench, claimed=claimed, replay=replay),
-        truth.true_gradient(bench, told, own, square, transfers),
+        truth.true_gradient(bench, told, own, rivals),
     ]
     return drafts, [sizes, *curves]
 

@@ -19,7 +19,15 @@ _ADAPTIVE = (
 )
 
 
-def checks(bench: Bench, transfers: Mapping[str, Attacked], reason: str, *, claimed: bool, replay: str) -> list[Draft]:
+def checks(
+    bench: Bench,
+    transfers: Mapping[str, Attacked],
+    adaptive: Mapping[str, Attacked],
+    reason: str,
+    *,
+    claimed: bool,
+    replay: str,
+) -> list[Draft]:
     """Return the drafts of all checks; ``reason`` says why there are no gradients.
 
     The white-box attack is a descent on values. What asks about gradients does not
@@ -31,6 +39,7 @@ def checks(bench: Bench, transfers: Mapping[str, Attacked], reason: str, *, clai
         "a descent on values": blackbox.descent(bench, "reported"),
         f"Square ({bench.budget.square_queries} queries)": blackbox.searched(bench, n),
         **{f"transfer from {name}": one for name, one in transfers.items()},
+        **adaptive,
     }
     best = whitebox.best_of(bench, BEST, [one for one in rivals.values() if len(one.x) == n])
     drafts = {number: Draft(number, does_not_apply=NONE) for number in (1, 5, 6, 7, 8, 10)}

@@ -60,26 +60,29 @@ class Ratios:
 
 @dataclass(frozen=True)
 class Truth:
-    """The ratios at the images and, where these are off, over neighbourhoods of them."""
+    """The ratios at the images, and over neighbourhoods of them.
+
+    A function that jumps (k-winners-take-all) may have a true gradient at nearly every point, which says nothing of its
+    neighbourhood; a staircase (rounding, straight through) the other way round.
+    """
 
     at_images: Ratios
-    averaged: Ratios | None = None
+    averaged: Ratios
 
     @property
     def near(self) -> bool:
-        """Whether the gradient is that of the function."""
-        return self.at_images.near
+        """Whether the gradient is that of the function, at the images and around them."""
+        return self.at_images.near and self.averaged.near
 
     @property
     def leads(self) -> bool:
         """Whether the function is a staircase, and the gradient that of its slope."""
-        return self.averaged is not None and self.averaged.near
+        return self.averaged.near and not self.at_images.near
 
 
 def truth_of(bench: Bench) -> Truth:
-    """Compare gradients with differences, near by and, where that fails, as far as an attack moves."""
-    found = ratios(bench)
-    return Truth(found) if found.near else Truth(found, averaged_ratios(bench))
+    """Compare gradients with differences, near by and as far as an attack moves."""
+    return Truth(ratios(bench), averaged_ratios(bench))
 
 
 def best_by_gradients(bench: Bench, reported: Attacked) -> Attacked:
@@ -97,24 +100,21 @@ def best_by_gradients(bench: Bench, reported: Attacked) -> Attacked:
     return best_of(bench, "best by gradients", by_same_draws(bench, "best by gradients", [reported, *more]))
 
 
-def true_gradient(
-    bench: Bench, truth: Truth, own: Attacked, square: Attacked, transfers: Mapping[str, Attacked]
-) -> Draft:
+def true_gradient(bench: Bench, truth: Truth, own: Attacked, others: Mapping[str, Attacked]) -> Draft:
     """10: finite differences agree with the gradient, or attacks that need none do no better than it.
 
-    ``own`` is the white-box attack, ``square`` and ``transfers`` are those of check 2, which holds them against it;
-    here is the descent, and what all of them leave.
+    ``own`` is the white-box attack, ``others`` are those of check 2, which holds them against it; here is the descent,
+    and what all of them leave.
     """
-    found = truth.at_images
-    evidence = {"median": found.median, "10 %": found.low, "90 %": found.high, "no gradient": found.none}
-    text = f"the margin rises along its gradient by {found} times what the gradient says (median [10 %, 90 %])"
-    if found.near:
+    evidence = _evidence(truth)
+    text = (
+        f"the margin rises along its gradient by {truth.at_images} times what the gradient says (median [10 %, 90 %]), "
+        f"over neighbourhoods by {truth.averaged}"
+    )
+    if truth.near:
         return Draft(10, text, evidence=evidence)
-    if truth.averaged is not None:
-        text += f", over neighbourhoods by {truth.averaged}"
-        evidence |= {"averaged": truth.averaged.median}
     falling = descent(bench, DESCENT)
-    rivals = {"Square": square, **{f"transfer from {name}": one for name, one in transfers.items()}, DESCENT: falling}
+    rivals = {**others, DESCENT: falling}
     evidence |= {name: rival.accuracy for name, rival in rivals.items()}
     left = ", ".join(f"{name} {percent(rival.accuracy)}" for name, rival in rivals.items())
     what = "a staircase, whose slope the gradients are" if truth.leads else "the gradients are not the function's"
@@ -128,6 +128,12 @@ def true_gradient(
     note = "robustness to attacks by gradients says little of this model; see what those without leave"
     claims = (not_beaten(f"a {DESCENT}", falling, own.first(len(falling.x))),)
     return Draft(10, told, claims, not_shown=not_shown, notes=(note,), evidence=evidence)
+
+
+def _evidence(truth: Truth) -> dict[str, float]:
+    near, far = truth.at_images, truth.averaged
+    found = {"median": near.median, "10 %": near.low, "90 %": near.high, "no gradient": near.none}
+    return found | {"averaged median": far.median, "averaged 10 %": far.low, "averaged 90 %": far.high}
 
 
 def ratios(bench: Bench) -> Ratios:
