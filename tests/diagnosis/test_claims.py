@@ -15,7 +15,8 @@ from learn2perturb import records
 from learn2perturb.attacks import PGD
 from learn2perturb.diagnosis import QUICK, Claim, Diagnosis, diagnose
 from learn2perturb.diagnosis.advice import repeated, settled
-from learn2perturb.diagnosis.record import CHECKS, Check, Measurement
+from learn2perturb.diagnosis.checks import CHECKS
+from learn2perturb.diagnosis.record import Check, Measurement
 from learn2perturb.diagnosis.trial import Trial, p_value, put_on_trial
 from learn2perturb.diagnosis.verdict import conclude
 from learn2perturb.errors import CheckpointError, ConfigError, UnknownNameError
@@ -93,7 +94,7 @@ def measured(name: str, right: int, n: int, scorings: int = 1) -> Measurement:
 
 def checks(**statuses: str) -> list[Check]:
     """All passed, but for those named, as ``_2="failed"``."""
-    return [Check(number, name, statuses.get(f"_{number}", "passed"), "Text.") for number, name in CHECKS.items()]
+    return [Check(n, one.name, statuses.get(f"_{n}", "passed"), "Text.") for n, one in CHECKS.items()]
 
 
 def verdict(claim: float | Claim, right: int, n: int = 200, tried: int = 1, **statuses: str) -> tuple[str, str]:
@@ -131,7 +132,7 @@ def test_a_check_that_is_not_passed_forbids_not_refuted_but_not_refuted_by_an_at
     said, text = verdict(0.3, 76, **{f"_{number}": status})
     assert said == "not shown"
     assert text.startswith("NOT SHOWN: claimed 30 %")
-    assert f"{number} ({CHECKS[number]})" in text.splitlines()[0]
+    assert f"{number} ({CHECKS[number].name})" in text.splitlines()[0]
     assert verdict(0.6, 76, **{f"_{number}": status})[0] == "refuted"
     assert verdict(0.3, 76, **{f"_{number}": "does not apply"})[0] == "not refuted"
 

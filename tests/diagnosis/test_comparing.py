@@ -27,7 +27,7 @@ def measured(name: str, right: int, n: int = N) -> Measurement:
 def diagnosis(right: int = 100, failed: int | None = None, claimed: Claim | None = None, n: int = N) -> Diagnosis:
     """Of a network that keeps ``right`` of ``n`` images under its strongest attack."""
     checks = tuple(
-        Check(number, name, "failed" if number == failed else "passed", "Text.") for number, name in CHECKS.items()
+        Check(number, one.name, "failed" if number == failed else "passed", "Text.") for number, one in CHECKS.items()
     )
     few = measured("square", right // 2, N // 2)
     everything = (measured("clean", n - 5, n), measured("reported", right + 10, n), measured("best", right, n), few)

@@ -120,7 +120,7 @@ def test_a_diagnosis_is_kept_and_read_back(honest, tmp_path):
     assert Diagnosis.load(path) == honest
     lines = str(honest).splitlines()
     assert lines[0].startswith("GRADIENTS CAN BE TRUSTED")
-    assert all(f"{number}".ljust(4) + name in lines[number + 3] for number, name in CHECKS.items())
+    assert all(f"{number}".ljust(4) + one.name in lines[number + 3] for number, one in CHECKS.items())
     assert all(f"{check.number}. {check.sentence}" in lines for check in honest.checks)
     bits = honest.measurement("reported").correct.unpack()
     assert bits.shape == (1, TINY.images)

@@ -16,10 +16,10 @@ from learn2perturb.diagnosis.budget import (
     BUDGETS,
     Budget,
     budget_of,
-    gradient_passes,
     resized,
     with_grid,
 )
+from learn2perturb.diagnosis.checks import gradient_passes
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.evaluation import EvaluateConfig, Predictor, compare, evaluate, rows
 from learn2perturb.evaluation import intervals as of_images

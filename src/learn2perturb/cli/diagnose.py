@@ -1,4 +1,4 @@
-"""``learn2perturb diagnose``: is the robustness of a model real? Ten checks, curves, a verdict."""
+"""``learn2perturb diagnose``: is the robustness of a model real? Checks, curves, a verdict."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from learn2perturb.diagnosis import Claim, Diagnosis
 
 DESCRIPTION = (
-    "Check whether the robustness of a network is real: ten checks for masked gradients and faked randomness,\n"
+    "Check whether the robustness of a network is real: checks for masked gradients and faked randomness,\n"
     "each with a verdict and its evidence. RUN is a run, or any model of yours as module:function.\n"
     "--claim states an accuracy, which is then refuted, not refuted, or not shown.\n"
     "Exits 0 when the diagnosis was made, whatever it says; with --strict 1 unless the claim is not refuted, or,\n"

@@ -25,7 +25,7 @@ VERBS = {
     "train": "train a network with a defense; the same command again resumes",
     "evaluate": "attack a trained network and score it with fresh draws",
     "compare": "compare two evaluations, or two diagnoses, of the same images, with intervals",
-    "diagnose": "check whether the robustness of a model is real: ten checks, a verdict",
+    "diagnose": "check whether the robustness of a model is real: checks, curves, a verdict",
     "certify": "certify radii within which no attack changes the majority vote",
     "report": "write one HTML page of records and runs: claim, verdict, table, charts",
     "export": "write a trained network as safetensors, and a RobustBench model-info file",

@@ -1,4 +1,4 @@
-"""Is the robustness real? Ten checks, their evidence, and a verdict (Athalye et al. 2018 and beyond)."""
+"""Is the robustness real? Checks, their evidence, and a verdict (Athalye et al. 2018 and beyond)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from learn2perturb.diagnosis.blackbox import SOURCES
     from learn2perturb.diagnosis.budget import BUDGETS, FULL, QUICK, Budget
+    from learn2perturb.diagnosis.checks import CHECKS, CheckSpec, register_check
     from learn2perturb.diagnosis.claim import Claim
     from learn2perturb.diagnosis.comparing import DiagnosisComparison, compare_diagnoses
     from learn2perturb.diagnosis.config import DiagnoseConfig
     from learn2perturb.diagnosis.diagnosing import diagnose
-    from learn2perturb.diagnosis.record import CHECKS, Check, Curve, Diagnosis, Judged, Measurement, Point
+    from learn2perturb.diagnosis.record import Check, Curve, Diagnosis, Judged, Measurement, Point
     from learn2perturb.diagnosis.trial import Trial
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "SOURCES",
     "Budget",
     "Check",
+    "CheckSpec",
     "Claim",
     "Curve",
     "DiagnoseConfig",
@@ -33,13 +35,15 @@ __all__ = [
     "Trial",
     "compare_diagnoses",
     "diagnose",
+    "register_check",
 ]
 
 # Imported when first asked for: a record is read without importing torch, settings are known without numpy.
 _LAZY = {
     **dict.fromkeys(("BUDGETS", "FULL", "QUICK", "Budget"), "budget"),
-    **dict.fromkeys(("CHECKS", "Check", "Curve", "Diagnosis", "Judged", "Measurement", "Point"), "record"),
+    **dict.fromkeys(("Check", "Curve", "Diagnosis", "Judged", "Measurement", "Point"), "record"),
     **dict.fromkeys(("DiagnosisComparison", "compare_diagnoses"), "comparing"),
+    **dict.fromkeys(("CHECKS", "CheckSpec", "register_check"), "checks"),
     "SOURCES": "blackbox",
     "Claim": "claim",
     "DiagnoseConfig": "config",

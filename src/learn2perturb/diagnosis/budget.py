@@ -155,18 +155,3 @@ def value_queries(budget: Budget, *, stochastic: bool) -> int:
     each = (1 + budget.descent_steps) * (1 + 2 * budget.descent_directions) + budget.square_queries * draws
     searched = (budget.samples * budget.sample_draws if stochastic else budget.samples) + budget.finalists * judged
     return budget.images * (each + searched + 8 * judged + 6 * scored) + budget.surrogate_queries * draws
-
-
-def gradient_passes(budget: Budget, *, stochastic: bool, sources: int) -> int:
-    """Return about how many forward-and-backward passes of an image a diagnosis makes; it decides the gear only."""
-    if not stochastic:
-        each = budget.steps * (len(budget.eps_grid) + 4 + budget.restarts) + sum(budget.step_curve)
-        return budget.images * budget.steps * (1 + sources) + budget.some * (each + budget.unbounded_steps)
-    # Of check 8: two losses, two averages that cost a third more, held draws.
-    sweep = budget.sweep_eot * budget.steps * (len(budget.eps_grid) + 6 + budget.targets + budget.restarts)
-    curves = budget.steps * sum(budget.draw_curve) + budget.sweep_eot * sum(budget.step_curve)
-    black_box = (budget.square_queries * budget.square_draws + budget.samples * budget.sample_draws) // 3
-    whole = budget.steps * budget.eot * (1 + sources) + 2 * budget.steps
-    return budget.images * whole + budget.some * (
-        sweep + curves + black_box + budget.unbounded_steps * budget.unbounded_eot
-    )

@@ -1,4 +1,4 @@
-"""``diagnose``: is the robustness of a model real? Ten checks (Athalye et al. 2018 and more), and a verdict."""
+"""``diagnose``: is the robustness of a model real? Checks (Athalye et al. 2018 and more), curves, a verdict."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from learn2perturb.diagnosis import blackbox, decision, draws, gradientless, tru
 from learn2perturb.diagnosis.budget import (
     Budget,
     budget_of,
-    gradient_passes,
     really_searched,
     resized,
     value_queries,
     with_grid,
 )
+from learn2perturb.diagnosis.checks import gradient_passes
 from learn2perturb.diagnosis.claim import Claim
 from learn2perturb.diagnosis.config import DiagnoseConfig
 from learn2perturb.diagnosis.images import others
@@ -71,7 +71,7 @@ def diagnose(
     progress: Progress | bool | None = True,
     **settings: Any,
 ) -> Diagnosis:
-    """Check whether the robustness of ``model`` is real: ten checks, curves, and a verdict in plain words.
+    """Check whether the robustness of ``model`` is real: checks, curves, and a verdict in plain words.
 
     A check that was not run counts as not shown. Statistical claims fail beyond two standard errors (of paired
     images and of draws), corrected by Holm over all of them. Passing is no proof.

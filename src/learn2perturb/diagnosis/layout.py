@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from learn2perturb.diagnosis.advice import described, repeated, settled
+from learn2perturb.diagnosis.checks import CHECKS
 from learn2perturb.diagnosis.verdict import percent
 from learn2perturb.evaluation.result import format_eps
 
@@ -13,14 +14,6 @@ if TYPE_CHECKING:
     from learn2perturb.diagnosis.record import Check, Diagnosis
 
 _HEAD = ("", "check", "status", "key figure")
-# Check -> the evidence that is its key figure; "*" is the lowest of what is not named before it.
-_KEY = {
-    1: ("iterative", "one step"),
-    2: ("white-box", "*"),
-    3: ("accuracy",),
-    6: ("noise off", "white-box"),
-    8: ("reported", "best"),
-}
 
 
 def laid_out(found: Diagnosis) -> str:
@@ -58,16 +51,15 @@ def advice(found: Diagnosis) -> list[str]:
 
 def key_figure(check: Check) -> str:
     """Return the figures of a check that tell most, as they fit into a cell of a table."""
-    evidence = check.evidence
-    if check.number == 4 and "left by gradients" in evidence:
-        return f"{evidence.get('broken', 0):.0f} of {evidence['left by gradients']:.0f} images broken"
-    if check.number == 9 and "slope of gradient" in evidence:
-        return f"slope {evidence['slope of gradient']:.2f}"
-    if check.number == 10 and "median" in evidence:
-        return f"{evidence['median']:.2f} [{evidence.get('10 %', 0):.2f}, {evidence.get('90 %', 0):.2f}]"
-    if check.number in (5, 7):
-        return ", ".join(_shares(evidence, list(evidence)[-2:]))
-    return ", ".join(_shares(evidence, _KEY.get(check.number, ())))
+    evidence, key = check.evidence, CHECKS[check.number].key if check.number in CHECKS else ()
+    if isinstance(key, str):
+        try:
+            return key.format_map(evidence)
+        except KeyError:  # a check that found nothing to measure
+            return ""
+    named = list(evidence)
+    places = [one if isinstance(one, str) else named[one] for one in key if isinstance(one, str) or len(named) >= -one]
+    return ", ".join(_shares(evidence, places))
 
 
 def _shares(evidence: Mapping[str, float], names: Sequence[str]) -> list[str]:

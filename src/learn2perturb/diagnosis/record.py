@@ -1,4 +1,4 @@
-"""What a diagnosis found: ten checks with their evidence, curves, and a verdict in plain words. Knows no torch."""
+"""What a diagnosis found: checks with their evidence, curves, and a verdict in plain words. Knows no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from learn2perturb import records
+from learn2perturb.diagnosis.checks import CHECKS
 from learn2perturb.diagnosis.claim import Claim
 from learn2perturb.diagnosis.trial import Trial
 from learn2perturb.errors import UnknownNameError
@@ -17,18 +18,6 @@ Status = Literal["passed", "failed", "not shown", "does not apply"]
 # Of a claim: refuted, not refuted. Without one, of the gradients and the attack: trusted, not trusted.
 Verdict = Literal["refuted", "not refuted", "trusted", "not trusted", "not shown"]
 
-CHECKS = {
-    1: "iterative beats one-step",
-    2: "white-box beats black-box",
-    3: "an unbounded attack succeeds",
-    4: "random search finds nothing new",
-    5: "more distortion, more success",
-    6: "noise off holds too",
-    7: "the attack has converged",
-    8: "no loss or restart matters much",
-    9: "the draws are real",
-    10: "the gradient is the function's",
-}
 NO_PROOF = "Passing is no proof: a stochastic counter-example is known (Popovic et al. 2022)."
 
 # What the first version of the record said -> what this one says
@@ -155,7 +144,7 @@ class Diagnosis(records.Saved):
     trial: Trial | None = None
 
     def check(self, number: int) -> Check:
-        """Return check ``number``, 1 to 10 (to 9 in records from before there was the last).
+        """Return check ``number``; older records lack those that came later.
 
         Raises:
             UnknownNameError: there is no such check.

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from learn2perturb.diagnosis.checks import ATTACK, CHECKS, FAILURES
 from learn2perturb.diagnosis.claim import ANY, Claim
-from learn2perturb.diagnosis.record import CHECKS, NO_PROOF, Check, Judged, Measurement, Status, Verdict
+from learn2perturb.diagnosis.record import NO_PROOF, Check, Judged, Measurement, Status, Verdict
 from learn2perturb.diagnosis.trial import Trial
 from learn2perturb.evaluation.intervals import Scores, paired_difference
 from learn2perturb.evaluation.significance import TWO_SIGMA, beyond, exceeds, holm, least_seen
 
-# Checks -> what is not to be trusted if one of them failed; the first that fits is said.
-_USELESS = (
-    ((1, 2, 3, 4, 5, 10), "GRADIENTS CANNOT BE TRUSTED"),
-    ((9,), "THE DRAWS CANNOT BE TRUSTED, nor averages over them"),
-    ((6,), "THE NOISE HIDES GRADIENTS, attacks on it show little"),
-    (tuple(CHECKS), "THE REPORTED ATTACK IS TOO WEAK, report the lowest accuracy"),
-)
 # Below this, two standard errors are more than 10 points, and nearly everything passes.
 FEWEST_IMAGES = 100
 
@@ -117,7 +111,8 @@ def _check(draft: Draft, claims: tuple[Judged, ...]) -> Check:
     else:
         status, sentence = "passed", draft.good
     text = sentence[:1].upper() + sentence[1:].rstrip(".") + "."
-    return Check(draft.number, CHECKS[draft.number], status, text, draft.evidence, claims, draft.missing, draft.notes)
+    name = CHECKS[draft.number].name
+    return Check(draft.number, name, status, text, draft.evidence, claims, draft.missing, draft.notes)
 
 
 def conclude(
@@ -180,7 +175,8 @@ def _of_gradients(
     none = any(check.number == 10 and check.status == "does not apply" for check in checks)
     what = "NO GRADIENTS, so attacks from values decide" if none else "GRADIENTS CAN BE TRUSTED"
     if failed:
-        wrong = next(text for numbers, text in _USELESS if any(check.number in numbers for check in failed))
+        said = {CHECKS[check.number].failing if check.number in CHECKS else ATTACK for check in failed}
+        wrong = next(text for text in FAILURES if text in said)
         more = f" Checks {_numbers(unseen)} were not shown." if unseen else ""
         return "not trusted", f"{wrong}: check {_named(failed)} failed.{more}"
     if n < FEWEST_IMAGES:
