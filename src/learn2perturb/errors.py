@@ -71,6 +71,10 @@ class NonFiniteError(TrainingError):
     """A loss or a weight became NaN or infinite; the message names step, batch and the last good checkpoint."""
 
 
+class ElsewhereError(TrainingError):
+    """Another of several processes has failed, hangs or is gone; the message names it."""
+
+
 class MissingDependencyError(Learn2PerturbError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 

@@ -59,8 +59,13 @@ def ended(children, folder, seconds=60):
                 os.waitpid(child, 0)
             raise AssertionError(f"{len(left)} of {len(children)} processes had to be killed after {seconds} s")
         time.sleep(0.005)
-    files = [folder / f"{rank}.pt" for rank in range(len(children))]
-    return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
+    return [outcome(folder, rank) for rank in range(len(children))]
+
+
+def outcome(folder, rank):
+    """Return what a process returned or raised, (kind, value); None where it left nothing."""
+    file = folder / f"{rank}.pt"
+    return pickle.loads(file.read_bytes()) if file.exists() else None
 
 
 def together(count, work, folder, **environment):

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from learn2perturb.errors import MemoryLimitError
+from learn2perturb.errors import ElsewhereError, MemoryLimitError
 
 T = TypeVar("T")
 # What torch says on the CPU (Linux, Windows), on CUDA and on MPS; the CPU has no error class of its own.
@@ -18,6 +18,8 @@ _SAID = ("can't allocate memory", "not enough memory", "out of memory")
 
 def out_of_memory(error: BaseException) -> bool:
     """Tell whether ``error`` says that memory ran out, on whatever device."""
+    if isinstance(error, ElsewhereError):  # whose memory it was does not matter here
+        return False
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in _SAID)

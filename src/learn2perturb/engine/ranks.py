@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from learn2perturb.errors import ConfigError, TrainingError
+from learn2perturb.errors import ConfigError, ElsewhereError, TrainingError
 
 T = TypeVar("T")
 TIMEOUT_VARIABLE = "LEARN2PERTURB_RANK_TIMEOUT"
@@ -30,10 +30,6 @@ _TIMEOUT = 600.0
 _GRACE = 3.0
 # A sum over all processes is of one block of memory at most this large: enough to hide the latency of a message.
 _BLOCK = 25 * 2**20
-
-
-class ElsewhereError(TrainingError):
-    """Another process failed, or is gone, and says so itself where it can."""
 
 
 @final
@@ -169,7 +165,19 @@ class Ranks:
             self._blame(error)
 
     def _blame(self, error: RuntimeError) -> NoReturn:
-        """Name who has not come to a meeting that has failed: those here say so, so the others are the missing ones."""
+        """Name who has not come to a meeting that has failed."""
+        try:
+            self._name_missing(error)
+        except RuntimeError as lost:
+            if isinstance(lost, TrainingError):
+                raise
+            # Without a launcher that keeps it, what they share is kept by the first.
+            raise ElsewhereError(
+                f"process 0 of {self.world} is gone without a word: killed, perhaps since memory ran out"
+            ) from None
+
+    def _name_missing(self, error: RuntimeError) -> NoReturn:
+        """Say that this process is here; those that do not say so are the missing ones."""
         store = _store()
         store.set(f"{self.name}/waiting/{self.rank}", "yes")
         others = [rank for rank in range(self.world) if rank != self.rank]
@@ -193,7 +201,7 @@ class Ranks:
                 f"it there, or set {TIMEOUT_VARIABLE} to more seconds"
             ) from None
         if missing:
-            raise ElsewhereError(f"{where} is gone without a word: killed, or out of memory") from None
+            raise ElsewhereError(f"{where} is gone without a word: killed, perhaps since memory ran out") from None
         raise TrainingError(f"the processes cannot reach each other ({reason}); look at the network") from error
 
     def _left(self, error: BaseException) -> None:

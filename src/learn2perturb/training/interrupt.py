@@ -45,6 +45,7 @@ class Interrupt:
         """
         number = self._elsewhere if not self._ranks.alone else self.received
         if number:
+            self._ranks.largest(0)  # all are here: what the first saves is saved
             raise Interrupted(number=number)
 
     @contextmanager
