@@ -20,6 +20,18 @@ from typing import Any, TextIO, cast
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+# What torchrun tells a process that it starts as one of several.
+CALLED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def number_among() -> tuple[int, int]:
+    """Return which of several processes this one was started as, and how many they are: (0, 1) where it is alone."""
+    values = [os.environ.get(name, "") for name in CALLED]
+    if not all(values) or not (values[0].isdecimal() and values[1].isdecimal()):
+        return 0, 1
+    return int(values[0]), int(values[1])
+
+
 def visible(text: object) -> str:
     """Return ``text`` with every control character written out, as ESC is in ``repr``; tab and line end stay."""
     return _HIDDEN.sub(lambda found: ascii(found.group())[1:-1], str(text))

@@ -18,6 +18,8 @@ from learn2perturb.configs import takes
 from learn2perturb.data import check_labels, warn_of_subset
 from learn2perturb.engine import gears
 from learn2perturb.engine.random import seed_everything
+from learn2perturb.engine.ranks import current
+from learn2perturb.engine.rows import sharded
 from learn2perturb.errors import ConfigError, NoiseError
 from learn2perturb.evaluation.inputs import check_fixed
 from learn2perturb.evaluation.passes import Model, checked_logits
@@ -170,11 +172,14 @@ def votes_of(
         for start in range(0, len(x) * draws, batch_size):
             stop = min(start + batch_size, len(x) * draws)
             # Rows of several images share a pass: their draws are independent, and small n fills the batch too.
-            images = torch.arange(start, stop, device=x.device) // draws
+            share = current().share(stop - start)
+            images = share.of(torch.arange(start, stop, device=x.device) // draws)
             rows = x[images]
-            if sigma is not None:
-                rows = rows + sigma * torch.empty_like(rows).normal_()
-            predicted = checked_logits(model, rows).argmax(dim=1)
-            counts += torch.bincount(images * classes + predicted, minlength=len(counts))
+            with sharded(share):
+                if sigma is not None:
+                    rows = rows + sigma * torch.empty_like(rows).normal_()
+                predicted = checked_logits(model, rows).argmax(dim=1)
+            if share.counted:
+                counts += torch.bincount(images * classes + predicted, minlength=len(counts))
             progress(before + stop, total, "votes")
-    return counts.view(len(x), classes).cpu().numpy()
+    return current().sum(counts).view(len(x), classes).cpu().numpy()

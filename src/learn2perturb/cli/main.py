@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
@@ -16,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from learn2perturb import __version__
-from learn2perturb.errors import Interrupted, Learn2PerturbError, TrainingError, UnknownNameError
-from learn2perturb.terminal import one_line, say, steady_streams
+from learn2perturb.errors import ConfigError, Interrupted, Learn2PerturbError, TrainingError, UnknownNameError
+from learn2perturb.terminal import number_among, one_line, say, steady_streams
 
 # verb -> what it does; the module of the same name has DESCRIPTION, EXAMPLE, add_arguments(parser), run(arguments)
 VERBS = {
@@ -34,6 +36,7 @@ VERBS = {
     "list": "show networks, attacks, defenses, data sets and recipes, with their options",
     "bench": "time training steps, attacks, data: gears against textbook code and the floor",
 }
+SHARED = ("train", "evaluate", "certify")  # what several processes of torchrun do together
 SUCCESS, FAILURE, BAD_INPUT = 0, 1, 2
 _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 _NOT_THE_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -70,6 +73,12 @@ def _run(words: Sequence[str]) -> int:
         return SUCCESS
     if verb not in VERBS:
         raise UnknownNameError.of("verb", verb, VERBS)
+    rank, world = number_among()
+    if world > 1 and verb not in SHARED:
+        raise ConfigError(
+            f"{verb} is the work of one process, and this is number {rank} of {world}; start it without torchrun "
+            f"(several do {', '.join(SHARED)})"
+        )
     from learn2perturb.cli.options import Parser
 
     module = importlib.import_module(f"learn2perturb.cli.{verb}")
@@ -91,8 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"warning: {message}")
 
     def guarded() -> int:
-        with warnings.catch_warnings(), _ending_on_signals():
+        with warnings.catch_warnings(), _ending_on_signals(), contextlib.ExitStack() as stack:
             warnings.showwarning = one_line_warning
+            if number_among()[0]:  # the first of several processes speaks; errors are each one's own
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                warnings.simplefilter("ignore")
             return _run(words)
 
     with steady_streams() as out:

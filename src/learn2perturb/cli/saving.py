@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from learn2perturb.errors import CheckpointError
-from learn2perturb.terminal import one_line, say
+from learn2perturb.terminal import number_among, one_line, say
 
 SUCCESS, FAILURE = 0, 1
 
 
 def saved(save: Callable[[], Path]) -> Path | None:
-    """Return where ``save`` has put a record; None, after one line of the reason, where it could not be written."""
+    """Return where ``save`` has put a record; None, after one line of the reason, where it could not be written.
+
+    Of several processes the first writes it.
+    """
+    if number_among()[0]:
+        return Path(os.devnull)
     try:
         return save()
     except (CheckpointError, OSError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from learn2perturb.engine.ranks import own_card
 from learn2perturb.errors import ConfigError
 
 
@@ -23,13 +24,13 @@ def checked_device(name: str | torch.device) -> torch.device:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``auto`` is CUDA, then MPS, then the CPU.
+    """Return the device called ``name``; ``auto`` is CUDA, then MPS, then the CPU. Each of several has one.
 
     Raises:
         ConfigError: there is no such device here.
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return own_card(torch.device("cuda"))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    return checked_device(name)
+    return own_card(checked_device(name))

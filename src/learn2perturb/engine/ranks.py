@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from learn2perturb.errors import ConfigError, ElsewhereError, TrainingError
+from learn2perturb.terminal import number_among
 
 T = TypeVar("T")
 TIMEOUT_VARIABLE = "LEARN2PERTURB_RANK_TIMEOUT"
-_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TIMEOUT = 600.0
 # So long a process waits for the word of others before it says who is missing; they time out at nearly the same moment.
 _GRACE = 3.0
@@ -40,14 +40,12 @@ class Ranks:
     Attributes:
         rank: number of this process.
         world: how many there are.
-        local: number of this process on its machine, by which it takes its card.
         name: of this meeting of theirs, in the store that they share.
         timeout: seconds after which one that does not answer is given up.
     """
 
     rank: int = 0
     world: int = 1
-    local: int = 0
     name: str = ""
     timeout: float = _TIMEOUT
 
@@ -64,14 +62,6 @@ class Ranks:
     def share(self, total: int) -> Share:
         """Return what this process has of a batch of ``total`` rows."""
         return Share(self, total)
-
-    def device(self, device: torch.device) -> torch.device:
-        """Return the card of this process where ``device`` is any card."""
-        if self.alone or device.type != "cuda" or device.index is not None:
-            return device
-        own = torch.device("cuda", self.local % torch.cuda.device_count())
-        torch.cuda.set_device(own)
-        return own
 
     # -- what all of them say ---------------------------------------------------------------------------------------
 
@@ -346,11 +336,18 @@ def first_of_all() -> bool:
     """Tell whether this process is the one that speaks, joined or not yet."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
-    return not _called() or os.environ["RANK"] == "0"
+    return number_among()[0] == 0
 
 
-def _called() -> bool:
-    return all(os.environ.get(name) for name in _NEEDED) and os.environ["WORLD_SIZE"] != "1"
+def own_card(device: torch.device) -> torch.device:
+    """Return the card of this process, if it is one of several, where ``device`` is any card."""
+    if device.type != "cuda" or device.index is not None or number_among()[1] == 1:
+        return device
+    return torch.device("cuda", _local() % torch.cuda.device_count())
+
+
+def _local() -> int:
+    return int(os.environ.get("LOCAL_RANK") or number_among()[0])
 
 
 @contextlib.contextmanager
@@ -360,12 +357,12 @@ def joined() -> Iterator[Ranks]:
     A process group that is there already is used, and left as it is. Inside another :func:`joined` this is the same.
 
     Raises:
-        ConfigError: the variables of the environment that say who is who make no sense.
+        ConfigError: the timeout that the environment says is no number of seconds.
         TrainingError: the others do not come.
     """
     here = _current.get()
     ready = dist.is_available() and dist.is_initialized()
-    if not here.alone or not (ready or _called()):
+    if not here.alone or not (ready or number_among()[1] > 1):
         yield here
         return
     timeout = _seconds()
@@ -392,21 +389,17 @@ def _introduced(timeout: float) -> Ranks:
     _meetings += 1
     # The store outlives a restart, and a process may train more than once: what is left there is of one meeting.
     name = f"learn2perturb/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_meetings}"
-    ranks = Ranks(rank, world, int(os.environ.get("LOCAL_RANK", rank)), name, timeout)
+    ranks = Ranks(rank, world, name, timeout)
     _store().set(f"{name}/at/{rank}", f"pid {os.getpid()} on {platform.node()}")
     ranks.largest(0)  # all are here, and have said who they are
     return ranks
 
 
 def _open(timeout: float) -> None:
-    try:
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    except ValueError:
-        raise ConfigError(
-            f"RANK is {os.environ['RANK']!r} and WORLD_SIZE {os.environ['WORLD_SIZE']!r}; they must be whole numbers, "
-            "as torchrun sets them"
-        ) from None
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    rank, world = number_among()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(own_card(torch.device("cuda")))
     # NCCL takes one card a process; fewer cards than processes, as in a trial run, talk through the CPU.
     cards = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= local else "gloo"
     try:

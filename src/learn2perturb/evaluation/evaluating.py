@@ -20,6 +20,7 @@ from learn2perturb.data import BatchSource, check_labels, warn_of_subset
 from learn2perturb.data.loader import MemorySource
 from learn2perturb.engine import gears
 from learn2perturb.engine.random import derive_seed, seed_everything
+from learn2perturb.engine.ranks import current
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation.arrays import BlackBox, tell_queries
 from learn2perturb.evaluation.config import EvaluateConfig
@@ -184,14 +185,18 @@ class _Work:
         if not self.by_row:
             return [row for run in self.runs for row in run.rows(self.truth, self.num_classes, self.sizes)]
         # A function's weights are not known, so that its rows cannot be told from those of another.
-        keep = keep if self.target.weights is not None else None
+        # Several processes share the batches, and keep nothing: each would have to know what the others have finished.
+        ranks = current()
+        keep = keep if self.target.weights is not None and ranks.alone else None
         finished = [] if keep is None else self._kept(keep)
         size = len(self.truth)
         for number, run in enumerate(self.runs[len(finished) :], start=len(finished)):
             done = number * size
             for index, (x, y) in enumerate(self.target.batches(self.source, self.config.limit)):
-                self._add(run, x, y, index, done, len(self.runs) * size)
+                if index % ranks.world == ranks.rank:  # the draws of a batch follow from its number
+                    self._add(run, x, y, index, done, len(self.runs) * size)
                 done += len(x)
+            run.meet(ranks)
             finished.append(tuple(run.rows(self.truth, self.num_classes, self.sizes)))
             if keep is not None:
                 keep.keep(self.evaluation(itertools.chain.from_iterable(finished)))

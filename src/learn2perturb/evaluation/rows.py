@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, final
@@ -19,6 +20,7 @@ from learn2perturb.engine import gears
 from learn2perturb.engine.halving import Halving
 from learn2perturb.engine.identity import fingerprint_of_weights
 from learn2perturb.engine.random import derive_seed, seed_everything
+from learn2perturb.engine.ranks import Ranks
 from learn2perturb.evaluation.intervals import majority
 from learn2perturb.evaluation.pace import Pace, guessed_passes
 from learn2perturb.evaluation.parts import attacked
@@ -30,6 +32,24 @@ from learn2perturb.records import plain
 
 CONFIDENCE = 0.95
 _COUNTS = ("zero_gradients", "c_rising", "loss_falling")  # of images, in an attack's result and in the row
+
+
+@dataclasses.dataclass
+class _Batch:
+    """What came of one batch: predictions (draws, images), pooled ones (images), and numbers to be summed up."""
+
+    predictions: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
+    pooled: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return {"predictions": self.predictions.tolist(), "pooled": self.pooled.tolist(), "sums": self.sums}
+
+    @classmethod
+    def of(cls, predictions: list[list[int]], pooled: list[int], sums: dict[str, float]) -> _Batch:
+        """Return what :meth:`plain` gave."""
+        return cls(np.array(predictions, dtype=np.int64), np.array(pooled, dtype=np.int64), sums)
 
 
 @final
@@ -60,12 +80,8 @@ class RowRun:
         self.attack = None if attack is None else _adapted(attack, self.predictor, self.members, stochastic)
         self.pace = None if self.attack is None else Pace(self.attack)
         self.pools = stochastic and self.predictor == "single" and self.draws > 1
-        self.predictions: list[NDArray[np.int64]] = []
-        self.pooled: list[NDArray[np.int64]] = []
-        self.totals = dict.fromkeys(("linf", "l2", "forward_passes", "backward_passes"), 0.0)
-        self.seconds = 0.0
+        self.batches: dict[int, _Batch] = {}
         self.fits = Halving()
-        self.counts: dict[str, int] = {}
 
     def compile_if_long(self, pixels: int, rows: int) -> None:
         """Attack in compiled passes of ``rows`` images if that is worth it for ``pixels``: all images, once."""
@@ -95,32 +111,39 @@ class RowRun:
     def add(self, model: Model, x: Tensor, y: Tensor, batch: int, tell: Callable[[float], object]) -> None:
         """Attack and score one batch; ``tell`` is called with the share of it that is done."""
         quiet = noise_disabled(model) if self.switched and isinstance(model, nn.Module) else contextlib.nullcontext()
+        found = self.batches[batch] = _Batch()
         with quiet:
             x_adv = x
             if self.attack is not None and self.pace is not None:
                 with passes_told_to(self.pace.listener(len(x), tell)):
-                    x_adv = self._attacked(self.attack, model, x, y, batch)
+                    x_adv = self._attacked(self.attack, model, x, y, batch, found)
             with torch.no_grad():
-                self._score(model, x_adv, batch)
+                self._score(model, x_adv, batch, found)
 
-    def _attacked(self, attack: Attack, model: Model, x: Tensor, y: Tensor, batch: int) -> Tensor:
+    def meet(self, ranks: Ranks) -> None:
+        """Take in the batches that other processes have attacked and scored."""
+        if not ranks.alone:
+            own = json.dumps({number: one.plain() for number, one in self.batches.items()})
+            for content in ranks.gathered(own.encode()):
+                self.batches |= {int(number): _Batch.of(**one) for number, one in json.loads(content).items()}
+
+    def _attacked(self, attack: Attack, model: Model, x: Tensor, y: Tensor, batch: int, found: _Batch) -> Tensor:
         own = derive_seed(self.seed, "attack", self.name, repr(attack.eps), batch)
         with gears.running(self.gear):
             result = attacked(dataclasses.replace(attack, seed=own), model, self.gear.place_images(x), y, self.fits)
         if self.pace is not None:
             self.pace.took(result.forward_passes)
-        self.totals["linf"] += result.linf.sum().item()
-        self.totals["l2"] += result.l2.sum().item()
-        self.totals["forward_passes"] += result.forward_passes * len(x)
-        self.totals["backward_passes"] += result.backward_passes * len(x)
-        self.seconds += result.seconds
-        for name in _COUNTS:
-            count = getattr(result, name)
-            if count is not None:
-                self.counts[name] = self.counts.get(name, 0) + count
+        found.sums = {
+            "linf": result.linf.sum().item(),
+            "l2": result.l2.sum().item(),
+            "forward_passes": result.forward_passes * len(x),
+            "backward_passes": result.backward_passes * len(x),
+            "seconds": result.seconds,
+        }
+        found.sums |= {name: count for name in _COUNTS if (count := getattr(result, name)) is not None}
         return result.x_adv.to(x.dtype).contiguous()
 
-    def _score(self, model: Model, x: Tensor, batch: int) -> None:
+    def _score(self, model: Model, x: Tensor, batch: int, found: _Batch) -> None:
         scorings = []
         total: Tensor | None = None
         eps = "" if self.attack is None else repr(self.attack.eps)
@@ -131,16 +154,23 @@ class RowRun:
             scorings.append(winners(score))
             if self.pools:
                 total = score.softmax(dim=1) + (0 if total is None else total)
-        self.predictions.append(np.stack(scorings))
+        found.predictions = np.stack(scorings)
         if total is not None:
-            self.pooled.append(total.argmax(dim=1).cpu().numpy())
+            found.pooled = total.argmax(dim=1).cpu().numpy()
+
+    def _sum(self, name: str) -> Any:
+        """Return the sum over all batches, in their order; None where no attack has the number."""
+        there = [one.sums[name] for _, one in sorted(self.batches.items()) if name in one.sums]
+        return sum(there) if there else None
 
     def rows(self, labels: NDArray[np.int64], num_classes: int, batches: tuple[int, ...]) -> Iterator[Row]:
         """Give the finished rows: one, or one for each predictor that this run serves."""
-        predictions = np.concatenate(self.predictions, axis=1)
+        parts = [one for _, one in sorted(self.batches.items())]
+        predictions = np.concatenate([one.predictions for one in parts], axis=1)
         pooled = {}
         if self.pools:
-            pooled = {"vote": majority(predictions, num_classes), "mean_probability": np.concatenate(self.pooled)}
+            means = np.concatenate([one.pooled for one in parts])
+            pooled = {"vote": majority(predictions, num_classes), "mean_probability": means}
         found = statistics(
             predictions,
             labels,
@@ -161,14 +191,14 @@ class RowRun:
                 stochastic=self.stochastic,
                 predictor=predictor,
                 members=self.members,
-                seconds=self.seconds,
-                linf=self.totals["linf"] / size,
-                l2=self.totals["l2"] / size,
-                forward_passes=self.totals["forward_passes"] / size,
-                backward_passes=self.totals["backward_passes"] / size,
-                zero_gradients=self.counts.get("zero_gradients"),
-                c_rising=self.counts.get("c_rising"),
-                loss_falling=self.counts.get("loss_falling"),
+                seconds=self._sum("seconds") or 0.0,
+                linf=(self._sum("linf") or 0.0) / size,
+                l2=(self._sum("l2") or 0.0) / size,
+                forward_passes=(self._sum("forward_passes") or 0.0) / size,
+                backward_passes=(self._sum("backward_passes") or 0.0) / size,
+                zero_gradients=self._sum("zero_gradients"),
+                c_rising=self._sum("c_rising"),
+                loss_falling=self._sum("loss_falling"),
                 **found,
             )
 

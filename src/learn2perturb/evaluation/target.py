@@ -17,6 +17,7 @@ from learn2perturb.engine.gears import Gear
 from learn2perturb.engine.identity import ImagesFingerprint
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import isolated_rng
+from learn2perturb.engine.ranks import joined
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation.origin import origin, weights_of
 from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of
@@ -55,7 +56,8 @@ class Target:
         Modes, random generators, autocast and gradients are afterwards what they were for the caller.
         """
         with contextlib.ExitStack() as stack:
-            told = stack.enter_context(shown(progress))
+            ranks = stack.enter_context(joined())
+            told = stack.enter_context(shown(progress if ranks.first else None))
             stack.enter_context(own_modes())
             stack.enter_context(isolated_rng())
             for one in (self.model, *others):

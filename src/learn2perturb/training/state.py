@@ -92,7 +92,7 @@ class Training:
         # All processes read the run folder, the first writes it.
         out = self.out = folder if ranks.first else None
         self.settings = config.closed()
-        self.device = ranks.device(choose_device(config.device))
+        self.device = choose_device(config.device)
         self.defense: Defense = build_defense(config.defense, config.options)
         self.defense.check(self.settings)
         self.source, self.monitor, self.monitored, self.classes = sources(config, data, self.device)
