@@ -9,24 +9,27 @@ import inspect
 from typing import Any
 
 from learn2perturb.cli.options import add_json, field_help, print_json
+from learn2perturb.diagnosis.checks import CHECKS, CheckSpec
 from learn2perturb.errors import UnknownNameError
 from learn2perturb.registry import ATTACKS, DATASETS, DEFENSES, MODELS, NOISES, Entry, Registry
 
 DESCRIPTION = (
-    "Show what can be named: networks, attacks, defenses, noise laws, data sets, recipes; with paper, year, options."
+    "Show what can be named: networks, attacks, defenses, noise laws, data sets, recipes, checks of a diagnosis;\n"
+    "with paper, year, options."
 )
 EXAMPLE = "learn2perturb list defenses 'learn2perturb*'"
 
 KINDS: dict[str, Registry] = {
     "models": MODELS, "attacks": ATTACKS, "defenses": DEFENSES, "noises": NOISES, "datasets": DATASETS,
 }  # fmt: skip
+_OTHERS = ("recipes", "checks")
 # Arguments of builders and loaders that the package gives itself.
 _GIVEN = ("num_classes", "input_shape", "split", "root", "download", "shape", "place", "others")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
-    parser.add_argument("kind", metavar="KIND", help=f"{', '.join(KINDS)} or recipes")
+    parser.add_argument("kind", metavar="KIND", help=f"{', '.join(KINDS)}, {' or '.join(_OTHERS)}")
     parser.add_argument("pattern", metavar="PATTERN", nargs="?", default="*", help="a name or glob, such as 'resnet*'")
     add_json(parser)
 
@@ -58,6 +61,8 @@ def _rows(kind: str, pattern: str) -> list[dict[str, Any]]:
             for name in RECIPES
             if fnmatch.fnmatch(name, pattern)
         ]
+    if kind == "checks":
+        return [_check_row(check) for check in CHECKS.values() if fnmatch.fnmatch(check.name, pattern)]
     rows = []
     for name in KINDS[kind].names(pattern):
         entry = KINDS[kind].entry(name)
@@ -75,6 +80,11 @@ def _rows(kind: str, pattern: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _check_row(check: CheckSpec) -> dict[str, Any]:
+    options = {"number": check.number, "needs": ", ".join(check.needs), "threshold": check.allowed}
+    return {"name": check.name, "summary": check.question, "options": options}
+
+
 RECIPE_SUMMARIES = {
     "paper": "as the Learn2Perturb paper, sections 4 and A.4",
     "released": "what the released Learn2Perturb code does, less what makes it stop",
@@ -86,9 +96,9 @@ RECIPE_SUMMARIES = {
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table, or JSON."""
-    kind = arguments.kind if arguments.kind in (*KINDS, "recipes") else arguments.kind + "s"
-    if kind not in (*KINDS, "recipes"):
-        raise UnknownNameError.of("kind", arguments.kind, (*KINDS, "recipes"))
+    kind = arguments.kind if arguments.kind in (*KINDS, *_OTHERS) else arguments.kind + "s"
+    if kind not in (*KINDS, *_OTHERS):
+        raise UnknownNameError.of("kind", arguments.kind, (*KINDS, *_OTHERS))
     rows = _rows(kind, arguments.pattern)
     if not rows:
         known = [row["name"] for row in _rows(kind, "*")]

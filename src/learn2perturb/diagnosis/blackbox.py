@@ -87,26 +87,24 @@ def rivals_of(
     return {**{f"transfer from {name}": one for name, one in transfers.items()}, "Square": square, **adaptive}
 
 
-def blackbox(
-    bench: Bench, reported: Attacked, rivals: Mapping[str, Attacked], transfers: Mapping[str, Attacked]
-) -> Draft:
+def blackbox(bench: Bench, own: Attacked, rivals: Mapping[str, Attacked], transfers: Mapping[str, Attacked]) -> Draft:
     """2: no attack without the model's gradients leaves less than the white-box attack."""
     square = rivals["Square"]
     missing = missing_sources(transfers)
-    claims = tuple(not_beaten(name, rival, reported.first(len(rival.x))) for name, rival in rivals.items())
+    claims = tuple(not_beaten(name, rival, own.first(len(rival.x))) for name, rival in rivals.items())
     lowest = min(rivals, key=lambda name: rivals[name].accuracy)
     good = not_shown = ""
     if not transfers:
         not_shown = (
             f"Square leaves {percent(square.accuracy)}, the white-box attack "
-            f"{percent(reported.first(len(square.x)).mean())}; but no source to transfer from is there"
+            f"{percent(own.first(len(square.x)).mean())}; but no source to transfer from is there"
         )
     else:
         good = (
-            f"the white-box attack leaves {percent(reported.accuracy)}, the strongest black-box one ({lowest}) "
+            f"the white-box attack leaves {percent(own.accuracy)}, the strongest black-box one ({lowest}) "
             f"{percent(rivals[lowest].accuracy)}"
         )
-    evidence = {"white-box": reported.accuracy} | {name: rival.accuracy for name, rival in rivals.items()}
+    evidence = {"white-box": own.accuracy} | {name: rival.accuracy for name, rival in rivals.items()}
     return Draft(2, good, claims, missing=missing, not_shown=not_shown, evidence=evidence)
 
 

@@ -64,14 +64,8 @@ class CheckSpec:
         """Return what the check finds, given what it names of what is shared."""
         home = self.run if gradients or self.without_gradients is None else self.without_gradients
         function = _found(home) if isinstance(home, str) else home
-        wanted = inspect.signature(function).parameters
-        missing = [name for name in wanted if name not in shared and name != "number"]
-        if missing:
-            raise ConfigError(
-                f"check {self.number} ({self.name}) asks for {', '.join(missing)}; what is shared: "
-                f"{', '.join(sorted(shared))}"
-            )
-        return function(**{name: self.number if name == "number" else shared[name] for name in wanted})
+        known = {**shared, "number": self.number}
+        return function(**{name: known[name] for name in inspect.signature(function).parameters})
 
     @property
     def allowed(self) -> float:
@@ -85,6 +79,9 @@ def _found(home: str) -> Any:
     return getattr(importlib.import_module(HOME + module), name)
 
 
+# What checks may ask for: a model without gradients has a descent on values for the reported attack, and no clean one.
+SHARED_BY_ALL = ("bench", "sources", "quiet", "claimed", "replay", "truth", "reported", "transfers", "rivals")
+SHARED = (*SHARED_BY_ALL, "clean", "own")
 # number -> check, in the order in which they are told
 CHECKS: dict[int, CheckSpec] = {}
 
@@ -97,6 +94,13 @@ def register_check(spec: CheckSpec) -> CheckSpec:
     """
     if spec.number <= max(CHECKS, default=0):
         raise ConfigError(f"check {spec.number} is no number above {max(CHECKS)}; records know checks by their numbers")
+    known = {*SHARED, "number"} if "gradients" in spec.needs else {*SHARED_BY_ALL, "number"}
+    asked = set() if isinstance(spec.run, str) else set(inspect.signature(spec.run).parameters)
+    if asked - known:
+        raise ConfigError(
+            f"check {spec.number} ({spec.name}) asks for {', '.join(sorted(asked - known))}; what is shared: "
+            f"{', '.join(sorted(known))}"
+        )
     CHECKS[spec.number] = spec
     return spec
 

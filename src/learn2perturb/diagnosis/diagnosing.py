@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from learn2perturb.attacks.bpda import submodules_of
 from learn2perturb.checks import check_choice, check_size
 from learn2perturb.configs import takes
 from learn2perturb.data import BatchSource, balanced_rows, check_labels, warn_of_subset
-from learn2perturb.diagnosis import blackbox, decision, draws, gradientless, truth, whitebox
+from learn2perturb.diagnosis import blackbox, decision, truth, whitebox
 from learn2perturb.diagnosis.budget import (
     Budget,
     budget_of,
@@ -31,9 +31,10 @@ from learn2perturb.diagnosis.checks import gradient_passes
 from learn2perturb.diagnosis.claim import Claim
 from learn2perturb.diagnosis.config import DiagnoseConfig
 from learn2perturb.diagnosis.images import others
-from learn2perturb.diagnosis.measure import Attacked, Bench, Subject
-from learn2perturb.diagnosis.record import Curve, Diagnosis
-from learn2perturb.diagnosis.verdict import Draft, conclude, judge
+from learn2perturb.diagnosis.measure import Bench, Subject
+from learn2perturb.diagnosis.record import Diagnosis
+from learn2perturb.diagnosis.running import run_checks
+from learn2perturb.diagnosis.verdict import conclude, judge
 from learn2perturb.engine import gears
 from learn2perturb.engine.modes import live_dropouts
 from learn2perturb.engine.random import seed_everything
@@ -155,7 +156,7 @@ def diagnose(
         elif modules or live_dropouts(model):
             quiet = _own_twin(bench)
         learned = functools.partial(others, data, x, plan.surrogate_queries // 2, batch_size=batch_size, seed=seed)
-        drafts, curves = _checks(
+        drafts, curves = run_checks(
             bench, given, quiet if claimed else None, learned,
             adaptive=lambda: {} if config.bpda is None else blackbox.replaced(bench, target.model, config.bpda),
             claimed=claimed, replay=replay, blind=blind,
@@ -196,56 +197,6 @@ def diagnose(
         claim=decided.claim,
         trial=decided.trial,
     )
-
-
-def _checks(
-    bench: Bench,
-    sources: Mapping[str, Subject],
-    quiet: Subject | None,
-    learned: Callable[[], Tensor],
-    *,
-    adaptive: Callable[[], Mapping[str, Attacked]],
-    claimed: bool,
-    replay: str,
-    blind: str,
-) -> tuple[list[Draft], list[Curve]]:
-    """Run the checks; return their drafts, in order, and the curves.
-
-    ``blind``: why there are no gradients. ``learned``: gives images from which a surrogate learns, beside those that
-    are attacked. ``adaptive``: runs the attacks that the user knows to fit.
-    """
-    told = None if blind else truth.truth_of(bench)
-    if told is None or not told.near:
-        # Nothing passes before what needs no gradient was tried: a source that is always there, and a real search.
-        bench.budget = really_searched(bench.budget)
-        images = torch.cat([bench.x, learned()])
-        sources = {**sources, blackbox.SURROGATE: blackbox.surrogate(bench, images)}
-    if told is None:
-        transfers = blackbox.transferred(bench, sources, quiet)
-        return gradientless.checks(bench, transfers, adaptive(), blind, claimed=claimed, replay=replay), []
-    clean = bench.scored("clean", bench.x, kind="none")
-    reported = bench.attacked("reported", bench.attack, bench.budget.images)
-    own = truth.best_by_gradients(bench, reported) if told.leads else reported
-    square = blackbox.searched(bench, bench.budget.some if told.near else bench.budget.images)
-    transfers = blackbox.transferred(bench, sources, quiet)
-    rivals = blackbox.rivals_of(square, transfers, adaptive())
-    fifth, sizes = whitebox.distortion(bench, clean)
-    seventh, curves = whitebox.converged(bench, reported)
-    drafts = [
-        whitebox.iterative(bench, reported),
-        blackbox.blackbox(bench, own, rivals, transfers),
-        whitebox.unbounded(bench),
-        blackbox.random_search(bench, reported),
-        fifth,
-        blackbox.noise_off(bench, reported, sources, transfers, quiet)
-        if claimed
-        else Draft(6, does_not_apply="the model has no noise to switch off"),
-        seventh,
-        whitebox.losses(bench, reported),
-        draws.real(bench, claimed=claimed, replay=replay),
-        truth.true_gradient(bench, told, own, rivals),
-    ]
-    return drafts, [sizes, *curves]
 
 
 def _askable(model: Model, x: Tensor, classes: int) -> tuple[Model, str]:

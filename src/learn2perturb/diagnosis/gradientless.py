@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from learn2perturb.attacks.square import Square
-from learn2perturb.diagnosis import blackbox, draws, whitebox
+from learn2perturb.diagnosis import blackbox, whitebox
 from learn2perturb.diagnosis.measure import Attacked, Bench
 from learn2perturb.diagnosis.verdict import Draft, percent
 from learn2perturb.evaluation.significance import beyond
@@ -19,16 +20,10 @@ _ADAPTIVE = (
 )
 
 
-def checks(
-    bench: Bench,
-    transfers: Mapping[str, Attacked],
-    adaptive: Mapping[str, Attacked],
-    reason: str,
-    *,
-    claimed: bool,
-    replay: str,
-) -> list[Draft]:
-    """Return the drafts of all checks; ``reason`` says why there are no gradients.
+def shared(
+    bench: Bench, transfers: Mapping[str, Attacked], adaptive: Mapping[str, Attacked], reason: str
+) -> dict[str, Any]:
+    """Return what the checks share; ``reason`` says why there are no gradients.
 
     The white-box attack is a descent on values. What asks about gradients does not
     apply; check 3 asks whether attacks from values can find anything at all.
@@ -42,16 +37,12 @@ def checks(
         **adaptive,
     }
     best = whitebox.best_of(bench, BEST, [one for one in rivals.values() if len(one.x) == n])
-    drafts = {number: Draft(number, does_not_apply=NONE) for number in (1, 5, 6, 7, 8, 10)}
-    drafts[2] = _left(f"{NONE} ({reason})", rivals, best, blackbox.missing_sources(transfers))
-    drafts[3] = _unbounded(bench)
-    drafts[4] = blackbox.random_search(bench, best)
-    drafts[9] = draws.real(bench, claimed=claimed, replay=replay)
-    return [drafts[number] for number in sorted(drafts)]
+    return {"rivals": rivals, "reported": best, "transfers": transfers, "reason": reason}
 
 
-def _left(none: str, rivals: Mapping[str, Attacked], best: Attacked, missing: tuple[str, ...]) -> Draft:
+def left(reported: Attacked, rivals: Mapping[str, Attacked], transfers: Mapping[str, Attacked], reason: str) -> Draft:
     """2: what is left by the strongest attack without gradients."""
+    none, best = f"{NONE} ({reason})", reported
     lowest = min(rivals, key=lambda name: rivals[name].accuracy)
     others = ", ".join(f"{name} {percent(one.accuracy)}" for name, one in rivals.items() if name != lowest)
     text = (
@@ -59,10 +50,12 @@ def _left(none: str, rivals: Mapping[str, Attacked], best: Attacked, missing: tu
         f"{percent(rivals[lowest].accuracy)}, the best of all for each image {percent(best.accuracy)}"
     )
     evidence = {name: one.accuracy for name, one in rivals.items()} | {"best": best.accuracy}
-    return Draft(2, f"{text} ({others})", missing=missing, notes=(_ADAPTIVE,), evidence=evidence)
+    return Draft(
+        2, f"{text} ({others})", missing=blackbox.missing_sources(transfers), notes=(_ADAPTIVE,), evidence=evidence
+    )
 
 
-def _unbounded(bench: Bench) -> Draft:
+def unbounded(bench: Bench) -> Draft:
     """3: with the whole box to move in, a search by values leaves nothing; where it does, it sees too little."""
     budget, attack = bench.budget, bench.attack
     square = Square(

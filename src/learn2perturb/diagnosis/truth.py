@@ -100,10 +100,10 @@ def best_by_gradients(bench: Bench, reported: Attacked) -> Attacked:
     return best_of(bench, "best by gradients", by_same_draws(bench, "best by gradients", [reported, *more]))
 
 
-def true_gradient(bench: Bench, truth: Truth, own: Attacked, others: Mapping[str, Attacked]) -> Draft:
+def true_gradient(bench: Bench, truth: Truth, own: Attacked, rivals: Mapping[str, Attacked]) -> Draft:
     """10: finite differences agree with the gradient, or attacks that need none do no better than it.
 
-    ``own`` is the white-box attack, ``others`` are those of check 2, which holds them against it; here is the descent,
+    ``own`` is the white-box attack, ``rivals`` are those of check 2, which holds them against it; here is the descent,
     and what all of them leave.
     """
     evidence = _evidence(truth)
@@ -114,7 +114,7 @@ def true_gradient(bench: Bench, truth: Truth, own: Attacked, others: Mapping[str
     if truth.near:
         return Draft(10, text, evidence=evidence)
     falling = descent(bench, DESCENT)
-    rivals = {**others, DESCENT: falling}
+    rivals = {**rivals, DESCENT: falling}
     evidence |= {name: rival.accuracy for name, rival in rivals.items()}
     left = ", ".join(f"{name} {percent(rival.accuracy)}" for name, rival in rivals.items())
     what = "a staircase, whose slope the gradients are" if truth.leads else "the gradients are not the function's"
