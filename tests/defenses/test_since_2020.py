@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -193,3 +194,25 @@ def test_what_cannot_be_is_refused_and_nothing_inserted(name, options, network, 
     with pytest.raises(error, match=message):
         build_defense(name, options).prepare(network, SHAPE)
     assert not noise_modules(network)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "smoothadv", "bat", "barre"])
+def test_a_resumed_training_is_the_same_to_the_bit(name, tmp_path):
+    """From the end of the first epoch, at which the second member of an ensemble begins."""
+    pixels = torch.randint(0, 256, (12, *SHAPE), dtype=torch.uint8)
+    data = ImageData("random", pixels, torch.arange(12) % 3, ("a", "b", "c"), False, 0, (0.5,) * 2, (0.25,) * 2)
+    options = {"count": 2, **({"osp_steps": 1} if name == "barre" else {})} if name in ("bat", "barre") else {}
+    config = TrainConfig(
+        defense=name, recipe="fast", epochs=2, batch_size=6, attack_steps=1, monitor=0, engine="plain", device="cpu",
+        tensorboard=False, options=options, loss_draws=2,
+    )  # fmt: skip
+
+    def started():
+        torch.manual_seed(0)
+        return Own()
+
+    whole = train(config, model=started(), data=data, out=tmp_path / "run", progress=False).model.state_dict()
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    shutil.rmtree(newest)
+    again = train(config, model=started(), data=data, out=tmp_path / "run", progress=False).model.state_dict()
+    assert [key for key, value in whole.items() if not torch.equal(value, again[key])] == []
