@@ -63,8 +63,9 @@ def check_draws(model: object, *, what: str) -> list[tuple[str, Perturbation]]:
         elif getattr(module, "relative", False):
             reason = "is relative to the features of the batch, so it depends on the images"
         if reason:
+            place = repr(site) if site else "the network as a whole"
             raise NoiseError(
-                f"{what} does not hold for this model: the noise at {site!r} {reason}; use feature noise with "
+                f"{what} does not hold for this model: the noise at {place} {reason}; use feature noise with "
                 "sharing='per_example', outside of fixed_noise, or smooth the network without it: noise_disabled(model)"
             )
         assert isinstance(module, Perturbation)

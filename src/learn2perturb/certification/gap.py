@@ -16,6 +16,11 @@ from learn2perturb.evaluation.result import format_eps
 from learn2perturb.records import PackedIntegers
 
 
+def place_of(site: str) -> str:
+    """Return what a message calls a site; the network as a whole has no name."""
+    return repr(site) if site else "the image"
+
+
 def divergence(constant: float, distance: float, order: float = 1.0) -> float:
     """Return the Renyi divergence of two Gaussians that are ``constant * distance`` deviations apart.
 
@@ -163,7 +168,7 @@ class RiskGap(records.Saved):
     def __str__(self) -> str:
         interval = bootstrap_mean(self.accuracies, seed=self.seed).interval
         constant = f"S = {self.constant:.4g}" if self.exact else f"S <= {self.constant:.4g}"
-        what = f"{self.metadata.get('model', 'model')}: {len(self.accuracies)} images, renyi at {self.site!r}"
+        what = f"{self.metadata.get('model', 'model')}: {len(self.accuracies)} images, renyi at {place_of(self.site)}"
         clean = f"{100 * self.accuracy:.2f} [{100 * interval.low:.2f}, {100 * interval.high:.2f}]"
         moved = f"{self.constant * self.distance:.4g}"
         lines = [

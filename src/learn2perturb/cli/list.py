@@ -90,7 +90,7 @@ RECIPE_SUMMARIES = {
     "released": "what the released Learn2Perturb code does, less what makes it stop",
     "common": "one protocol for all defenses: equal epochs, schedule, adversary",
     "fast": "few epochs: one learning-rate cycle, noise and adversary on from the start",
-    "laptop": "an evening on two cores: the fast one in 12 epochs, against two larger steps, with averaged weights",
+    "laptop": "an evening on two cores: the fast one in 10 epochs, against three larger steps",
 }
 
 
