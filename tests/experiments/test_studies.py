@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 from learn2perturb.errors import ConfigError
 from learn2perturb.experiments.facts import published
 from learn2perturb.experiments.levels import level_notes
-from learn2perturb.experiments.spec import Study
-from learn2perturb.experiments.study_file import build_study, read_source, read_study, shipped
+from learn2perturb.experiments.spec import Scoring, Study, ViewPlan
+from learn2perturb.experiments.study_file import _CELL, _TOP, build_study, merged, read_source, read_study, shipped
 from learn2perturb.experiments.views import build_views
 from tests.experiments.hand_made import evaluation, results
 
@@ -55,7 +58,7 @@ def test_a_smaller_level_is_smaller_and_says_in_what(name, level):
     for run in study.runs:
         assert run.config.epochs <= 12
         assert run.config.dataset == "digits" if level == "smoke" else run.config.model in ("resnet20", "resnet32")
-    assert any(note.startswith(f"Level {level}, beside the paper's: ") for note in level_notes(study))
+    assert any(note.startswith(f"Level {level} beside the paper's: ") for note in level_notes(study))
 
 
 @pytest.mark.parametrize("name", [*TABLES, "eot"])
@@ -140,3 +143,21 @@ def test_a_reason_that_is_none_is_refused(reasons):
     source = {"runs": {"a": {"defense": "pni"}}, "cells": {"clean": {}}, "reasons": reasons}
     with pytest.raises(ConfigError, match="study t: reasons"):
         build_study("t", source)
+
+
+def test_every_study_of_the_docs_is_read_and_every_key_is_in_them():
+    page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 4
+    for number, block in enumerate(blocks):
+        source = yaml.safe_load(block)
+        base = source.pop("extends", None)
+        whole = source if base is None else merged(read_source(base)[1], source)
+        for level in source.get("levels") or [None]:
+            assert build_study(f"docs{number}", whole, level).runs
+    example = Path(__file__).parents[2] / "examples" / "study.yaml"
+    assert yaml.safe_load(blocks[0]) == yaml.safe_load(example.read_text())
+    for name in (*_TOP, "extends", *_CELL, *(item.name for kind in (Scoring, ViewPlan) for item in fields(kind))):
+        assert f"`{name}" in page or f"`{name}`" in page, name
+    for name in OF_THE_PAPER:
+        assert f"`{name}`" in page, name

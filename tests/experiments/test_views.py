@@ -188,6 +188,25 @@ def test_numbers_of_other_data_than_the_papers_do_not_stand_beside_ours():
     assert any("they are not set side by side" in note for note in view.notes)
 
 
+@pytest.mark.parametrize(("dataset", "points"), [("cifar10", 2), ("digits", 0)])
+def test_what_the_paper_says_of_a_curve_is_held_against_ours_of_its_data(dataset, points):
+    cells = {"clean": {}, "pgd": {"attack": "pgd20", "eps": ["4/255", "8/255"]}}
+    views = {"curve": {"kind": "curve", "series": ["defense"], "x": "eps", "paper": {"facts": "figure3"}}}
+    runs = {"runs": {"defense": ["pgd_at", "learn2perturb"], "dataset": dataset, "model": "resnet20"}}
+    right = {
+        ("pgd_at", 4 / 255): 50,
+        ("pgd_at", 8 / 255): 40,
+        ("learn2perturb", 4 / 255): 60,
+        ("learn2perturb", 8 / 255): 30,
+    }
+
+    def answer(pair):
+        return evaluation(right.get((pair.run.label("defense"), pair.cell.eps), 90), eps=pair.cell.eps)
+
+    (said,) = one(study(cells=cells, views=views, runs=runs), answer).statements
+    assert (said.holds, said.points) == (points // 2, points)
+
+
 # --- curves, histories, other values
 
 

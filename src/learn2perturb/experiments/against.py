@@ -96,11 +96,14 @@ def _reasons(study: Study, pair: Pair) -> Iterator[str]:
 
 def statements(facts: Facts | None, layout: Grid, cells: Sequence[ViewCell]) -> Iterator[Statement]:
     """Give what the paper says in words of a curve, and at how many points our numbers say so."""
-    for claim in facts.claims if facts is not None else ():
+    if facts is None:
+        return
+    same = all(pairs[0].label("dataset") == facts.dataset for pairs in layout.places.values())
+    for claim in facts.claims:
         best = [row for row in layout.rows if claim.best and _is_of(row, layout, claim.best)]
         points = sorted({cell.x for cell in cells if cell.x is not None and 0 < cell.x <= claim.most + 1e-9})
         holds = judged = 0
-        for x in points:
+        for x in points if same else ():
             values = {cell.row: cell.value for cell in cells if cell.x == x and cell.value is not None}
             own, others = [values[row] for row in best if row in values], [values[r] for r in values if r not in best]
             if own and others:

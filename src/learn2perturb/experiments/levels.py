@@ -30,7 +30,7 @@ def level_notes(study: Study) -> list[str]:
         *_differing({"seeds": _seeds(study)}, {"seeds": _seeds(paper)}),
         *_cells(study, paper),
     ]
-    return [f"Level {study.level}, beside the paper's: {one}." for one in found]
+    return [f"Level {study.level} beside the paper's: {'; '.join(found)}."] if found else []
 
 
 def _at_paper(study: Study) -> Study | None:
@@ -87,7 +87,7 @@ def _differing(own: Mapping[str, list[str]], paper: Mapping[str, list[str]]) -> 
         theirs = paper.get(key, [])
         if set(own[key]) != set(theirs):
             here, there = (", ".join(filter(None, values)) or "as is usual" for values in (own[key], theirs))
-            yield f"{_WORDS.get(key, key.replace('_', ' '))} {here} (paper: {there})"
+            yield f"{_WORDS.get(key, key.replace('_', ' '))} {here} ({there})"
 
 
 def paper_notes(layout: Grid, facts: Facts | None, cells: Sequence[ViewCell]) -> Iterator[str]:
