@@ -55,6 +55,11 @@ def convert(kind: str, value: Any) -> Any:
         if text is not None and re.fullmatch(r"[+-]?\d+", text):
             return int(text)
         raise ConfigError(f"{value!r} is not a whole number; write one such as 6")
+    words = re.findall(r"['\"]([^'\"]+)['\"]", kind) if "Literal[" in kind else []
+    if words:
+        if text in words:
+            return text
+        raise ConfigError(f"{value!r} is none of {', '.join(words)}")
     if "list[float]" in kinds and (text is not None or isinstance(value, (list, tuple))):
         return _numbers(value if text is None else [item for item in re.split(r"[\s,\[\]]+", text) if item])
     if "float" in kinds and not (kinds & _TEXTS and text is not None):  # a text may be more than a number

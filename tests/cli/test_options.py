@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Literal, get_args
 
 import pytest
 
 from learn2perturb import presets
+from learn2perturb.attacks.spec import build_attacks
 from learn2perturb.cli.main import main
 from learn2perturb.cli.options import Parser, field_help
 from learn2perturb.cli.train import add_arguments, build_config
@@ -165,3 +167,22 @@ def test_an_attack_of_absurd_length_is_refused(text):
     name, settings = parse_attack(text)
     with pytest.raises(ConfigError):
         ATTACKS.entry(name).load()(**settings)
+
+
+WORDS = [
+    (entry.name, name, kind)
+    for entry in ATTACKS
+    for name, kind in kinds_of(entry.load()).items()
+    if kind.startswith("Literal")
+]
+
+
+@pytest.mark.parametrize(("attack", "name", "kind"), WORDS, ids=[f"{attack}-{name}" for attack, name, _ in WORDS])
+def test_a_setting_of_an_attack_that_takes_certain_words_takes_each_and_no_other(attack, name, kind):
+    words = get_args(eval(kind, {"Literal": Literal}))  # an annotation of our own source
+    assert len(words) > 1
+    for word in words:
+        assert convert(kind, word) == word
+        build_attacks({"row": (attack, {name: word})})
+    with pytest.raises(ConfigError, match=f"attack 'row': {name}: 'other' is none of {', '.join(words)}"):
+        build_attacks({"row": (attack, {name: "other"})})

@@ -290,6 +290,11 @@ def test_noise_off_shows_the_rows_of_the_network_without_its_noise():
     assert one(of, lambda pair: joined).cell(PNI, PGD).value == pytest.approx(0.3)
 
 
+def test_a_network_whose_noise_never_started_is_what_it_is():
+    of = study()
+    assert one(of, lambda pair: evaluation(30, noise=False)).cell(PNI, PGD).value == pytest.approx(0.3)
+
+
 # --- refused before any work
 
 

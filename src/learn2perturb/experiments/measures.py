@@ -63,8 +63,8 @@ def row_of(record: Evaluation, pair: Pair, noise: bool) -> Row:
     """
     attacked = pair.cell.attack is not None
     rows = [row for row in record.rows if (row.attack != CLEAN) == attacked]
-    # A network without noise has no rows with its noise off: they are what they are.
-    rows = [row for row in rows if row.noise == noise] or [row for row in rows if not row.stochastic and not noise]
+    # A network without noise has no rows with its noise off, one whose noise never started has no others.
+    rows = [row for row in rows if row.noise == noise] or [row for row in rows if not row.stochastic]
     if len(rows) > 1 and pair.cell.eps is not None:
         eps = pair.cell.eps
         rows = [row for row in rows if row.eps is not None and math.isclose(row.eps, eps, abs_tol=1e-9)]
