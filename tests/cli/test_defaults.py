@@ -15,28 +15,36 @@ from learn2perturb.cli.main import VERBS, main
 from learn2perturb.cli.options import Parser
 from learn2perturb.diagnosis import diagnose
 from learn2perturb.evaluation import Evaluation, evaluate
-from learn2perturb.experiments.tables import reproduce
+from learn2perturb.experiments.spec import Scoring
 
 # verb -> the function that it calls
-FUNCTIONS = {"evaluate": evaluate, "certify": certify, "diagnose": diagnose, "reproduce": reproduce}
+FUNCTIONS = {"evaluate": evaluate, "certify": certify, "diagnose": diagnose}
 # Options that are not the parameter of their name, or whose default says "ask the run, then the function".
 OTHERS = {
     ("evaluate", "attacks"): "names of presets",
     ("evaluate", "predictor"): "the defense of the run has its own",
     ("evaluate", "members"): "the defense of the run has its own; MEMBERS else",
     ("certify", "eps"): "the run's",
-    ("reproduce", "table"): "must be given",
-    ("reproduce", "runs"): "must be given",
-    ("reproduce", "out"): "made of the table's name",
     ("evaluate", "device"): "auto: the model is put there",
     ("certify", "device"): "auto: the model is put there",
     ("diagnose", "device"): "auto: the model is put there",
 }
 SHARED = {
-    "evaluate": {"draws", "eps", "noise_off", "seed", "batch_size", "limit", "engine"},
+    "evaluate": {"draws", "eps", "noise_off", "clean", "seed", "batch_size", "limit", "engine"},
     "certify": {"n0", "n", "alpha", "method", "sigma", "limit", "batch_size", "seed"},
-    "diagnose": {"budget", "claim", "norm", "eps", "stochastic", "noise_off", "seed", "limit", "batch_size", "engine"},
-    "reproduce": {"draws", "eot", "seed", "limit", "batch_size", "engine"},
+    "diagnose": {
+        "budget",
+        "claim",
+        "bpda",
+        "norm",
+        "eps",
+        "stochastic",
+        "noise_off",
+        "seed",
+        "limit",
+        "batch_size",
+        "engine",
+    },
 }
 
 
@@ -67,7 +75,7 @@ def test_verbs_that_call_one_function_are_all_known_here():
 
 @pytest.mark.parametrize("name", ["draws", "batch_size", "engine", "seed", "limit"])
 def test_what_verbs_share_has_one_default(name):
-    assert inspect.signature(evaluate).parameters[name].default == inspect.signature(reproduce).parameters[name].default
+    assert inspect.signature(evaluate).parameters[name].default == getattr(Scoring(), name)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values())

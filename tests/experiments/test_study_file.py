@@ -71,7 +71,9 @@ def test_the_level_is_laptop_where_there_is_one():
 
 
 def test_changes_go_over_the_level():
-    study = build_study("x", BASE, None, {"train.epochs": 9, "evaluate.limit": 50, "seeds": [4]})
+    changes = {"train.epochs": 9, "evaluate.limit": 50, "seeds": [4], "cells.pgd.attack.steps": 3}
+    study = build_study("x", BASE, None, changes)
+    assert study.cells[1].attack[1]["steps"] == 3
     assert {run.config.epochs for run in study.runs} == {9} and study.cells[0].scoring.limit == 50
     assert {run.config.seed for run in study.runs} == {4}
 

@@ -16,14 +16,13 @@ from learn2perturb.cli.subject import (
     Subject,
     add_subject,
     check_subject,
-    is_factory,
     load_subject,
-    made_by,
     new_record,
     save_record,
 )
 from learn2perturb.diagnosis.config import DiagnoseConfig
 from learn2perturb.errors import ConfigError
+from learn2perturb.runs.factories import is_factory, made_by
 from learn2perturb.training.config import TrainConfig
 
 if TYPE_CHECKING:

@@ -71,27 +71,26 @@ def run(arguments: argparse.Namespace) -> int:
         return _clean(words[1:], arguments)
     if len(words) != 1:
         raise ConfigError(f"{len(words)} studies are given; give one, a YAML file or a name of study --list")
-    return run_one(words[0], arguments, plan=arguments.plan, show=arguments.show)
-
-
-def run_one(name: str, arguments: argparse.Namespace, *, plan: bool = False, show: bool = False) -> int:
-    """Plan, show or run one study."""
     from learn2perturb.experiments.study_file import read_study
 
-    study = read_study(name, arguments.level, settings(arguments.set, "--set"))
-    where = placing(arguments)
-    if plan:
-        return _plan(study, arguments, where)
+    study = read_study(words[0], arguments.level, settings(arguments.set, "--set"))
+    if arguments.plan:
+        return _plan(study, arguments, placing(arguments))
+    return run_study(study, arguments, show=arguments.show)
+
+
+def run_study(study: Study, arguments: argparse.Namespace, *, show: bool = False) -> int:
+    """Run a study, or only show what is there; write and print its tables and figures."""
     from learn2perturb.experiments.ledger import Ledger
     from learn2perturb.experiments.store import Store
     from learn2perturb.experiments.studying import StudyRun
-    from learn2perturb.experiments.studying import study as run_study
+    from learn2perturb.experiments.studying import study as run_it
 
-    out = folder(study, arguments.out)
+    where, out = placing(arguments), folder(study, arguments.out)
     if show:
         found = StudyRun(Ledger(study, Store(arguments.store)).results(), {}, 0)
     else:
-        found = run_study(
+        found = run_it(
             study, store=arguments.store, placing=where, minutes=arguments.minutes, progress=not arguments.json
         )  # fmt: skip
     return _shown(found, out, arguments)

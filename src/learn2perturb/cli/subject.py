@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import inspect
 import itertools
-import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +15,7 @@ from learn2perturb.checks import fraction
 from learn2perturb.errors import CheckpointError, ConfigError, DataError
 from learn2perturb.reading import starts_with
 from learn2perturb.registry import DATASETS
+from learn2perturb.runs.factories import is_factory, made_by
 from learn2perturb.sizes import LINF_EPS
 
 if TYPE_CHECKING:
@@ -36,7 +33,6 @@ _LONGEST_NAME = 80  # characters of a file's name that are the network's
 _USED: dict[str, Any] = {
     "eps": (int, float), "dataset": str, "data_dir": str, "validation": (int, float), "seed": int
 }  # fmt: skip
-_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +72,6 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     add("--data-dir", metavar="DIR", help="folder of the data sets (default: the run's)")
     add("--split", default="test", metavar="NAME", help="test, train, or validation (what the run held out)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
-
-
-def is_factory(text: str) -> bool:
-    """Tell whether ``text`` is ``module:function`` and no file or folder."""
-    places = ("hf-hub:", "zoo:")
-    return _FACTORY.fullmatch(text) is not None and not text.startswith(places) and not Path(text).exists()
 
 
 def check_subject(arguments: argparse.Namespace) -> None:
@@ -188,45 +178,6 @@ def _black_box(factory: str, rate: str | None, num_classes: int) -> Any:
 
     per_second = None if rate is None else fraction(rate)
     return black_box(made_by(factory, itself=True), num_classes=num_classes, queries_per_second=per_second)
-
-
-def made_by(factory: str, *, itself: bool = False) -> Any:
-    """Return what ``module:function`` gives, called without arguments; modules of the working folder are found.
-
-    ``itself``: a function that cannot be called without arguments is meant itself.
-
-    Raises:
-        ConfigError: there is no such module or function, it fails, or it gives no model.
-    """
-    module_name, _, function_name = factory.partition(":")
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-        made = function if itself and _takes_arguments(function) else function()
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{factory}: {error}; run from the folder of the file, and write its name without .py"
-        ) from None
-    except AttributeError as error:
-        raise ConfigError(f"{factory}: {error}; write module:function") from error
-    except Exception as error:
-        raise ConfigError(
-            f"{factory} failed: {type(error).__name__}: {error}; it is called without arguments and returns the model"
-        ) from error
-    finally:
-        sys.path.remove(here)
-    if not callable(made):
-        raise ConfigError(f"{factory} returned a {type(made).__name__}; it must return the model, images to logits")
-    return made
-
-
-def _takes_arguments(function: Any) -> bool:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # compiled code does not say
-        return False
-    return any(one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in parameters)
 
 
 def images(arguments: argparse.Namespace, config: Mapping[str, Any]) -> ImageData:

@@ -16,7 +16,6 @@ from learn2perturb.errors import UnknownNameError
 
 PAPER_EOT = 1  # draws in a gradient of the attacks of the Learn2Perturb paper
 _FOLDER = Path(__file__).parent / "paper"
-_OF_TRAINED_RUNS = ("table3", "table5", "table6")
 _EMPTY: dict[str, Any] = {"keys": [], "cells": {}, "suspect": [], "parameters": {}, "claims": []}
 
 
@@ -72,17 +71,6 @@ class Facts:
 def known() -> list[str]:
     """Return the names of the published tables and figures."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
-
-
-def of_trained_runs(name: str) -> Facts:
-    """Return a table that ``reproduce`` computes on runs that are trained already.
-
-    Raises:
-        UnknownNameError: no table of these is so called.
-    """
-    if name not in _OF_TRAINED_RUNS:
-        raise UnknownNameError.of("table", name, _OF_TRAINED_RUNS)
-    return published(name)
 
 
 @lru_cache

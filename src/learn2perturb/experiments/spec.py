@@ -81,7 +81,7 @@ class RunPlan:
     def stochastic(self) -> bool | None:
         """Whether its network draws noise; None where only the weights can tell."""
         if self.config is None:
-            return None
+            return self.facts.get("stochastic")
         return DEFENSES.entry(self.config.defense).fact("stochastic")
 
     def label(self, key: str) -> Any:
@@ -250,6 +250,8 @@ class Study:
 
 def _beside(run: RunPlan, other: RunPlan) -> bool:
     """Tell whether images of one may be tried on the other in a table: same network, data and seed."""
+    if run.weights is not None and other.weights is not None:
+        return bool(run.label("dataset") == other.label("dataset"))
     return all(run.label(key) == other.label(key) for key in ("model", "dataset", "seed"))
 
 

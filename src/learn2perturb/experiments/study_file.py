@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from learn2perturb.checks import check_choice, check_count, check_size
-from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.errors import CheckpointError, ConfigError, UnknownNameError
 from learn2perturb.experiments.grid import check_view
 from learn2perturb.experiments.spec import OTHERS, TWIN, CellPlan, RunPlan, Scoring, Study, ViewPlan, matches
 from learn2perturb.presets import EOT_DRAWS, PRESETS, parse_attack, preset
 from learn2perturb.registry import ATTACKS
+from learn2perturb.runs.factories import is_factory, made_by
 from learn2perturb.training.config import TrainConfig, read_config
 from learn2perturb.values import convert, converted, guess, kinds_of
 
@@ -146,6 +147,9 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
     head, _, tail = key.partition(".")
+    if head == "cells" and tail.count(".") > 1:  # cells.pgd.attack.steps: the last two are one key of the cell
+        name, _, own = tail.partition(".")
+        return {head: {name: {own: value}}}
     return {head: _nested(tail, value) if tail else value}
 
 
@@ -228,7 +232,29 @@ def _found(name: str, settings: Mapping[str, Any], at: str) -> Iterator[RunPlan]
         weights = values.pop("weights")
         if not isinstance(weights, str):
             raise ConfigError(f"{at}weights is {weights!r}; give a run folder, a .safetensors file or zoo:NAME")
-        yield RunPlan(name, axes, None, weights, values)
+        yield RunPlan(name, axes, None, weights, {**_said_by(weights, at), **values})
+
+
+def _said_by(weights: str, at: str) -> dict[str, Any]:
+    """Return the labels of a trained network that its file says: of which defense, network, data and seed it is."""
+    from learn2perturb.noise import noise_modules
+    from learn2perturb.runs.checkpoint import read_model
+    from learn2perturb.runs.loading import locate
+
+    if is_factory(weights):
+        model: Any = made_by(weights)
+        return {"stochastic": bool(noise_modules(model))} if hasattr(model, "modules") else {}
+    try:
+        header = read_model(locate(weights))[1]
+    except CheckpointError as error:
+        raise ConfigError(f"{at}{error}") from None
+    found = header.get("config")
+    config = found if isinstance(found, dict) else {}
+    said = {
+        "defense": header.get("defense"), "model": header.get("registered_name"), "seed": config.get("seed"),
+        "dataset": header.get("dataset") or config.get("dataset"), "stochastic": bool(header.get("noise")),
+    }  # fmt: skip
+    return {key: value for key, value in said.items() if value is not None}
 
 
 _CELL = ("attack", "eps", "eot", "source", "only", "released", "certify", "diagnose")
@@ -269,7 +295,7 @@ def _cell(name: str, values: Mapping[str, Any], axes: Mapping[str, Any], scoring
         check_size("eps", eps, norm="any", zero=True)
     attack = None
     if values.get("attack") is not None:
-        attack = _attack(values["attack"])
+        attack = attack_named(values["attack"])
         more = {key.partition(".")[2]: value for key, value in values.items() if key.startswith("attack.")}
         more |= {"eot": values["eot"]} if "eot" in values else {}
         attack = attack[0], {**attack[1], **{key: guess(v) if isinstance(v, str) else v for key, v in more.items()}}
@@ -285,12 +311,12 @@ def _cell(name: str, values: Mapping[str, Any], axes: Mapping[str, Any], scoring
     return CellPlan(name, named, kind, attack, eps, source, only, released, settings, how)
 
 
-def _attack(value: Any) -> tuple[str, dict[str, Any]]:
+def attack_named(value: Any) -> tuple[str, dict[str, Any]]:
     """Return registered name and settings of an attack: a preset, ``pgd:steps=20``, or a mapping with a ``name``."""
     if isinstance(value, Mapping):
         rest = {str(key): guess(item) if isinstance(item, str) else item for key, item in value.items()}
         name = str(rest.pop("name", ""))
-        base, settings = _attack(name) if name else ("", {})
+        base, settings = attack_named(name) if name else ("", {})
         if not base:
             raise ConfigError(f"attack {dict(value)!r} has no name; write {{name: pgd, steps: 20}}")
         return base, {**settings, **rest}

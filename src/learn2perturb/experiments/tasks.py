@@ -23,16 +23,17 @@ from learn2perturb.certification import certify
 from learn2perturb.data import ImageData, load_data
 from learn2perturb.diagnosis import diagnose
 from learn2perturb.engine.devices import choose_device
-from learn2perturb.engine.identity import fingerprint_of_images, fingerprint_of_state
+from learn2perturb.engine.identity import fingerprint_of_images, fingerprint_of_state, fingerprint_of_weights
 from learn2perturb.errors import ConfigError, DataError, Interrupted, Learn2PerturbError
 from learn2perturb.evaluation import Unfinished, evaluate
 from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.experiments.released import ReleasedScores, share_draws
 from learn2perturb.experiments.spec import OWN, TWIN, Pair, RunPlan, Scoring
 from learn2perturb.experiments.store import Finished, Store, address, run_address
-from learn2perturb.noise import NoiseFree, is_stochastic
+from learn2perturb.noise import NoiseFree, is_stochastic, noise_spec
 from learn2perturb.records import Saved, plain
 from learn2perturb.runs.checkpoint import MODEL, checkpoints, read_model
+from learn2perturb.runs.factories import is_factory, made_by
 from learn2perturb.runs.loading import load, locate
 from learn2perturb.sizes import LINF_EPS
 from learn2perturb.training.loop import train
@@ -93,8 +94,27 @@ def _weights_at(place: str, modified: float) -> tuple[str, dict[str, Any]]:
 
 def weights_at(place: str) -> tuple[str, dict[str, Any]]:
     """Return the fingerprint of the weights at a place, and their header."""
+    if is_factory(place):
+        model = network_at(place)
+        return fingerprint_of_weights(model), {"noise": noise_spec(model), "defense": None}
     path = locate(place)
     return _weights_at(str(path), path.stat().st_mtime)
+
+
+def network_at(place: str) -> nn.Module:
+    """Return the network of a run folder, a file, the zoo, or a ``module:function``.
+
+    Raises:
+        ConfigError: the function gives no module, whose weights an address needs.
+    """
+    if not is_factory(place):
+        return load(place)
+    model = made_by(place)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"{place} gives a {type(model).__name__}; a study takes a torch.nn.Module, evaluate takes any"
+        )
+    return model
 
 
 def cell_address(pair: Pair, header: Mapping[str, Any], weights: str, sources: Mapping[str, str]) -> str:
@@ -284,7 +304,7 @@ def _compute(store: Store, task: Task, device: str, progress: bool) -> None:
     place = choose_device(device)
     where = task.places[pair.run.title]
     _, header = weights_at(where)
-    model = load(where).to(place)
+    model = network_at(where).to(place)
     data = _images(pair, header, model)
     record = _RECORDS[pair.cell.kind](pair, header, model, data, task, place, progress)
     record.save(task.path)
@@ -322,7 +342,7 @@ def _accuracy(
         source = Source(NoiseFree(model), "its noise-off twin")
     elif pair.sources:
         ((_, other),) = pair.sources.items()
-        source = Source(load(task.places[other.title]).to(place), other.title)
+        source = Source(network_at(task.places[other.title]).to(place), other.title)
     if attack is not None and source is not None:
         attack = Transfer(attack=attack, source=source)
         name = f"{name} from {source.name}"
@@ -352,7 +372,7 @@ def _diagnosis(
     pair: Pair, header: Mapping[str, Any], model: nn.Module, data: ImageData, task: Task, place: Any, progress: bool
 ) -> Saved:
     scoring = pair.cell.scoring
-    sources = {name: load(task.places[run.title]).to(place) for name, run in pair.sources.items()}
+    sources = {name: network_at(task.places[run.title]).to(place) for name, run in pair.sources.items()}
     return diagnose(
         model, data, **{"eps": eps_of(pair, header), **pair.cell.settings}, sources=sources, limit=scoring.limit,
         seed=scoring.seed, device=place, engine=scoring.engine, name=pair.run.title, progress=progress,
