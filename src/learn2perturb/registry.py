@@ -17,7 +17,8 @@ class Entry:
 
     Facts of defenses: ``stochastic`` (its network draws noise), ``adversarial`` (trains on adversarial examples),
     ``recordable`` (its loss looks at the clock for the adversary's delay only, and no recipe holds its draws),
-    ``finite_ensemble`` (it draws one of finitely many networks, so its accuracy is known exactly). Of attacks:
+    ``baseline`` (``bench`` has plain code of its step), ``finite_ensemble`` (it draws one of finitely many networks, so
+    its accuracy is known exactly). Of attacks:
     ``needs_gradient``, ``needs`` (settings that a name cannot give), and ``finite_ensembles`` (of random models it
     takes those of finitely many members only; it keeps a step only if it fools, and decides that on the host). Of
     noises: ``everywhere`` (acts at every place of any network; else it is the law of one defense, which knows where it
@@ -390,6 +391,7 @@ DEFENSES.register(
     year=2018,
     aliases=("vanilla",),
     recordable=True,
+    baseline=True,
     stochastic=False,
     adversarial=True,
 )
@@ -420,6 +422,7 @@ DEFENSES.register(
     paper="Jeddi et al., Learn2Perturb",
     year=2020,
     recordable=True,
+    baseline=True,
     stochastic=True,
     adversarial=True,
 )

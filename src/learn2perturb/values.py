@@ -105,5 +105,8 @@ def converted(values: Mapping[str, Any], kinds: Mapping[str, str], where: str = 
 
 
 def kinds_of(cls: Any) -> dict[str, str]:
-    """Return the annotations of a dataclass's fields, as text."""
-    return {item.name: str(item.type) for item in dataclasses.fields(cls)}
+    """Return the annotations of a dataclass's fields, as text, whether their module postpones annotations or not."""
+    return {
+        item.name: item.type.__name__ if isinstance(item.type, type) else str(item.type).replace("typing.", "")
+        for item in dataclasses.fields(cls)
+    }

@@ -14,6 +14,7 @@ from torch import nn
 from learn2perturb.attacks import PGD
 from learn2perturb.engine import FAST, PLAIN, draws, fused, gears, running
 from learn2perturb.engine.draws import standard_normal
+from learn2perturb.engine.modes import own_modes
 from learn2perturb.engine.random import seed_torch
 from learn2perturb.noise import noise_disabled, perturb
 
@@ -244,7 +245,7 @@ def test_without_a_compiler_it_warns_once_and_draws_plainly(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("")  # an error may have no text
 
-    monkeypatch.setattr(fused, "_usable", True)
+    monkeypatch.setattr(fused._compiler, "usable", True)
     monkeypatch.setattr(fused, "_compiled", lambda function: broken)
     network = perturb(nn.Sequential(nn.Identity(), nn.Flatten()), input_shape=(4, 8, 8), sites="0", init=1.0)
     x = torch.zeros(200, 4, 8, 8)
@@ -254,6 +255,21 @@ def test_without_a_compiler_it_warns_once_and_draws_plainly(monkeypatch):
         again = network(x)  # warnings are errors here: a second one would fail
     assert noise.std().item() == pytest.approx(1, abs=0.02)
     assert not torch.equal(noise, again)
+
+
+def test_a_kernel_that_fails_to_compile_is_tried_anew_by_the_next_work(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(fused._compiler, "usable", True)
+    network = perturb(nn.Sequential(nn.Identity(), nn.Flatten()), input_shape=(4, 8, 8), sites="0", init=1.0)
+    x = torch.zeros(200, 4, 8, 8)
+    with monkeypatch.context() as patched, own_modes(), running(FAST), torch.no_grad():
+        patched.setattr(fused, "_compiled", lambda function: broken)
+        with own_modes(), pytest.warns(UserWarning, match="cannot be compiled here"):
+            network(x)
+        assert not fused.can_fuse(x)  # the inner one is part of the outer
+    assert fused.can_fuse(x)
 
 
 def test_fused_noise_is_not_used_where_it_must_not_be(monkeypatch):

@@ -248,10 +248,9 @@ def _trained(subject: Subject, run: Path, given: dict[str, Any], device: str | N
     if not run.is_dir() or not subject.config:
         raise ConfigError(f"--train-sources needs a run folder, which {run} is not; give --source NAME=RUN")
     config = TrainConfig.from_dict({**subject.config, "monitor": 0, "tensorboard": False})
-    own = config.defense in ("pgd_at", "none")
     found = {}
     for name, changes in _TRAININGS.items():
-        same = own and changes.get("defense") == config.defense  # the twin is that already
+        same = changes.get("defense") == config.defense  # the twin is that already
         if name in given or same:
             continue
         # Another seed for all: a source that starts from the weights of the run would be more than a stranger.

@@ -140,7 +140,7 @@ def add_fields(
     for item in dataclasses.fields(cls):
         if item.name in skip or (only and item.name not in only):
             continue
-        kind = str(item.type)
+        kind = kinds_of(cls)[item.name]
         settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(explained, item)}
         if "bool" in kind:
             settings |= {"nargs": "?", "const": True}
@@ -175,9 +175,10 @@ def add_config(
         settings: dict[str, Any] = {
             "default": None if instead else item.default, "help": _help(explained, item, instead)
         }  # fmt: skip
-        if "bool" in str(item.type):
+        kind = kinds_of(cls)[item.name]
+        if "bool" in kind:
             settings["action"] = _Switch  # a value would take the place of the RUN that may follow
-        _add_field(group, item.name, str(item.type), settings)
+        _add_field(group, item.name, kind, settings)
 
 
 def config_of(cls: type[C], arguments: argparse.Namespace) -> C:

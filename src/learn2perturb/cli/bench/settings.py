@@ -7,11 +7,11 @@ from typing import Any
 
 from learn2perturb.checks import check_choice, check_count
 from learn2perturb.errors import ConfigError, UnknownNameError
-from learn2perturb.registry import DATASETS, MODELS
+from learn2perturb.registry import DATASETS, DEFENSES, MODELS
 
 WHATS = ("step", "attack", "data")
-# The textbook step is written for these two; another defense has another loss.
-BENCHED = ("learn2perturb", "pgd_at")
+# The baseline step is written for these; another defense has another loss.
+BENCHED = tuple(entry.name for entry in DEFENSES if entry.fact("baseline"))
 SHARINGS = ("per_example", "per_batch")
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "step": {"rounds": 5, "attack_steps": 7},
