@@ -214,6 +214,26 @@ def test_a_wrong_option_is_named(name, options, message):
         build_defense(name, options)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("bat", {"weight_average": 0.99}, "weight_average is 0.99, but BAT"),
+        ("barre", {"weight_average": 0.99}, "weight_average is 0.99, but BARRE"),
+        ("barre", {"adversarial_delay": 2}, "adversarial_delay is 2"),
+        ("bat", {"awp": 0.01}, "loss of its own"),
+        ("barre", {"loss": "averaged"}, "loss of its own"),
+    ],
+)
+def test_settings_that_members_cannot_follow_are_refused(name, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build_defense(name).check(config(name, **settings).resolve().closed())
+
+
+def test_an_ensemble_without_end_is_refused():
+    with pytest.raises(ConfigError, match="100 members at most"):
+        build_defense("bat", {"count": 10**6}).prepare(dense(), SHAPE)
+
+
 def test_what_is_no_ensemble_or_one_already_is_refused():
     with pytest.raises(ConfigError, match="no random ensemble"):
         build_defense("bat").begin_step(dense(), Clock(0, 0, 1))

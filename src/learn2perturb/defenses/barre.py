@@ -19,6 +19,7 @@ from learn2perturb.defenses.ensembles import (
     Mixture,
     adversarial_loss,
     begins,
+    check_members_apart,
     choice_of,
     stages_of_members,
     with_members,
@@ -26,6 +27,7 @@ from learn2perturb.defenses.ensembles import (
 from learn2perturb.defenses.settings import Settings, number
 from learn2perturb.engine.finite import Members, answers_right
 from learn2perturb.engine.modes import in_mode
+from learn2perturb.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,19 @@ class BARRE(Defense):
         check_count("osp_steps", self.osp_steps, 0)
         check_count("arc_steps", self.arc_steps)
         number("osp_lr", self.osp_lr, 0.0, math.inf)
+
+    def check(self, settings: Settings) -> None:
+        """Refuse settings that make no sense with members trained one after the other.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        super().check(settings)
+        check_members_apart("BARRE", settings)
+        if settings.adversarial_delay:
+            raise ConfigError(
+                f"adversarial_delay is {settings.adversarial_delay!r}, but BARRE has no clean loss to begin with; set 0"
+            )
 
     def prepare(self, network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
         """Make the network the first member, in place."""

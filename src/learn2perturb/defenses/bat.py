@@ -16,6 +16,7 @@ from learn2perturb.defenses.ensembles import (
     Mixture,
     adversarial_loss,
     begins,
+    check_members_apart,
     choice_of,
     stages_of_members,
     with_members,
@@ -49,6 +50,15 @@ class BAT(Defense):
         number("weight", self.weight, 0.0, 1.0)
         if self.weight in (0, 1):
             raise ConfigError(f"weight is {self.weight!r}, so one member is never drawn; the paper has 0.1")
+
+    def check(self, settings: Settings) -> None:
+        """Refuse settings that make no sense with members trained one after the other.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        super().check(settings)
+        check_members_apart("BAT", settings)
 
     def prepare(self, network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
         """Make the network the first member, in place."""

@@ -46,6 +46,19 @@ def choice_of(model: nn.Module) -> RandomMember:
     return found
 
 
+def check_members_apart(name: str, settings: Settings) -> None:
+    """Refuse averaged weights: an average over steps of several members is of none, nor are its chances.
+
+    Raises:
+        ConfigError: ``weight_average`` is set.
+    """
+    if settings.weight_average:
+        raise ConfigError(
+            f"weight_average is {settings.weight_average!r}, but {name} trains its members one after the other, and an "
+            "average over all steps is none of them; leave it out"
+        )
+
+
 def stages_of_members(settings: Settings, count: int) -> tuple[Stage, ...]:
     """Return a stage for each member: equal shares of the epochs, rounded up, each with the whole schedule.
 

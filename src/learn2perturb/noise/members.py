@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from learn2perturb.checks import check_count
 from learn2perturb.engine.random import derive_seed
 from learn2perturb.engine.weights import copied
+from learn2perturb.errors import ConfigError
 from learn2perturb.noise.base import NoiseModule
 from learn2perturb.noise.places import CHILD, drop_hook
+
+MOST_MEMBERS = 100  # a file of a few bytes must not ask for any amount of memory
 
 
 # A module-level function, as in places: a network with it can be pickled, deep-copied and compiled.
@@ -42,6 +45,8 @@ class RandomMember(NoiseModule):
     def __init__(self, shape: tuple[int, ...], *, count: int = 2, **place: Any) -> None:
         super().__init__(shape, **place)
         check_count("count", count, 2)
+        if count > MOST_MEMBERS:
+            raise ConfigError(f"count is {count}; an ensemble has {MOST_MEMBERS} members at most")
         self.count = count
         self.others = nn.ModuleList()
         self.chances: Tensor
