@@ -12,7 +12,7 @@ import yaml
 from learn2perturb.errors import ConfigError
 from learn2perturb.experiments.facts import published
 from learn2perturb.experiments.levels import level_notes
-from learn2perturb.experiments.spec import Scoring, Study, ViewPlan
+from learn2perturb.experiments.spec import Scoring, Study, ViewPlan, matches
 from learn2perturb.experiments.study_file import _CELL, _TOP, build_study, merged, read_source, read_study, shipped
 from learn2perturb.experiments.views import build_views
 from tests.experiments.hand_made import evaluation, results
@@ -134,6 +134,20 @@ def test_clean_images_have_no_size_and_eot_is_a_label():
     eps = labels[1][0]
     assert labels == [(None, None), (eps, 2), (eps, 3)]
     assert eps is not None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ({"eps": "8/255"}, 1), ({"eps": ["4/255", 8 / 255]}, 2), ({"eps": "0.5"}, 0), ({"eps": "big"}, 0),
+        ({"defense": "vanilla"}, 2), ({"defense": ["none", "vanilla"]}, 2), ({"defense": "none"}, 0),
+        ({"seed": "0"}, 2), ({"stochastic": False}, 2), ({"stochastic": "0"}, 0),
+    ],
+)  # fmt: skip
+def test_labels_are_chosen_as_settings_are_written(wanted, found):
+    source = {"runs": {"a": {"defense": "pgd_at"}}, "cells": {"pgd": {"attack": "pgd20", "eps": ["4/255", "8/255"]}}}
+    pairs = list(build_study("t", source).all_pairs())
+    assert sum(matches(pair, wanted) for pair in pairs) == found
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,8 @@ def test_a_network_whose_noise_never_started_is_what_it_is():
         ({"paper": {"facts": "table9"}}, {}, "unknown table 'table9'"),
         ({"paper": {"network": "model"}}, {}, "names no facts"),
         ({"paper": {"facts": "table5", "pixel": "eps"}}, {}, "unknown key of paper 'pixel'"),
+        ({"paper": {"facts": "table5"}, "value": "l2"}, {}, "accuracies with the noise on"),
+        ({"paper": {"facts": "table5"}, "noise": False}, {}, "accuracies with the noise on"),
         ({"kind": "curve", "x": "defense", "series": ["run"]}, {}, "no pair has a number there"),
         ({"kind": "history", "where": {"defense": "rse"}}, {}, "the history of no run"),
         ({}, {"reasons": [{"why": 3}]}, "write - {where"),

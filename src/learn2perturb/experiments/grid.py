@@ -182,6 +182,8 @@ def _check_paper(plan: ViewPlan) -> None:
         return
     if not isinstance(plan.paper.get("facts"), str):
         raise ConfigError("paper names no facts; write paper: {facts: table1}")
+    if plan.kind != "history" and (plan.value != "accuracy" or not plan.noise):
+        raise ConfigError("the paper's numbers are accuracies with the noise on; leave paper out of any other view")
     keys = ("facts", *published(plan.paper["facts"]).keys)
     for key in plan.paper:
         if key not in keys:

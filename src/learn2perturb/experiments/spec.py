@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from learn2perturb.checks import check_choice, check_count, check_flag
+from learn2perturb.checks import check_choice, check_count, check_flag, fraction
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.registry import DEFENSES
@@ -256,12 +257,28 @@ def _beside(run: RunPlan, other: RunPlan) -> bool:
 
 
 def matches(item: RunPlan | CellPlan | Pair, wanted: Mapping[str, Any]) -> bool:
-    """Tell whether the labels of ``item`` are among those ``wanted``, each a value or a list of values."""
+    """Tell whether the labels of ``item`` are among those ``wanted``, each a value or a list of values.
+
+    A number may be written as in the rest of a file (``8/255``), a defense by another name of its (``vanilla``).
+    """
     for key, value in wanted.items():
         allowed = value if isinstance(value, (list, tuple)) else [value]
-        if item.label(key) not in allowed:
+        label = item.label(key)
+        if not any(_is(key, label, one) for one in allowed):
             return False
     return True
+
+
+def _is(key: str, label: Any, wanted: Any) -> bool:
+    if label == wanted:
+        return True
+    if isinstance(label, (int, float)) and not isinstance(label, bool) and isinstance(wanted, (str, float)):
+        try:
+            return math.isclose(label, fraction(wanted), rel_tol=1e-9)
+        except ConfigError:
+            return False
+    named = key.rpartition(".")[2] in ("defense", "source") and isinstance(wanted, str) and wanted in DEFENSES
+    return named and label == DEFENSES.entry(wanted).name
 
 
 def _last(key: str) -> str:
