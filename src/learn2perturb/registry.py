@@ -232,6 +232,14 @@ ATTACKS.register(
     needs_gradient=False,
 )
 ATTACKS.register(
+    "rays",
+    "learn2perturb.attacks.rays:RayS",
+    "the ray of signs on which the label changes soonest; reads labels only",
+    paper="Chen, Gu, RayS: A Ray Searching Method for Hard-label Adversarial Attack",
+    year=2020,
+    needs_gradient=False,
+)
+ATTACKS.register(
     "spsa",
     "learn2perturb.attacks.spsa:SPSA",
     "PGD along a gradient estimated from values at random signs; reads logits only",

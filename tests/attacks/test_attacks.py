@@ -26,6 +26,7 @@ SMALL = {
     "apgd_t": {"steps": 4, "targets": 2, "loss": "margin"},  # DLR with targets needs four classes
     "fab": {"steps": 6, "targets": 2},
     "square": {"queries": 12},
+    "rays": {"queries": 12},
     "spsa": {"steps": 4, "directions": 3},
     "nes": {"steps": 4, "directions": 3},
     "surrogate": {"queries": 8},

@@ -26,6 +26,7 @@ ABLE: dict[str, tuple[bool, bool, bool, tuple[str, ...], tuple[str, ...]]] = {
     "APGD": (True, False, True, BOTH, EVERY),
     "FAB": (True, True, True, BOTH, ("margin",)),
     "Square": (False, False, True, BOTH, ("margin", "ce")),
+    "RayS": (False, False, True, ("linf",), ("margin",)),
     "SPSA": (False, False, True, BOTH, EVERY),
     "ARC": (True, False, False, BOTH, ("margin",)),
     "AutoAttack": (True, False, False, BOTH, ("margin",)),
@@ -49,6 +50,8 @@ OWN: dict[str, dict[str, Any]] = {
     "FAB": {"eps": math.inf, "loss": "margin", "steps": 100, "targets": 9, "restarts": 1, "early_stop": False},
     # The same: 5000 queries; p = 0.8 as in AutoAttack.
     "Square": {"loss": "margin", "queries": 5000, "p_init": 0.8, "rescale": True, "restarts": 1},
+    # Chen, Gu 2020: up to 40,000 decisions; here as many as Square.
+    "RayS": {"loss": "margin", "queries": 5000},
     # Ours: a tenth of the radius a step (NaN); the running mean as in Ilyas et al. 2018.
     "SPSA": {
         "loss": "margin", "step_size": math.nan, "steps": 100, "directions": 32, "size": None, "momentum": 0.9,

@@ -191,7 +191,7 @@ def _forged(found: Diagnosis, what: str) -> Diagnosis:
         ("adjusted", "is not judged as its p-value says"),
         ("broken", "is not that of its difference"),
         ("p_value", "is not that of its difference"),
-        ("unfailed", "check 1 'passed', though a claim of it does not hold"),
+        ("unfailed", "check 1 'passed', though a statement of it does not hold"),
         ("number", "the checks are 7, 2"),
         ("accuracy", "but its bits give"),
         ("interval", "is not that of its bits"),

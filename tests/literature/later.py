@@ -189,7 +189,10 @@ def dithered(x: Tensor, count: int = 8) -> Tensor:
 
 
 def binary(x: Tensor) -> Tensor:
-    """Signs of activations, gradients of their hard ``tanh`` (Hubara et al. 2016; Galloway et al. 2018). True."""
+    """Signs of activations, gradients of their hard ``tanh`` (Hubara et al. 2016; Galloway et al. 2018).
+
+    False, as one step is no staircase: trained adversarially along these gradients it withstands these gradients.
+    """
     shown = x.clamp(-1, 1)
     return shown + (torch.where(x > 0, 1.0, -1.0) - shown).detach()
 

@@ -251,6 +251,7 @@ MASKED = (
     Entry("squeezing as a gate", "Xu 2018", "masked", lambda: later.Gate(base("undefended")), _undefended),
     Entry("constant where suspicious", "Grosse 2017", "masked", lambda: later.Constant(base("pgd_at")), _robust),
     Entry("logit squeezing", "Kannan 2018", "masked", _of("logit squeezing")),
+    Entry("binary activations", "Hubara 2016", "masked", _of("binary")),
 )
 RANDOM = (
     Entry("SAP", "Dhillon 2018", "random", _pruned, noise_off=_undefended, lives_on_noise=True),
@@ -378,7 +379,6 @@ HONEST = (
     Entry("stronger with its noise off", "Liu 2018", "honest", _stronger_quiet),
     Entry("largest of two networks", "", "honest", lambda: later.Largest([base("pgd_at"), base("twin")])),
     Entry("half precision", "", "honest", lambda: later.Half(base("pgd_at"))),
-    Entry("binary activations", "Hubara 2016", "honest", _of("binary")),
     Entry("adversarial logit pairing", "Kannan 2018", "honest", _of("logit pairing")),
 )
 ZOO = (*MASKED, *RANDOM, *HONEST)

@@ -17,6 +17,7 @@ from learn2perturb.attacks.few_pixel import FewPixel
 from learn2perturb.attacks.fgsm import FGSM
 from learn2perturb.attacks.foreign import from_adv_lib, from_art, from_foolbox, from_function, from_torchattacks
 from learn2perturb.attacks.pgd import PGD
+from learn2perturb.attacks.rays import RayS
 from learn2perturb.attacks.spsa import SPSA
 from learn2perturb.attacks.square import Square
 from learn2perturb.attacks.surrogate import Surrogate, distil
@@ -39,6 +40,7 @@ __all__ = [
     "AutoAttackReport",
     "FewPixel",
     "Source",
+    "RayS",
     "Square",
     "Surrogate",
     "Transfer",

@@ -152,6 +152,7 @@ def really_searched(budget: Budget) -> Budget:
 def value_queries(budget: Budget, *, stochastic: bool) -> int:
     """Return about how many images a model without gradients is asked about, at most."""
     draws, judged, scored = (budget.square_draws, budget.judge_draws, budget.scorings) if stochastic else (1, 1, 1)
-    each = (1 + budget.descent_steps) * (1 + 2 * budget.descent_directions) + budget.square_queries * draws
+    each = (1 + budget.descent_steps) * (1 + 2 * budget.descent_directions)
+    each += 2 * budget.square_queries * draws  # of Square and of RayS
     searched = (budget.samples * budget.sample_draws if stochastic else budget.samples) + budget.finalists * judged
     return budget.images * (each + searched + 8 * judged + 6 * scored) + budget.surrogate_queries * draws

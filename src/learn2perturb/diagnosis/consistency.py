@@ -1,4 +1,4 @@
-"""Is a diagnosis what its own data say? What follows from bits and claims is computed anew and compared."""
+"""Is a diagnosis what its own data say? What follows from bits and statements is computed anew and compared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MEND = "restore the file or diagnose again"
 
 
 def check_consistency(found: Diagnosis) -> None:
-    """Check the accuracies against the bits, the claims and statuses against the differences, and the verdict.
+    """Check the accuracies against the bits, the statements and statuses against the differences, and the verdict.
 
     Raises:
         CheckpointError: they contradict each other.
@@ -31,7 +31,7 @@ def check_consistency(found: Diagnosis) -> None:
     ours = [number for number in numbers if number in CHECKS]  # others are checks that were registered elsewhere
     if ours != list(CHECKS)[: len(ours)] or numbers != sorted({*numbers}):
         raise CheckpointError(f"the checks are {', '.join(str(check.number) for check in found.checks)}; {_MEND}")
-    _check_claims(found)
+    _check_statements(found)
     for check in found.checks:
         _check_status(check)
     _check_curves(found)
@@ -58,26 +58,26 @@ def _check_measurement(one: Measurement, images: int, found: Diagnosis) -> None:
         raise CheckpointError(f"the interval of measurement {one.name!r} is not that of its bits; {_MEND}")
 
 
-def _check_claims(found: Diagnosis) -> None:
-    claims = [claim for check in found.checks for claim in check.claims]
-    for claim in claims:
-        if not any(_close(claim.p_value, p) for p in _p_values(claim)):
-            raise CheckpointError(f"the p-value of the claim {claim.text!r} is not that of its difference; {_MEND}")
-    for claim, adjusted in zip(claims, holm([claim.p_value for claim in claims]), strict=True):
-        if not _close(claim.adjusted, adjusted) or claim.holds != (claim.adjusted > TWO_SIGMA):
-            raise CheckpointError(f"the claim {claim.text!r} is not judged as its p-value says; {_MEND}")
+def _check_statements(found: Diagnosis) -> None:
+    statements = [one for check in found.checks for one in check.claims]
+    for one in statements:
+        if not any(_close(one.p_value, p) for p in _p_values(one)):
+            raise CheckpointError(f"the p-value of the statement {one.text!r} is not that of its difference; {_MEND}")
+    for one, adjusted in zip(statements, holm([one.p_value for one in statements]), strict=True):
+        if not _close(one.adjusted, adjusted) or one.holds != (one.adjusted > TWO_SIGMA):
+            raise CheckpointError(f"the statement {one.text!r} is not judged as its p-value says; {_MEND}")
 
 
-def _p_values(claim: Judged) -> tuple[float, float]:
-    """Return the p-values of a claim on the difference and on its size: the record does not say which it is."""
-    size = exceeds(abs(claim.difference), claim.allowed, claim.standard_error, claim.freedom)
-    return exceeds(claim.difference, claim.allowed, claim.standard_error, claim.freedom), min(1.0, 2 * size)
+def _p_values(one: Judged) -> tuple[float, float]:
+    """Return the p-values of a statement on the difference and on its size: the record does not say which it is."""
+    size = exceeds(abs(one.difference), one.allowed, one.standard_error, one.freedom)
+    return exceeds(one.difference, one.allowed, one.standard_error, one.freedom), min(1.0, 2 * size)
 
 
 def _check_status(check: Check) -> None:
-    """Check what the claims decide; what else fails a check is in its sentence only."""
-    if any(not claim.holds for claim in check.claims) and check.status != "failed":
-        raise CheckpointError(f"check {check.number} {check.status!r}, though a claim of it does not hold; {_MEND}")
+    """Check what the statements decide; what else fails a check is in its sentence only."""
+    if any(not one.holds for one in check.claims) and check.status != "failed":
+        raise CheckpointError(f"check {check.number} {check.status!r}, though a statement of it does not hold; {_MEND}")
 
 
 def _check_trial(found: Diagnosis) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from learn2perturb.attacks.rays import RayS
 from learn2perturb.attacks.square import Square
 from learn2perturb.diagnosis import blackbox, whitebox
 from learn2perturb.diagnosis.measure import Attacked, Bench
@@ -33,11 +34,21 @@ def shared(
     rivals = {
         "a descent on values": blackbox.descent(bench, "reported"),
         f"Square ({bench.budget.square_queries} queries)": blackbox.searched(bench, n),
+        **_by_labels(bench, n),
         **{f"transfer from {name}": one for name, one in transfers.items()},
         **adaptive,
     }
     best = whitebox.best_of(bench, BEST, [one for one in rivals.values() if len(one.x) == n])
     return {"rivals": rivals, "reported": best, "transfers": transfers, "reason": reason}
+
+
+def _by_labels(bench: Bench, n: int) -> dict[str, Attacked]:
+    """Search rays of signs by what is decided alone: of labels and votes, other attacks see no slope."""
+    budget, attack = bench.budget, bench.attack
+    if attack.norm not in RayS.norms:
+        return {}
+    rays = RayS(attack.eps, queries=budget.square_queries, eot=budget.square_draws)
+    return {f"RayS ({rays.queries} queries)": bench.attacked("rays", rays, n)}
 
 
 def left(reported: Attacked, rivals: Mapping[str, Attacked], transfers: Mapping[str, Attacked], reason: str) -> Draft:
