@@ -181,7 +181,7 @@ def test_no_file_names_a_place_that_only_one_machine_has():
 def test_dependencies_cover_what_the_source_imports():
     metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = list(metadata["dependencies"])
-    for extra in ("hub", "cluster", "report"):
+    for extra in ("hub", "cluster", "report", "sweep"):
         named += metadata["optional-dependencies"][extra]
     declared = {item.split(">")[0].split("[")[0].lower().replace("-", "_") for item in named}
     modules_of = {"scikit_learn": "sklearn", "vl_convert_python": "vl_convert", "pyyaml": "yaml", "pillow": "PIL"}

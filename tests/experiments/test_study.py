@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import os
 import signal
 import subprocess
@@ -10,32 +9,14 @@ import sys
 import time
 
 import pytest
-import yaml
 
 from learn2perturb.errors import CheckpointError, ConfigError, Interrupted, MissingDependencyError
-from learn2perturb.evaluation import Evaluation
 from learn2perturb.experiments import tasks
 from learn2perturb.experiments.ledger import Ledger
 from learn2perturb.experiments.store import MODEL, Store
 from learn2perturb.experiments.study_file import build_study
-from learn2perturb.experiments.studying import Placing, study
-
-
-def run(source, store, **settings):
-    return study(build_study("tiny", source), store=store, progress=False, **settings)
-
-
-def table(results):
-    """What a view is made of: per pair which images were right in which draw."""
-    return {
-        (answer.pair.title): [row.correct.data for row in answer.record.rows]
-        for answer in results.answers
-        if isinstance(answer.record, Evaluation)
-    }
-
-
-def ended(store):
-    return collections.Counter(event["address"] for event in Store(store).events() if event["what"] == "ended")
+from learn2perturb.experiments.studying import Placing
+from tests.experiments.working import ended, run, start, table, training_worker
 
 
 def test_a_study_is_done_once(tiny, tmp_path):
@@ -205,9 +186,9 @@ def test_what_another_process_holds_is_waited_for(one, tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline().strip() == "held"
-        start = time.monotonic()
+        began = time.monotonic()
         found = run(one, tmp_path)
-    assert found.complete and time.monotonic() - start > 1
+    assert found.complete and time.monotonic() - began > 1
 
 
 def test_time_that_is_up_stops_at_a_checkpoint_and_goes_on(one, tmp_path, monkeypatch):
@@ -257,43 +238,14 @@ def test_processes_give_the_same_table(tiny, tmp_path):
     assert len({event["process"] for event in Store(tmp_path / "both").events()}) == 2
 
 
-SCRIPT = """
-import sys, yaml
-from learn2perturb.experiments.studying import Placing, study
-from learn2perturb.experiments.study_file import build_study
-source, store, jobs = sys.argv[1:]
-if __name__ == "__main__":
-    tiny = build_study("tiny", yaml.safe_load(open(source)))
-    study(tiny, store=store, placing=Placing(jobs=int(jobs)), progress=False)
-"""
-
-
-def start(source, store, jobs):
-    (store.parent / "tiny.yaml").write_text(yaml.safe_dump(source))
-    (store.parent / "work.py").write_text(SCRIPT)
-    words = [sys.executable, str(store.parent / "work.py"), str(store.parent / "tiny.yaml"), str(store), str(jobs)]
-    return subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
-
-
 @pytest.mark.timeout(500)  # processes start slowly on a machine that is busy
 def test_a_worker_that_is_killed_costs_nothing(tiny, tmp_path):
     """Of two workers the one that trains is killed by SIGKILL; the study ends complete, equal, nothing twice."""
     tiny["train"]["epochs"] = 12
     alone = run(tiny, tmp_path / "alone")
-    with start(tiny, tmp_path / "store", 2) as process:
-        os.kill(_first_worker(tmp_path / "store", process), signal.SIGKILL)
+    with start(tiny, tmp_path / "store", '{"jobs": 2}') as process:
+        os.kill(training_worker(tmp_path / "store", process), signal.SIGKILL)
         assert process.wait() == 0
     found = run(tiny, tmp_path / "store")
     assert found.computed == 0 and found.complete and table(found.results) == table(alone.results)
     assert set(ended(tmp_path / "store").values()) == {1}
-
-
-def _first_worker(store, process):
-    """Return the process that has begun something, once its training has a checkpoint or a few seconds have gone."""
-    for _ in range(2400):
-        begun = [event["process"] for event in Store(store).events() if event["what"] == "begun"]
-        if begun and list(store.glob("runs/*/checkpoints/*")):
-            return begun[0]
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.05)
-    raise AssertionError("nothing has begun")

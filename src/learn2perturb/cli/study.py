@@ -14,6 +14,7 @@ from learn2perturb.values import guess
 if TYPE_CHECKING:
     from learn2perturb.experiments.spec import Study
     from learn2perturb.experiments.studying import Placing, StudyRun
+    from learn2perturb.experiments.sweeping import Trials
 
 STORE, OUT = "runs/store", "runs/studies"
 DESCRIPTION = (
@@ -139,6 +140,8 @@ def _shown(found: StudyRun, out: Path, arguments: argparse.Namespace) -> int:
     from learn2perturb.experiments.views import build_views, write_views
 
     paths = write_views(found.results, out)
+    if found.trials is not None:
+        paths.append(found.trials.save(out / "sweep.json"))
     views = build_views(found.results)
     missing = found.results.missing
     if arguments.json:
@@ -151,6 +154,8 @@ def _shown(found: StudyRun, out: Path, arguments: argparse.Namespace) -> int:
             }
         )  # fmt: skip
     else:
+        if found.trials is not None:
+            _print_trials(found.trials)
         for view in views:
             print(markdown(view))
         for title, why in found.failures.items():
@@ -159,6 +164,19 @@ def _shown(found: StudyRun, out: Path, arguments: argparse.Namespace) -> int:
             print(f"{missing} of {len(found.results.answers)} cells are missing; the same command goes on")
         print(f"tables and figures: {out} ({len(paths)} files), records: {arguments.store}")
     return FAILURE if found.failures else SUCCESS
+
+
+def _print_trials(trials: Trials) -> None:
+    rows = [
+        (
+            *(str(value) for value in one.settings.values()),
+            "failed" if one.objective is None else f"{one.objective:.2%}",
+        )
+        for one in trials.tried
+    ]
+    print_table((*trials.tried[0].settings, "held out"), rows, title="What was tried, scored on held-out images")
+    chosen = ", ".join(f"{key} {value}" for key, value in trials.chosen.items())
+    print(f"chosen: {chosen}; what follows is of fresh seeds\n")
 
 
 def _plan(study: Study, arguments: argparse.Namespace, where: Placing) -> int:

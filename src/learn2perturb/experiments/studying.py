@@ -20,6 +20,7 @@ from learn2perturb.experiments.results import Results
 from learn2perturb.experiments.spec import RunPlan, Study
 from learn2perturb.experiments.store import Store
 from learn2perturb.experiments.study_file import read_study
+from learn2perturb.experiments.sweeping import Trials, chosen_study, read_sweep, search
 from learn2perturb.experiments.tasks import DONE, FAILED, HELD, STOPPED, TRAIN, Outcome, Task
 from learn2perturb.progress import Reporter
 
@@ -82,12 +83,14 @@ class StudyRun:
         results: what is there.
         failures: task -> why it failed.
         computed: tasks that were done in this call.
+        trials: what a search has tried; None where the study has none, or it is not finished.
         complete: whether nothing is missing.
     """
 
     results: Results
     failures: Mapping[str, str]
     computed: int
+    trials: Trials | None = None
 
     @property
     def complete(self) -> bool:
@@ -125,16 +128,33 @@ def study(
     if not isinstance(name, Study):
         name = read_study(Path(name) if isinstance(name, os.PathLike) else name, level, changes)
     where = Placing() if placing is None else placing
-    ledger = Ledger(name, Store(store))
+    plan = read_sweep(name)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    with Reporter(progress) as reporter:
-        executor = where.executor(ledger.store.folder, progress)
-        loop = _Loop(ledger, executor, deadline, reporter.line, Estimates(ledger, where.device) if progress else None)
-        try:
-            loop.run()
-        except KeyboardInterrupt as stop:
-            raise Interrupted.of(stop, f"what is done is in {ledger.store.folder}") from None
-    return StudyRun(ledger.results(), loop.failures, loop.computed)
+    failures: dict[str, str] = {}
+    computed = 0
+
+    def work(one: Study) -> Results:
+        nonlocal computed
+        ledger = Ledger(one, Store(store))
+        with Reporter(progress) as reporter:
+            estimates = Estimates(ledger, where.device) if progress else None
+            executor = where.executor(ledger.store.folder, progress)
+            loop = _Loop(ledger, executor, deadline, reporter.line, estimates)
+            try:
+                loop.run()
+            except KeyboardInterrupt as stop:
+                raise Interrupted.of(stop, f"what is done is in {ledger.store.folder}") from None
+        failures.update(loop.failures)
+        computed += loop.computed
+        return ledger.results()
+
+    trials = None
+    if plan is not None:
+        trials = search(name, plan, where.jobs or 1, work)
+        if trials is None:  # the time was up
+            return StudyRun(Ledger(name, Store(store)).results(), failures, computed)
+        name = chosen_study(name, plan, trials.chosen)
+    return StudyRun(work(name), failures, computed, trials)
 
 
 class _Loop:
