@@ -14,9 +14,9 @@ PYTEST_ARGS ?=
 LABS_ARGS ?=
 MUTATE_ARGS ?=
 # Small tensors, and threads that spin: with other work on two cores, one thread took tests/compat from minutes to 20 s.
-test test-slow labs labs-sample: export OMP_NUM_THREADS ?= 1
+test test-slow labs labs-sample studies-smoke: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-slow test-browser labs labs-sample mutate bench lint types imports format clean
+.PHONY: help setup demo test test-slow test-browser studies-smoke labs labs-sample mutate bench lint types imports format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,14 @@ labs: $(STAMP)  ## the laboratories in full: crashes, kills, damaged and hostile
 
 labs-sample: $(STAMP)  ## a seeded sample of the laboratories (about three minutes)
 	@$(BIN)/python -m tests.laboratories --size sample $(LABS_ARGS)
+
+# Two at a time: most of a study of seconds is its start.
+SMOKE := runs/studies-smoke
+studies-smoke: $(STAMP)  ## every study of the package at level smoke: the paper's tables and figures, minutes
+	@mkdir -p $(SMOKE)
+	@$(BIN)/python -c "from learn2perturb.experiments.study_file import shipped; print('\n'.join(shipped()))" \
+	  | xargs -P 2 -I{} sh -c '$(BIN)/learn2perturb study {} --level smoke --store $(SMOKE)/store --out $(SMOKE)/{} \
+	  > $(SMOKE)/{}.txt 2>&1 && echo "study {}: done" || { cat $(SMOKE)/{}.txt; exit 255; }'
 
 mutate: $(STAMP)  ## change one place of the source at a time: do the tests notice? (hours)
 	@$(BIN)/python -m tests.laboratories.mutate $(MUTATE_ARGS)
