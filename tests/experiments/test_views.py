@@ -113,6 +113,23 @@ def test_the_baseline_of_a_variant_is_the_run_that_is_most_like_it():
     assert [difference.difference for difference in view.differences] == [pytest.approx(0.1)] * 2
 
 
+def test_a_baseline_is_of_the_same_network_unless_it_is_named():
+    runs = {
+        "small": {"defense": "pgd_at", "model": "resnet20"},
+        "large": {"defense": "pni", "model": "resnet18"},
+    }
+    right = {"small": 50, "large": 60}
+    by_name = study({"rows": ["run"], "baseline": {"name": "small"}}, runs=runs)
+    view = one(by_name, lambda pair: evaluation(right[pair.run.name]))
+    assert [difference.difference for difference in view.differences] == [pytest.approx(0.1)]
+    view = one(
+        study({"rows": ["run"], "baseline": {"defense": "pgd_at"}}, runs=runs),
+        lambda pair: evaluation(right[pair.run.name]),
+    )
+    assert view.differences == ()
+    assert any(note.startswith("Not compared, for want of a baseline") for note in view.notes)
+
+
 def test_images_that_differ_are_neither_averaged_nor_compared():
     right = {1: evaluation(50), 2: evaluation(60, images="b" * 16)}
     view = one(study(seeds=[1, 2]), lambda pair: right[seed(pair)])

@@ -37,6 +37,8 @@ def _difference(
     names, estimates, decided = [], [], []
     for pair in pairs:
         other = layout.partners.get(pair.key)
+        if plan.baseline and other is None and not matches(pair.run, plan.baseline):
+            notes.append(f"Not compared, for want of a baseline of its data, seed and cell: {pair.run.kind}.")
         own, base = results.record(pair), None if other is None else results.record(other)
         if other is None or not isinstance(own, Evaluation) or not isinstance(base, Evaluation):
             continue

@@ -15,14 +15,16 @@ def partner(pair: Pair, baseline: Mapping[str, Any], pairs: Sequence[Pair]) -> P
     """Return the pair that ``pair`` is compared with; None for the baseline itself, and where there is none.
 
     Of several runs with the labels of the baseline, the one that is most like: a baseline without gamma is that of
-    every gamma, and a baseline with the same choice of gammas is taken gamma by gamma.
+    every gamma, and a baseline with the same choice of gammas is taken gamma by gamma. Data and seed are the same, and
+    the network, too, unless the baseline names it, or a run by its ``name``.
 
     Raises:
         ConfigError: several are equally like.
     """
     if matches(pair.run, baseline):
         return None
-    kept = [key for key in _SAME if key not in baseline]
+    free = {*baseline, *(("model",) if "name" in baseline else ())}
+    kept = [key for key in _SAME if key not in free]
     cell = _cell(pair)
     found = [
         other for other in pairs
