@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.attacks import ARC, PGD, build_attack
+from learn2perturb.attacks import ARC, PGD, arc, build_attack
 from learn2perturb.attacks.balls import BALLS
 from learn2perturb.attacks.probing import passes_differ
 from learn2perturb.engine.finite import expected_correct, members_of
@@ -77,6 +77,25 @@ def test_a_kept_point_is_never_worse_than_the_image():
     model, (x, y) = ensemble(3, 3), batch()
     before = expected_correct(members_of(model), x, y)
     assert bool((expected_correct(members_of(model), ARC(EPS, steps=1, seed=0)(model, x, y), y) <= before).all())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_point_is_kept_if_and_only_if_the_exact_accuracy_falls(seed, monkeypatch):
+    """Of all points that the members were asked about, the one returned has the lowest expected accuracy."""
+    model, (x, y) = ensemble(seed, 3, (0.5, 0.3, 0.2)), batch()
+    asked: list[Tensor] = []
+    right = arc._Ensemble.right
+
+    def watched(self, points: Tensor) -> Tensor:
+        asked.append(points.clone())
+        return right(self, points)
+
+    monkeypatch.setattr(arc._Ensemble, "right", watched)
+    found = ARC(EPS, steps=6, seed=seed)(model, x, y)
+    members = members_of(model)
+    every = torch.stack([expected_correct(members, points, y) for points in asked])
+    assert len(set(every[:, 0].tolist())) > 1  # some were better than others
+    assert torch.equal(expected_correct(members, found, y), every.min(dim=0).values)
 
 
 def test_arc_is_an_attack_like_any_other():

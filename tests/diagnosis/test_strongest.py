@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.attacks import PGD
-from learn2perturb.diagnosis import QUICK, diagnose, whitebox
+from learn2perturb.diagnosis import QUICK, decision, diagnose, whitebox
 from learn2perturb.diagnosis.measure import Bench, Subject
 from learn2perturb.diagnosis.verdict import judge
 from learn2perturb.engine import gears
@@ -155,3 +155,14 @@ def test_the_vote_is_judged_under_the_attack_on_the_mean_probability():
 
     bench = bench_of(sure, PGD(EPS))
     assert bench.vote("vote", bench.x, torch.zeros(N, dtype=torch.int64), 60) == 1
+
+
+def test_finalists_are_scored_by_the_same_fresh_draws():
+    """Else the lowest of four equal attacks is the luckiest of four."""
+    bench = bench_of(opposed("per_example", (0.5, 0.5)), PGD(EPS, EPS / 4, 2))
+    for name in ("one", "another"):
+        bench.scored(name, bench.x + torch.tensor([0.1, 0.0]), kind="none", rival=True)  # fools one member of two
+    decision.decide(bench, None)
+    one, another = (bench.measured(f"{name}, fresh draws").correct.unpack() for name in ("one", "another"))
+    assert 0 < one.mean() < 1
+    assert (one == another).all()

@@ -159,20 +159,23 @@ def _scored(bench: Bench, claim: Claim | None, own: Mapping[str, Tensor]) -> lis
             found.append(bench.measured(name))
             continue
         label = f"{name}, {claim.predicted if claim is not None and claim.ensemble else 'fresh draws'}"
-        bench.record(label, name, _answers(bench, label, images[name], claim))
+        bench.record(label, name, _answers(bench, images[name], claim))
         found.append(bench.measured(label))
     return found
 
 
-def _answers(bench: Bench, purpose: str, x: Tensor, claim: Claim | None) -> Scores:
-    """Return which answers of the claimed predictor are right, by draws that nothing else has seen."""
+def _answers(bench: Bench, x: Tensor, claim: Claim | None) -> Scores:
+    """Return which answers of the claimed predictor are right, by draws that nothing else has seen.
+
+    The same draws for every attack: the lowest of several is then no lower by the luck of its own.
+    """
     rule, members = ("single", 1) if claim is None else (str(claim.predictor), claim.members or 1)
     scorings = []
     with torch.no_grad(), bench.subject.ready() as model:
         for draw in range(bench.budget.scorings):
             right = []
             for batch, rows in enumerate(bench.batches(len(x))):
-                seed_everything(bench.seed, "decision", purpose, batch, draw)
+                seed_everything(bench.seed, "decision", batch, draw)
                 answer = winners(scores(rule, lambda images: checked_logits(model, images), x[rows], members))
                 right.append(answer == bench.y[rows].cpu().numpy())
             scorings.append(np.concatenate(right))
