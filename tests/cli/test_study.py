@@ -49,7 +49,7 @@ def test_settings_go_over_the_file(study_file, capsys):
 
 def test_the_list_names_studies_and_levels(capsys):
     assert main(["study", "--list"]) == 0
-    assert "digits" in capsys.readouterr().out
+    assert "demo" in capsys.readouterr().out
     assert main(["study", "--list", "--json"]) == 0
     assert {"smoke", "laptop"} <= set(json.loads(capsys.readouterr().out)[0]["levels"])
 

@@ -139,8 +139,8 @@ def test_an_unknown_level_lists_those_there_are():
 
 
 def test_an_unknown_study_lists_those_there_are():
-    with pytest.raises(UnknownNameError, match="digits"):
-        read_study("digit")
+    with pytest.raises(UnknownNameError, match="demo"):
+        read_study("dem")
 
 
 def test_a_study_extends_another(tmp_path):

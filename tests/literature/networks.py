@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from learn2perturb.attacks import PGD
-from learn2perturb.cli.digits import config_of
+from learn2perturb.cli.demo import study_of
 from learn2perturb.data import load_data
 from learn2perturb.engine.random import isolated_rng
 from learn2perturb.training import train
@@ -55,7 +55,8 @@ def fitted(
     """Return ``network()`` trained by a defense of the package with its ``fast`` recipe."""
     with isolated_rng():
         torch.manual_seed(seed)
-        config = replace(config_of(defense, "fast", epochs, seed), attack_steps=5, **settings)
+        (run,) = study_of([defense], "fast", epochs, seed).runs
+        config = replace(run.config, device="cpu", attack_steps=5, **settings)
         return train(config, model=network(), progress=False).model.eval()
 
 

@@ -23,7 +23,7 @@ DESCRIPTION = (
     "  study merge STORE FROM    add what the store FROM holds\n"
     "  study clean STUDY...      say what no given study needs; with --yes remove it from the store"
 )
-EXAMPLE = "learn2perturb study digits --level smoke --jobs 2 --minutes 50"
+EXAMPLE = "learn2perturb study demo --level smoke --jobs 2 --minutes 50"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

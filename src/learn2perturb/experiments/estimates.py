@@ -63,8 +63,7 @@ class Estimates:
         """Return about how long a record takes to compute."""
         config = self._config(pair)
         pace = self.pace(config)
-        network = self.ledger.network(pair.run)
-        header = network.header if network is not None else {"noise": bool(pair.run.stochastic)}
+        header = self.ledger.header(pair.run)
         scoring = pair.cell.scoring
         images = scoring.limit or _size(config, scoring.split)
         return _BEGINNING + self._computing(pair, pace, header, images)

@@ -46,13 +46,13 @@ class Ledger:
 
     def __post_init__(self) -> None:
         # What can be refused is refused before any work.
-        headers = {run.title: self._header(run) for run in self.study.runs}
+        headers = {run.title: self.header(run) for run in self.study.runs}
         for pair in self.study.all_pairs():
             attack_of(pair, headers[pair.run.title])
 
-    def _header(self, run: RunPlan) -> dict[str, Any]:
-        """Return what is known of a network before it is trained."""
-        network = self.network(run) if run.weights is not None else None
+    def header(self, run: RunPlan) -> dict[str, Any]:
+        """Return what the file of a network says of it; before it is trained, what it is trained by."""
+        network = self.network(run)
         if network is not None:
             return network.header
         assert run.config is not None
