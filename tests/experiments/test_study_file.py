@@ -96,7 +96,7 @@ def test_a_source_by_labels_is_of_the_same_seed():
 def test_titles_tell_runs_of_several_names_apart():
     runs = {"all": None, "one": {"defense": "pgd_at"}, "two": {"defense": "pgd_at", "alpha": 0.0}}
     titles = [run.title for run in build_study("x", changed(runs=runs)).runs]
-    assert titles == ["one, seed 1", "one, seed 2", "two, seed 1", "two, seed 2"]
+    assert titles == ["one, seed 1", "two, seed 1", "one, seed 2", "two, seed 2"], "one seed of all comes first"
 
 
 @pytest.mark.parametrize(

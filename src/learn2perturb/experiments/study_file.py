@@ -105,7 +105,7 @@ def build_study(
     )
     for key, value in (changes or {}).items():
         whole = merged(whole, _nested(key, value))
-    runs = tuple(_runs(whole, where))
+    runs = tuple(_seeds_first(list(_runs(whole, where))))
     cells = tuple(_cells(whole, where))
     views = tuple(_views(whole, cells, where))
     notes, reasons = whole.get("notes") or [], whole.get("reasons") or []
@@ -181,6 +181,12 @@ def _combined(single: dict[str, Any], several: dict[str, list[Any]]) -> Iterator
     for values in itertools.product(*(several[key] for key in order)):
         chosen = dict(zip(order, values, strict=True))
         yield {**single, **chosen}, {key: chosen[key] for key in sorted(several, key=lambda key: key == "seed")}
+
+
+def _seeds_first(runs: list[RunPlan]) -> list[RunPlan]:
+    """Return the runs with the first seed of everything first: what is cut short has one seed of all."""
+    ranks = {seed: rank for rank, seed in enumerate(dict.fromkeys(r.axes["seed"] for r in runs if "seed" in r.axes))}
+    return sorted(runs, key=lambda run: ranks.get(run.axes.get("seed"), 0))
 
 
 def _runs(whole: Mapping[str, Any], where: str) -> Iterator[RunPlan]:
