@@ -113,6 +113,13 @@ def test_the_baseline_of_a_variant_is_the_run_that_is_most_like_it():
     assert [difference.difference for difference in view.differences] == [pytest.approx(0.1)] * 2
 
 
+def test_a_seed_is_never_compared_with_another_seed_of_the_baseline():
+    runs = {"plain": {"defense": "pgd_at", "seed": 1}, "noisy": {"defense": "pni", "seed": [1, 2]}}
+    of = study({"rows": ["run"], "baseline": {"defense": "pgd_at"}}, runs=runs)
+    (difference,) = one(of, lambda pair: evaluation(60 if pair.run.name == "noisy" else 50)).differences
+    assert difference.seeds == 1
+
+
 def test_a_baseline_is_of_the_same_network_unless_it_is_named():
     runs = {
         "small": {"defense": "pgd_at", "model": "resnet20"},
