@@ -162,7 +162,7 @@ def test_a_reason_that_is_none_is_refused(reasons):
 def test_every_study_of_the_docs_is_read_and_every_key_is_in_them():
     page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) >= 4
     for number, block in enumerate(blocks):
         source = yaml.safe_load(block)
         base = source.pop("extends", None)
