@@ -30,6 +30,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "laws.VariationalWeight": {"place": "weight", "init": 0.1, "prior": 0.1},
     # Gaussian dropout of rate 1/17: sigma^2 = p / (1 - p).
     "laws.Multiplicative": {"init": 0.25},
+    # The defenses since 2020, by their released code: L lower triangular; 48 of 64 filters; groups of one channel;
+    # the sum of sigma at least 2,048 of 3,072; two members.
+    "correlated.CorrelatedNoise": {"variance": "anisotropic"},
+    "projection.RandomProjection": {"place": "weight", "share": 0.75},
+    "norms.RandomNorm": {"channels": (1,)},
+    "gain.RandomGain": {"least": 2 / 3},
+    "members.RandomMember": {"count": 2},
+    "inject.perturb_images": {"input_shape": (3, 32, 32)},
     "laws.register_noise": {"paper": "", "year": None},
     "inject.vary_weights": {"sites": None, "init": 0.1, "prior": 0.1},
     "inject.named_noise": {"every_name": False},
@@ -66,7 +74,9 @@ def test_choices(name):
 
 def test_granularity_of_each_law():
     usual = {entry.name: noise_law(entry.name)((2,), site="a").granularity for entry in NOISES}
-    assert usual == {"feature": "element", "weight": "layer", "variational": "element", "multiplicative": "element"}
+    assert usual.pop("weight") == "layer"
+    assert set(usual) >= {"feature", "variational", "multiplicative", "correlated", "projection", "norms", "gain"}
+    assert set(usual.values()) == {"element"}
 
 
 def test_every_public_function_with_defaults_has_its_row():
