@@ -33,8 +33,8 @@ _TWIN: Option = ("--noise-off module:function", "noise_off=network")
 _TRAINED: Option = ("--train-sources", 'sources={"undefended": network, "pgd_at": network}')
 # Checks that fail where gradients mislead: a larger budget of attacks without them is all that can be added here.
 _ADAPTIVE = (
-    "no option of this command: gradients mislead here, so an attack made for this defense is needed; give it as "
-    "attack=, or mend the model's gradients"
+    "an attack made for this defense, since gradients mislead here: name the submodules that hide them (--bpda, "
+    "bpda=), give one as attack=, or mend the model's gradients"
 )
 
 
