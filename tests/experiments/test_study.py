@@ -238,6 +238,17 @@ def test_processes_give_the_same_table(tiny, tmp_path):
     assert len({event["process"] for event in Store(tmp_path / "both").events()}) == 2
 
 
+@pytest.mark.timeout(500)
+def test_two_studies_at_once_share_the_work(tiny, tmp_path):
+    tiny["train"]["epochs"] = 8
+    with start(tiny, tmp_path / "store") as process:
+        while not Store(tmp_path / "store").events() and process.poll() is None:
+            time.sleep(0.05)
+        found = run(tiny, tmp_path / "store")
+        assert process.wait() == 0
+    assert found.complete and set(ended(tmp_path / "store").values()) == {1}
+
+
 @pytest.mark.timeout(500)  # processes start slowly on a machine that is busy
 def test_a_worker_that_is_killed_costs_nothing(tiny, tmp_path):
     """Of two workers the one that trains is killed by SIGKILL; the study ends complete, equal, nothing twice."""

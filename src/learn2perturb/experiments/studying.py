@@ -176,9 +176,9 @@ class _Loop:
         """Work until nothing can be done, or the time is up."""
         with self.executor:
             while True:
-                self._begin()
+                waiting = self._begin()
                 if not self.running:
-                    if not self._later or self._seconds() == 0:
+                    if not waiting:
                         return
                     time.sleep(_PATIENCE)
                     continue
@@ -193,22 +193,26 @@ class _Loop:
         left = self.deadline - time.monotonic()
         return left if left > _TOO_LATE else 0.0
 
-    def _begin(self) -> None:
+    def _begin(self) -> bool:
+        """Begin what there is room for; tell whether something is left that another process has."""
         seconds, now = self._seconds(), time.monotonic()
+        waiting = False
         if seconds == 0:
-            return
+            return waiting
         begun = set()
         for task in self.ledger.ready():
             if len(self.running) >= self.executor.room:
-                return
+                return waiting
             if task.key in self.running or task.key in begun or str(task) in self.failures:
                 continue
             if self._later.get(task.key, 0.0) > now:
+                waiting = True
                 continue
             self._later.pop(task.key, None)
             self.executor.submit(task, seconds)
             self.running[task.key] = task
             begun.add(task.key)
+        return waiting
 
     def _take(self, task: Task, outcome: Outcome) -> None:
         if outcome.state == DONE:
