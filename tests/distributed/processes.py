@@ -46,7 +46,7 @@ def started(count, work, folder, **environment):
     return children
 
 
-def ended(children, folder, seconds=60):
+def ended(children, folder, seconds=150):
     """Wait for processes; return what each returned or raised, (kind, value), None for one that was killed."""
     until, left = time.monotonic() + seconds, set(children)
     while left:

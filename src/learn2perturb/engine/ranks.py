@@ -12,13 +12,15 @@ import datetime
 import os
 import platform
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from learn2perturb.errors import ConfigError, ElsewhereError, TrainingError
 from learn2perturb.terminal import number_among
@@ -28,6 +30,7 @@ TIMEOUT_VARIABLE = "LEARN2PERTURB_RANK_TIMEOUT"
 _TIMEOUT = 600.0
 # So long a process waits for the word of others before it says who is missing; they time out at nearly the same moment.
 _GRACE = 3.0
+_REMEMBERED = 10_000
 # A sum over all processes is of one block of memory at most this large: enough to hide the latency of a message.
 _BLOCK = 25 * 2**20
 
@@ -42,12 +45,14 @@ class Ranks:
         world: how many there are.
         name: of this meeting of theirs, in the store that they share.
         timeout: seconds after which one that does not answer is given up.
+        spent: seconds of the last sums over all, waiting included; of those on a card what starting them takes.
     """
 
     rank: int = 0
     world: int = 1
     name: str = ""
     timeout: float = _TIMEOUT
+    spent: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
 
     @property
     def alone(self) -> bool:
@@ -149,10 +154,12 @@ class Ranks:
 
     def _together(self, work: Callable[[], object]) -> None:
         """Do what all processes do at once; where one does not, say which."""
+        start = time.perf_counter()
         try:
             work()
         except RuntimeError as error:
             self._blame(error)
+        self.spent.append(time.perf_counter() - start)
 
     def _blame(self, error: RuntimeError) -> NoReturn:
         """Name who has not come to a meeting that has failed."""
@@ -239,11 +246,6 @@ class Share:
     def rows(self) -> int:
         """How many it has."""
         return self.stop - self.start
-
-    @property
-    def sizes(self) -> list[int]:
-        """Rows of each process, where they are shared out."""
-        return [self._edge(rank + 1) - self._edge(rank) for rank in range(self.ranks.world)]
 
     @property
     def weight(self) -> float:
@@ -365,10 +367,10 @@ def joined() -> Iterator[Ranks]:
     if not here.alone or not (ready or number_among()[1] > 1):
         yield here
         return
-    timeout = _seconds()
+    timeout, name = _seconds(), _next_meeting()
     if not ready:
-        _open(timeout)
-    ranks = _introduced(timeout)
+        _open(timeout, name)
+    ranks = _introduced(timeout, name)
     token = _current.set(ranks)
     try:
         yield ranks
@@ -381,31 +383,39 @@ def joined() -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def _introduced(timeout: float) -> Ranks:
+def _next_meeting() -> str:
+    """Return a name that no meeting before had: the store outlives restarts, and a process may meet the others again.
+
+    Without it a process that is started anew finds the address of one that is dead, and waits for it.
+    """
     global _meetings
+    _meetings += 1
+    return f"learn2perturb/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_meetings}"
+
+
+def _introduced(timeout: float, name: str) -> Ranks:
     rank, world = dist.get_rank(), dist.get_world_size()
     if world == 1:
         return ALONE
-    _meetings += 1
-    # The store outlives a restart, and a process may train more than once: what is left there is of one meeting.
-    name = f"learn2perturb/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_meetings}"
     ranks = Ranks(rank, world, name, timeout)
     _store().set(f"{name}/at/{rank}", f"pid {os.getpid()} on {platform.node()}")
     ranks.largest(0)  # all are here, and have said who they are
     return ranks
 
 
-def _open(timeout: float) -> None:
+def _open(timeout: float, name: str) -> None:
     rank, world = number_among()
+    longest = datetime.timedelta(seconds=timeout)
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
     if torch.cuda.is_available():
         torch.cuda.set_device(own_card(torch.device("cuda")))
     # NCCL takes one card a process; fewer cards than processes, as in a trial run, talk through the CPU.
     cards = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= local else "gloo"
     try:
+        store, *_ = next(iter(rendezvous("env://", rank, world, timeout=longest)))
         dist.init_process_group(
             f"cpu:gloo,cuda:{cards}" if torch.cuda.is_available() else "gloo",
-            rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout),
+            store=dist.distributed_c10d.PrefixStore(name, store), rank=rank, world_size=world, timeout=longest,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         metavar="WHAT",
-        help="step (a step of adversarial training), attack (PGD and EOT-PGD) or data (reading and augmenting)",
+        help="step (of adversarial training), attack (PGD and EOT-PGD), data (reading) or scale (1, 2, 4 processes)",
     )
     add_json(parser)
     add_fields(parser, BenchSettings, title="what is measured")

@@ -9,7 +9,7 @@ from learn2perturb.checks import check_choice, check_count
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.registry import DATASETS, DEFENSES, MODELS
 
-WHATS = ("step", "attack", "data")
+WHATS = ("step", "attack", "data", "scale")
 # The baseline step is written for these; another defense has another loss.
 BENCHED = tuple(entry.name for entry in DEFENSES if entry.fact("baseline"))
 SHARINGS = ("per_example", "per_batch")
@@ -17,11 +17,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "step": {"rounds": 5, "attack_steps": 7},
     "attack": {"rounds": 2, "images": 100, "attack_steps": 20},
     "data": {"rounds": 3, "images": 5000},
+    "scale": {"rounds": 3, "attack_steps": 7},
 }
 _NOT_FOR = {
     "step": ("eot", "images", "workers"),
     "attack": ("workers",),
     "data": ("defense", "model", "sharing", "attack_steps", "eot"),
+    "scale": ("eot", "images", "workers"),
 }
 
 
@@ -34,11 +36,11 @@ class BenchSettings:
         model: registered name of the network; its weights are random.
         sharing: noise ``per_example`` or ``per_batch`` in the gears; textbook code has one map a forward pass, always.
         batch_size: images in a batch.
-        attack_steps: steps of PGD; 7 in step, 20 in attack.
+        attack_steps: steps of PGD; 7 in step and scale, 20 in attack.
         eot: draws in each gradient of EOT-PGD.
         images: images in a round; 100 in attack, 5000 in data.
-        rounds: counted runs of each gear, taken in turn; 5 in step, 2 in attack, 3 in data.
-        threads: CPU threads; as torch has them if not given.
+        rounds: counted runs of each gear, taken in turn; 5 in step, 2 in attack, 3 in data and scale.
+        threads: CPU threads; as torch has them if not given, in scale one for each process.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dataset: real images of this data set; random ones, 3 x 32 x 32, if not given.
         data_dir: folder of the data sets; given alone, it means ``--dataset cifar10``.
@@ -74,7 +76,7 @@ class BenchSettings:
 
     @classmethod
     def of(cls, what: str, given: dict[str, Any]) -> BenchSettings:
-        """Return the settings of ``what``, ``step``, ``attack`` or ``data``: those given, the rest as suits it.
+        """Return the settings of ``what``, ``step``, ``attack``, ``data`` or ``scale``: those given, the rest as suits.
 
         Raises:
             UnknownNameError: ``what`` is none of them.

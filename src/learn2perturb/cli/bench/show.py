@@ -16,7 +16,7 @@ def title(what: str, settings: BenchSettings) -> str:
     network = f"{settings.model}, {settings.defense}"
     if settings.defense == "learn2perturb":
         network += f", noise {settings.sharing}"
-    if what == "step":
+    if what in ("step", "scale"):
         return f"a training step: {network}, PGD-{settings.attack_steps}, batch {settings.batch_size}, {images}"
     if what == "attack":
         return f"attacks on {settings.images} {images}: {network}, EOT with {settings.eot} draws"
@@ -26,6 +26,9 @@ def title(what: str, settings: BenchSettings) -> str:
 
 def show(what: str, settings: BenchSettings, measured: Rows) -> None:
     """Print a table of the gears, for attacks one for each, and what the floor was reckoned from."""
+    if what == "scale":
+        _show_scale(settings, measured)
+        return
     where = measured["floor"]["environment"]
     place = where["gpu"] or f"{where['processor']}, {_some(where['torch_threads'], 'thread')}"
     print(f"{place}, torch {where['torch']}; {_some(settings.rounds, 'round')}, medians\n")
@@ -38,6 +41,22 @@ def show(what: str, settings: BenchSettings, measured: Rows) -> None:
     for name, row in measured.items():
         if "unavailable" in row:
             print(f"{name}: {row['unavailable']}")
+
+
+def _show_scale(settings: BenchSettings, measured: Rows) -> None:
+    where = measured["1 process"]["environment"]
+    print(f"{where['gpu'] or where['processor']}, torch {where['torch']}; {_some(settings.rounds, 'round')}, medians\n")
+    lines = [
+        [
+            name, f"{row['milliseconds']:.1f}", f"{row['images_per_second']:.1f}", f"{row['efficiency']:.0%}",
+            f"{row['work']:.2f}", f"{row['waiting_share']:.1%}", str(row["messages"]),
+        ]
+        for name, row in measured.items()
+    ]  # fmt: skip
+    head = ["", "ms", "images/s", "efficiency", "work", "waiting", "messages"]
+    print_table(
+        head, lines, title=f"{title('scale', settings)}, plain engine, {_some(settings.threads or 1, 'thread')} each"
+    )
 
 
 def _some(count: int | None, what: str) -> str:
