@@ -9,7 +9,9 @@ import socket
 import time
 import traceback
 
+import sklearn.datasets  # noqa: F401 - imported once here rather than in every child, as what follows
 import torch
+import torch._dynamo  # what a first optimiser imports
 
 
 def free_port():
