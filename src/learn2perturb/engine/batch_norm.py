@@ -49,8 +49,11 @@ class _Normalised(torch.autograd.Function):
         slope = weight * inverse.square() * sums[0]
         offset = weight * inverse * sums[1] - slope * mean
         shape = (1, -1, *[1] * (x.ndim - 2))
-        moved = moved - (x * slope.view(shape) + offset.view(shape))
-        return moved.to(x.dtype), of_weight, of_bias, None, None, None, None, None
+        if moved.dtype == slope.dtype:
+            moved.addcmul_(x, slope.view(shape), value=-1).sub_(offset.view(shape))
+        else:
+            moved = (moved - (x * slope.view(shape) + offset.view(shape))).to(x.dtype)
+        return moved, of_weight, of_bias, None, None, None, None, None
 
 
 def _layout(x: Tensor) -> torch.memory_format:
