@@ -185,21 +185,38 @@ class Ranks:
             if failed or not missing or time.monotonic() > until:
                 break
             time.sleep(0.05)
-        reason = " ".join(str(error).split())[:200]
+        words = self._words(" ".join(str(error).split())[:200], failed, missing)
+        self._see_off([rank for rank in others if rank not in (*failed, *missing)])
+        if failed or missing:
+            raise ElsewhereError(words) from None
+        raise TrainingError(words) from error
+
+    def _words(self, reason: str, failed: list[int], missing: list[int]) -> str:
+        """Say what is known of those that failed or are missing."""
+        store = _store()
         if failed:
             said = store.get(f"{self.name}/failed/{failed[0]}").decode()
-            raise ElsewhereError(f"process {failed[0]} of {self.world} failed: {said}") from None
+            return f"process {failed[0]} of {self.world} failed: {said}"
+        if not missing:
+            return f"the processes cannot reach each other ({reason}); look at the network"
         where = " and ".join(
             f"process {rank} of {self.world} ({store.get(f'{self.name}/at/{rank}').decode()})" for rank in missing
         )
-        if "timed out" in reason.lower() and missing:
-            raise ElsewhereError(
-                f"{where} has not answered for {self.timeout:g} s: it hangs, or its work is longer than that; look at "
-                f"it there, or set {TIMEOUT_VARIABLE} to more seconds"
-            ) from None
-        if missing:
-            raise ElsewhereError(f"{where} is gone without a word: killed, perhaps since memory ran out") from None
-        raise TrainingError(f"the processes cannot reach each other ({reason}); look at the network") from error
+        if "timed out" not in reason.lower():
+            return f"{where} is gone without a word: killed, perhaps since memory ran out"
+        return (
+            f"{where} has not answered for {self.timeout:g} s: it hangs, or its work is longer than that; look at it "
+            f"there, or set {TIMEOUT_VARIABLE} to more seconds"
+        )
+
+    def _see_off(self, living: list[int]) -> None:
+        """Let the first process, which may keep what they share, stay until the ``living`` others have read it."""
+        store, until = _store(), time.monotonic() + 2 * _GRACE
+        store.set(f"{self.name}/read/{self.rank}", "yes")
+        while self.first and time.monotonic() < until:
+            if all(store.check([f"{self.name}/read/{rank}"]) for rank in living):
+                return
+            time.sleep(0.05)
 
     def _left(self, error: BaseException) -> None:
         """Leave word for the others of why this process ends."""
