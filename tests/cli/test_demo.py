@@ -68,6 +68,14 @@ def test_the_printed_table_is_that_of_the_records(usual, capsys):
             assert cell.value is not None and f"{cell.value:6.1%} [{100 * cell.interval.low:.1f}, " in printed
 
 
+def test_noise_is_compared_with_pgd_training_under_eot_as_well(usual):
+    view = View.load(usual / "table.json")
+    compared = {one.column[0] for one in view.differences if one.row == ("learn2perturb",)}
+    assert compared == {"clean", "FGSM", "PGD-20", "EOT-PGD-20"}
+    same = [view.cell(("pgd_at",), (name,)).records for name in ("PGD-20", "EOT-PGD-20")]
+    assert same[0] == same[1], "attacked once: without noise there is nothing to average"
+
+
 def test_the_check_of_the_demo(usual):
     views = [View.load(usual / f"{name}.json") for name in ("table", "noise-off")]
     lines = demo.table_lines(demo.study_of(demo.USUAL, "fast", 1, 0), views)

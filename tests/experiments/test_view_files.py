@@ -31,7 +31,7 @@ def test_every_format_is_written_and_what_is_written_twice_is_the_same(tmp_path)
     again = {path.name: path.read_bytes() for path in write_views(found(), tmp_path / "b")}
     kinds = {"json", "md", "csv", "tex"}
     curve = {f"curve.{kind}" for kind in kinds | {"png", "svg"}}
-    assert set(first) == {"README.md", *(f"table.{kind}" for kind in kinds), *curve}
+    assert set(first) == {"README.md", "study.json", *(f"table.{kind}" for kind in kinds), *curve}
     assert first == again
     assert {path.name for path in (tmp_path / "a").iterdir()} == set(first)
     assert first["curve.png"].startswith(b"\x89PNG")
@@ -50,7 +50,7 @@ def test_a_view_is_loaded_as_it_was_saved(tmp_path):
 def test_a_figure_of_nothing_is_not_drawn(tmp_path):
     of = study(views={"curve": CURVE}, cells=CELLS)
     names = {path.name for path in write_views(results(of, lambda pair: None), tmp_path)}
-    assert names == {"README.md", "curve.json", "curve.md", "curve.csv", "curve.tex"}
+    assert names == {"README.md", "study.json", "curve.json", "curve.md", "curve.csv", "curve.tex"}
 
 
 def test_names_from_files_start_no_markup_and_no_formula(tmp_path):
@@ -83,7 +83,7 @@ def test_a_views_name_stays_in_its_folder(name, tmp_path):
 
 def test_two_views_of_one_file_name_are_refused(tmp_path):
     of = study(views={"a/b": {}, "a b": {}})
-    with pytest.raises(ConfigError, match="give them other names"):
+    with pytest.raises(ConfigError, match="give it another name"):
         write_views(results(of, lambda pair: evaluation(50)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -10,7 +10,9 @@ import pytest
 import learn2perturb as l2p
 from learn2perturb.attacks import PGD
 from learn2perturb.report import report
+from tests.experiments.hand_made import study
 from tests.report.test_report import HOSTILE, images, noisy  # the same records
+from tests.report.test_studies import SEEDS, made
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # What CI has promised and is missing fails there instead of being skipped.
@@ -34,6 +36,20 @@ def path(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def of_study(tmp_path_factory):
+    """The page of a study of three seeds: a table with differences, and a curve of two sizes."""
+    folder = tmp_path_factory.mktemp("study")
+    views = {
+        "views": {
+            "table": {"rows": ["defense"], "columns": ["cell", "eps"], "baseline": {"defense": "pgd_at"}},
+            "curve": {"kind": "curve", "x": "eps", "series": ["defense"]},
+        },
+        "cells": {"pgd": {"attack": "pgd20", "eps": [0.01, 0.02]}},
+    }
+    return report(made(study(**SEEDS, **views), folder), out=folder / "page.html")
+
+
+@pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as play:
         started = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -42,19 +58,19 @@ def browser():
 
 
 @pytest.fixture
-def opened(browser, path):
+def opened(browser, path, of_study):
     """Return a function that opens the page; at the end nothing may have been said or asked for."""
-    said, contexts = [], []
+    said, contexts, own = [], [], {path.as_uri(), of_study.as_uri()}
 
-    def open_page(**settings):
+    def open_page(what=path, **settings):
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **settings})
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("dialog", lambda dialog: said.append(dialog.message))
-        page.on("request", lambda request: None if request.url == path.as_uri() else said.append(request.url[:60]))
-        page.goto(path.as_uri())
+        page.on("request", lambda request: None if request.url in own else said.append(request.url[:60]))
+        page.goto(what.as_uri())
         page.wait_for_selector("body[data-drawn=true]", timeout=60_000)
         return page
 
@@ -64,6 +80,7 @@ def opened(browser, path):
     assert said == []
 
 
+@pytest.mark.parametrize("which", ["path", "of_study"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -74,14 +91,25 @@ def opened(browser, path):
     ],
     ids=["light", "dark", "narrow", "4k"],
 )
-def test_every_chart_is_drawn_and_nothing_overflows(settings, opened):
-    page = opened(**settings)
+def test_every_chart_is_drawn_and_nothing_overflows(settings, which, opened, request):
+    page = opened(request.getfixturevalue(which), **settings)
     drawn = page.eval_on_selector_all(
         "[data-chart]", "places => places.map(place => place.querySelectorAll('svg').length)"
     )
     assert drawn and set(drawn) == {1}
     width, shown = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
     assert width <= shown
+
+
+def test_the_tables_of_a_study_can_be_reached_by_keyboard_and_named(opened, of_study):
+    page = opened(of_study)
+    places = page.locator("div.scroll:has(table.view)")
+    names = [places.nth(index).get_attribute("aria-label") for index in range(places.count())]
+    assert len(names) == 3 == len(set(names))
+    assert page.locator("table.view thead th[scope=col]").count() > 0
+    assert page.locator("table.view").nth(0).locator("tbody tr").count() == 2
+    page.click("summary:has-text('the numbers')")
+    assert page.locator("table.view").nth(2).is_visible()
 
 
 def column(page, number):

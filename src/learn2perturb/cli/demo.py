@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from learn2perturb.cli.evaluate import summary
 from learn2perturb.cli.options import add_json, print_json, print_table, typed, words
-from learn2perturb.errors import ConfigError, MissingDependencyError, UnknownNameError
+from learn2perturb.cli.report import page_beside
+from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.experiments.study_file import build_study, merged, read_source
 from learn2perturb.registry import DEFENSES
 from learn2perturb.terminal import say
@@ -81,8 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     store = out / "store"
     found = run_study(asked, store=store, placing=Placing(device="cpu"), progress=not arguments.json)
     views = build_views(found.results)
-    write(asked, views, out)
-    page = _page(out, found.results)
+    write(found.results, views, out)
+    page, told = page_beside(out)
     lines = table_lines(asked, views)
     # A check of the program on what is known to work, not of the defenses: those are reported as they are.
     checked = tuple(names) == USUAL and recipe == "fast" and not found.failures
@@ -104,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         for failure in failures:
             print(f"NOT AS IT SHOULD BE: {failure}" if checked else f"failed: {failure}")
         print(f"\ntables: {out / 'README.md'}, networks and records: {store}")
-        print("no page: its charts need learn2perturb[report]" if page is None else f"the same as a page: {page}")
+        print(told)
     for failure in failures:
         say(f"learn2perturb: error: {f'the demo failed its own check: {failure}; report it' if checked else failure}")
     return 1 if failures else 0
@@ -170,17 +171,6 @@ def _earlier(out: Path) -> Iterator[str]:
         yield f"note: {', '.join(names)} in {out} are runs of an earlier demo, left as they are; new ones are in store"
 
 
-def _page(out: Path, results: Results) -> Path | None:
-    """Write a page of all runs; None where what draws its charts is not installed."""
-    from learn2perturb.report.page import report
-
-    records = [answer.path for answer in results.answers if answer.path is not None]
-    try:
-        return report(*records, out=out / "page.html") if records else None
-    except MissingDependencyError:
-        return None
-
-
 def _rows(results: Results, defense: str) -> list[dict[str, Any]]:
     """Return the rows of all records of a defense."""
     from learn2perturb.evaluation import Evaluation
@@ -188,7 +178,7 @@ def _rows(results: Results, defense: str) -> list[dict[str, Any]]:
     return [
         {**row, "attack": answer.pair.cell.name.removesuffix(OWN)}
         for answer in results.where({"defense": defense})
-        if isinstance(answer.record, Evaluation)
+        if isinstance(answer.record, Evaluation) and (answer.pair.cell.name != EOT_PGD or answer.pair.run.stochastic)
         for row in summary(answer.record)
     ]
 
@@ -234,6 +224,8 @@ def table_lines(study: Study, views: Sequence[View]) -> list[Line]:
         name = str(run.label("defense"))
         for view in views:
             cells = {cell.column[0].removesuffix(OWN): cell for cell in view.cells if cell.row == (name,)}
+            if not run.stochastic:
+                cells.pop(EOT_PGD, None)
             found = {attack: cell for attack, cell in cells.items() if cell.value is not None}
             if found:
                 lines.append(Line(name, _scored(study, view.name, name), found))

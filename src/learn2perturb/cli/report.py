@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from learn2perturb.cli.options import add_json, print_json
 from learn2perturb.cli.saving import SUCCESS
+from learn2perturb.errors import CheckpointError, ConfigError, Learn2PerturbError
+from learn2perturb.terminal import one_line
 
 DESCRIPTION = (
     "Write one self-contained HTML page: what was claimed, what was found, the verdict, the evidence, how to run it\n"
@@ -18,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
     add = parser.add_argument
     add(
-        "sources", metavar="RUN|RECORD", nargs="+",
-        help="run folders (their settings, metrics and records), or records of evaluate, diagnose and certify",
+        "sources", metavar="STUDY|RUN|RECORD", nargs="+",
+        help="folders that study has written, or names of studies; run folders; records of evaluate, diagnose, certify",
     )  # fmt: skip
     add("--claim", metavar="TEXT", help="what is claimed, such as '51 %% under pgd20' (default: that of the diagnosis)")
     add("--out", metavar="FILE", default="report.html", help="the page (default report.html)")
@@ -30,9 +33,49 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the page; print where it is."""
     from learn2perturb.report import report
 
-    path = report(*arguments.sources, out=arguments.out, claim=arguments.claim)
+    path = report(*map(place_of, arguments.sources), out=arguments.out, claim=arguments.claim)
     if arguments.json:
         print_json({"page": str(path), "bytes": path.stat().st_size})
     else:
         print(f"page: {path}")
     return SUCCESS
+
+
+def page_beside(folder: Path) -> tuple[Path | None, str]:
+    """Write the page of a study into its folder; return where it is, or None, and the line that says so."""
+    from learn2perturb.report import report
+
+    try:
+        path = report(folder, out=folder / "page.html")
+    except Learn2PerturbError as error:
+        return None, f"no page: {one_line(error)}"
+    return path, f"the same as a page: {path}"
+
+
+def place_of(source: str) -> Path:
+    """Return the file or folder that is asked for; the name of a study stands for the folder of its tables.
+
+    Raises:
+        ConfigError: there are tables of several levels, or of none.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    from learn2perturb.cli.study import OUT
+    from learn2perturb.experiments.study_file import shipped
+
+    found = sorted(folder for folder in Path(OUT).glob("*/") if _study_of(folder) == source)
+    if len(found) > 1:
+        raise ConfigError(f"study {source} has several tables; give one: {', '.join(map(str, found))}")
+    if not found and source in shipped():
+        raise ConfigError(f"study {source} has no tables in {OUT} yet; run: learn2perturb study {source}")
+    return found[0] if found else path
+
+
+def _study_of(folder: Path) -> str | None:
+    from learn2perturb.experiments.folder import CONTENTS, StudyFolder
+
+    try:
+        return StudyFolder.load(folder / CONTENTS).name
+    except CheckpointError:
+        return None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learn2perturb.cli.options import add_json, print_json, print_table, typed
+from learn2perturb.cli.report import page_beside
 from learn2perturb.cli.saving import FAILURE, SUCCESS
 from learn2perturb.errors import ConfigError
 from learn2perturb.values import guess
@@ -137,12 +138,14 @@ def folder(study: Study, out: str | None) -> Path:
 def _shown(found: StudyRun, out: Path, arguments: argparse.Namespace) -> int:
     """Write tables and figures; print the tables, and what is missing."""
     from learn2perturb.experiments.rendering import markdown
-    from learn2perturb.experiments.views import build_views, write_views
+    from learn2perturb.experiments.views import build_views
+    from learn2perturb.experiments.writing import write
 
-    paths = write_views(found.results, out)
+    views = build_views(found.results)
+    paths = write(found.results, views, out)
     if found.trials is not None:
         paths.append(found.trials.save(out / "sweep.json"))
-    views = build_views(found.results)
+    page, told = page_beside(out)
     missing = found.results.missing
     if arguments.json:
         from learn2perturb.records import plain
@@ -151,6 +154,7 @@ def _shown(found: StudyRun, out: Path, arguments: argparse.Namespace) -> int:
             {
                 "study": found.results.study.name, "level": found.results.study.level, "folder": str(out),
                 "missing": missing, "failures": dict(found.failures), "views": [plain(view) for view in views],
+                "page": None if page is None else str(page),
             }
         )  # fmt: skip
     else:
@@ -163,6 +167,7 @@ def _shown(found: StudyRun, out: Path, arguments: argparse.Namespace) -> int:
         if missing:
             print(f"{missing} of {len(found.results.answers)} cells are missing; the same command goes on")
         print(f"tables and figures: {out} ({len(paths)} files), records: {arguments.store}")
+        print(told)
     return FAILURE if found.failures else SUCCESS
 
 

@@ -171,4 +171,6 @@ class Ledger:
             found = self.place(pair)
             record = None if found is None else self.store.record(found[1], pair.cell.kind)
             answers.append(Answer(pair, record, None if record is None or found is None else found[1]))
-        return Results(self.study, tuple(answers), self.history)
+        return Results(
+            self.study, tuple(answers), self.history, lambda run: None if run.config is None else self.folder(run)
+        )  # fmt: skip

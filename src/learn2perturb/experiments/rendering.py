@@ -28,10 +28,10 @@ Table = list[list[str]]
 def markdown(view: View) -> str:
     """Return the view in Markdown: the numbers, differences, what agrees with the paper, notes."""
     level = "" if view.level is None else f", level {_md(view.level)}"
-    parts = [f"## {_md(view.title)}", f"View {_md(view.name)} of study {_md(view.study)}{level}. {_legend(view)}"]
+    parts = [f"## {_md(view.title)}", f"View {_md(view.name)} of study {_md(view.study)}{level}. {legend(view)}"]
     parts.append(_markdown_table(table(view)))
     if view.differences:
-        parts += ["### Differences", _difference_legend(view), _markdown_table(difference_table(view))]
+        parts += ["### Differences", difference_legend(view), _markdown_table(difference_table(view))]
     parts += _beside_the_paper(view)
     if view.notes:
         parts.append("\n".join(f"- {_md(note)}" for note in view.notes))
@@ -110,7 +110,8 @@ def _difference_row(view: View, one: ViewDifference, seeds: bool) -> list[str]:
     return [*place, one.baseline, f"{100 * one.difference:+.2f}", _points_of(one.interval), *over, *said]
 
 
-def _difference_legend(view: View) -> str:
+def difference_legend(view: View) -> str:
+    """Say what the differences are."""
     seeds = max(one.seeds for one in view.differences)
     text = (
         "Accuracy less the baseline's, in points, paired over images (and seeds); 95 % intervals over images and "
@@ -122,21 +123,30 @@ def _difference_legend(view: View) -> str:
 
 
 def _beside_the_paper(view: View) -> list[str]:
-    checks, said = view.paper_checks, view.statements
-    if not checks and not said:
+    lines = paper_lines(view)
+    if not lines:
         return []
-    parts = ["### Beside the paper"]
-    if checks:
-        count = {verdict: sum(one.verdict == verdict for one in checks) for verdict in ("agrees", "differs", "suspect")}
-        parts.append(
-            f"{count['agrees']} of {len(checks)} numbers agree, {count['differs']} differ (by more than our interval, "
-            f"that over seeds included, and the paper's deviation); {count['suspect']} of the paper's are suspect and "
-            "not judged."
-        )
-        parts.append("\n".join(f"- {_md(check_text(view, one))}" for one in checks))
-    if said:
-        parts.append("\n".join(f"- The paper: {_md(one.text)} {_md(_held(one.holds, one.points))}" for one in said))
-    return parts
+    summary = paper_summary(view)
+    return ["### Beside the paper", *([summary] if summary else []), "\n".join(f"- {_md(line)}" for line in lines)]
+
+
+def paper_summary(view: View) -> str:
+    """Say how many numbers agree with the paper's; nothing where none are set beside them."""
+    checks = view.paper_checks
+    if not checks:
+        return ""
+    count = {verdict: sum(one.verdict == verdict for one in checks) for verdict in ("agrees", "differs", "suspect")}
+    return (
+        f"{count['agrees']} of {len(checks)} numbers agree, {count['differs']} differ (by more than our interval, "
+        f"that over seeds included, and the paper's deviation); {count['suspect']} of the paper's are suspect and "
+        "not judged."
+    )
+
+
+def paper_lines(view: View) -> list[str]:
+    """Say of each number how it lies beside the paper's, and of each sentence of the paper where it holds here."""
+    said = [f"The paper: {one.text} {_held(one.holds, one.points)}" for one in view.statements]
+    return [*(check_text(view, one) for one in view.paper_checks), *said]
 
 
 def _held(holds: int, points: int) -> str:
@@ -153,7 +163,8 @@ def check_text(view: View, one: PaperCheck) -> str:
     return text
 
 
-def _legend(view: View) -> str:
+def legend(view: View) -> str:
+    """Say what is shown, in a line."""
     unit = f"{view.value.replace('_', ' ')}, {view.unit}" if view.unit else view.value.replace("_", " ")
     seeds = max((cell.wanted for cell in view.cells), default=1)
     text = f"Shown: {unit}"
@@ -195,7 +206,7 @@ def to_latex(view: View) -> str:
     spec = "l" * labels + "r" * (len(rows[0]) - labels)
     lines = [r"% \usepackage{booktabs}", r"\begin{tabular}{" + spec + "}", r"\toprule"]
     lines += [_latex_row(rows[0]), r"\midrule", *map(_latex_row, rows[1:]), r"\bottomrule", r"\end{tabular}"]
-    told = [view.title + ".", _legend(view), *view.notes, *(check_text(view, one) for one in view.paper_checks)]
+    told = [view.title + ".", legend(view), *view.notes, *(check_text(view, one) for one in view.paper_checks)]
     lines += ["", r"\par\footnotesize", *(latex(note) + r"\par" for note in told)]
     return "\n".join(lines) + "\n"
 

@@ -23,11 +23,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Results:
-    """The answers of a study in its order, and the metrics of its trainings, one dictionary an epoch."""
+    """The answers of a study in its order, the metrics of its trainings, one dictionary an epoch, and their folders."""
 
     study: Study
     answers: tuple[Answer, ...]
     history: Callable[[RunPlan], list[dict[str, Any]]] = field(default=lambda run: [])
+    folder: Callable[[RunPlan], Path | None] = field(default=lambda run: None)
 
     def where(self, labels: Mapping[str, Any]) -> Iterator[Answer]:
         """Give the answers whose pair has these labels."""

@@ -39,7 +39,7 @@ def write_views(results: Results, folder: Path) -> list[Path]:
     Raises:
         CheckpointError: a file cannot be written; one that was there is left as it was.
     """
-    return write(results.study, build_views(results), folder)
+    return write(results, build_views(results), folder)
 
 
 def build_view(plan: ViewPlan, results: Results) -> View:

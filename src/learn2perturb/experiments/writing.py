@@ -8,13 +8,16 @@ from pathlib import Path
 
 from learn2perturb import records
 from learn2perturb.errors import ConfigError
+from learn2perturb.experiments.folder import CONTENTS, contents
 from learn2perturb.experiments.plots import figures
 from learn2perturb.experiments.rendering import markdown, to_csv, to_latex
+from learn2perturb.experiments.results import Results
 from learn2perturb.experiments.spec import Study
 from learn2perturb.experiments.view import View
 from learn2perturb.terminal import markdown_row, one_line
 
 INDEX = "README.md"
+_TAKEN = [Path(name).stem for name in (INDEX, CONTENTS, "sweep.json", "page.html")]  # what else lies in the folder
 
 
 def file_name(name: str) -> str:
@@ -22,17 +25,18 @@ def file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "view"
 
 
-def write(study: Study, views: Sequence[View], folder: Path) -> list[Path]:
-    """Write ``views`` into ``folder``; return the files, the page of all first.
+def write(results: Results, views: Sequence[View], folder: Path) -> list[Path]:
+    """Write ``views`` into ``folder``, and where what they rest on is; return the files, the page of all first.
 
     Raises:
         ConfigError: two views would have one file.
         CheckpointError: a file cannot be written.
     """
+    study = results.study
     names = [file_name(view.name) for view in views]
-    doubles = sorted({name for name in names if names.count(name) > 1})
+    doubles = sorted({name for name in names if (names + _TAKEN).count(name) > 1})
     if doubles:
-        raise ConfigError(f"views of study {study.name} would both be {doubles[0]}; give them other names")
+        raise ConfigError(f"views of study {study.name}: {doubles[0]} would be the file of two; give it another name")
     files = []
     for name, view in zip(names, views, strict=True):
         texts: dict[str, bytes | str] = {"md": markdown(view), "csv": to_csv(view), "tex": to_latex(view)}
@@ -41,6 +45,7 @@ def write(study: Study, views: Sequence[View], folder: Path) -> list[Path]:
             records.atomic_write(folder / f"{name}.{kind}", content)
             for kind, content in (texts | figures(view)).items()
         ]
+    files.append(contents(results, [f"{name}.json" for name in names], folder).save(folder / CONTENTS))
     return [records.atomic_write(folder / INDEX, page(study, views)), *files]
 
 

@@ -9,11 +9,17 @@ from learn2perturb.certification import Certification
 from learn2perturb.diagnosis import Diagnosis
 from learn2perturb.diagnosis.record import Curve
 from learn2perturb.evaluation import Evaluation, Row
+from learn2perturb.experiments.view import View, ViewCell
 from learn2perturb.report.sources import Training
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # names the language; nothing is fetched
 Spec = dict[str, Any]
-_AXES = {"draws": "draws averaged in each gradient", "steps": "steps of the attack", "eps": "eps"}
+_AXES = {
+    "draws": "draws averaged in each gradient",
+    "steps": "steps of the attack",
+    "eps": "eps",
+    "eot": "draws averaged in each gradient",
+}
 
 
 def _spec(title: str, told: str, **parts: Any) -> Spec:
@@ -119,6 +125,57 @@ def _lines(title: str, told: str, values: Sequence[Spec], y: str) -> Spec:
         "tooltip": [{"field": "of"}, {"field": "epoch"}, {"field": "value", "format": ".5g"}],
     }
     return _spec(title, told, data={"values": list(values)}, mark={"type": "line", "point": True}, encoding=encoding)
+
+
+def of_view(view: View) -> Spec | None:
+    """Return the lines of a curve or a history with their bands, the paper's beside; None for a table."""
+    values = [value for cell in view.cells for value in _points(view, cell)]
+    if view.kind == "table" or not values:
+        return None
+    scale = _in_255ths(view)
+    axis = _AXES.get(view.x.rpartition(".")[2], view.x.replace("_", " "))
+    x = {
+        "field": "at", "type": "quantitative",
+        "title": axis + (" (255ths of the pixel range)" if scale == 255 else ""),
+    }  # fmt: skip
+    y: Spec = {"type": "quantitative", "title": ", ".join(filter(None, (view.value.replace("_", " "), view.unit)))}
+    y["scale"] = {"domain": [0, 100]} if view.unit == "%" else {"zero": False}
+    of = {"field": "of", "type": "nominal", "title": None}
+    layers = [
+        {
+            "mark": {"type": "area", "opacity": 0.15},
+            "encoding": {"x": x, "y": {"field": "low", **y}, "y2": {"field": "high"}, "fill": {**of, "legend": None}},
+        },
+        {
+            "mark": {"type": "line", "point": True},
+            "encoding": {
+                "x": x, "y": {"field": "value", **y}, "color": of, "strokeDash": of,
+                "tooltip": [{"field": "of"}, *({"field": name, "format": ".4g"} for name in ("at", "value"))],
+            },
+        },
+    ]  # fmt: skip
+    last = {str(value["of"]): value for value in values}
+    told = "; ".join(f"{name} ends at {value['value']:.4g}" for name, value in last.items())
+    return _spec(view.title, told, data={"values": values}, layer=layers)
+
+
+def _in_255ths(view: View) -> int:
+    """Return 255 where the axis is a size of at most 1, as papers show it."""
+    return 255 if view.x.rpartition(".")[2] == "eps" and all((cell.x or 0) <= 1 for cell in view.cells) else 1
+
+
+def _points(view: View, cell: ViewCell) -> list[Spec]:
+    if cell.x is None:
+        return []
+    name = ", ".join(filter(None, (*cell.row, *cell.column))) or view.value
+    at, found = _in_255ths(view) * cell.x, []
+    if cell.value is not None:
+        band = cell.interval
+        ends = {} if band is None else {"low": view.scale * band.low, "high": view.scale * band.high}
+        found.append({"at": at, "value": view.scale * cell.value, "of": name, **ends})
+    if cell.paper is not None:
+        found.append({"at": at, "value": view.scale * cell.paper.mean, "of": f"{name}, paper"})
+    return found
 
 
 def certified(certification: Certification) -> Spec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,45 +12,33 @@ from learn2perturb.diagnosis.claim import Claim
 from learn2perturb.diagnosis.layout import advice, key_figure
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation import Evaluation, Row
-from learn2perturb.report import charts
+from learn2perturb.report import charts, studies
+from learn2perturb.report.section import Chart, Section
 from learn2perturb.report.sources import Material
 
 # What two rows of the table have in common if they are one.
 _SAME = ("model", "attack", "eps", "noise", "predictor", "accuracy", "n", "draws")
+MOST_RUNS = 40  # of which classes and trainings are shown one by one
 MARKS = {"passed": "✓", "failed": "✗", "not shown": "?", "does not apply": "–"}
 
 
 @dataclass(frozen=True)
-class Chart:
-    """A chart with its place on the page."""
-
-    name: str
-    spec: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and what is under it: sentences, rows of a table, charts."""
-
-    title: str
-    sentences: tuple[str, ...] = ()
-    facts: tuple[tuple[str, str], ...] = ()
-    charts: tuple[Chart, ...] = ()
-    checks: tuple[dict[str, Any], ...] = ()
-    commands: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Content:
-    """A page: its first screen, the table of accuracies, and the sections under it."""
+    """A page: its first screen, the views of studies, the table of accuracies, and the sections under it."""
 
     title: str
     claim: str
     verdict: str
     evidence: tuple[str, ...]
     commands: tuple[str, ...]
+    views: tuple[Section, ...]
     rows: tuple[dict[str, Any], ...]
     sections: tuple[Section, ...]
+
+    @property
+    def every(self) -> tuple[Section, ...]:
+        """All sections."""
+        return *self.views, *self.sections
 
 
 def contents(material: Material, claim: str | None) -> Content:
@@ -70,12 +59,14 @@ def contents(material: Material, claim: str | None) -> Content:
     claimed, verdict, evidence = _verdict(material, stated)
     names = sorted({str(record.metadata.get("model", "model")) for record in _records(material)})
     names = names or [training.name for training in material.trainings]
+    of_studies = [one.title if one.level is None else f"{one.title} ({one.level})" for one in material.studies]
     return Content(
-        title=", ".join(names),
+        title=", ".join(of_studies or names or dict.fromkeys(view.title for view in material.views)),
         claim=claimed,
         verdict=verdict,
         evidence=tuple(evidence),
         commands=tuple(_commands(material)),
+        views=tuple(studies.sections(material.views)),
         rows=tuple(rows),
         sections=tuple(_sections(material)),
     )
@@ -129,6 +120,8 @@ def _verdict(material: Material, stated: Claim | None) -> tuple[str, str, list[s
         if stated is not None and found.claim is None:
             head += f" The claim of {100 * stated.accuracy:g} % was not put to the diagnosis: diagnose with --claim."
         return claimed, head, [*rest, *advice(found)]
+    if stated is None and material.views:
+        return "nothing was claimed", *studies.verdict(material.studies, material.views)
     claimed = "nothing was claimed" if stated is None else str(stated)
     lowest = sorted(((_least(one), one) for one in _strongest(material)), key=lambda pair: pair[0].accuracy)
     if not lowest:
@@ -171,7 +164,10 @@ def _commands(material: Material) -> Iterable[str]:
 def _sections(material: Material) -> Iterable[Section]:
     for index, (_, diagnosis) in enumerate(material.diagnoses):
         yield _diagnosed(diagnosis, index)
-    for index, evaluation in enumerate(_strongest(material)):
+    if max(len(list(_strongest(material))), len(material.trainings)) > MOST_RUNS:
+        sentence = f"Classes and trainings are shown of {MOST_RUNS} networks at most; give some of their folders alone."
+        yield Section("Single networks", (sentence,))
+    for index, evaluation in enumerate(itertools.islice(_strongest(material), MOST_RUNS)):
         yield _classes(evaluation, index)
     for index, (_, certification) in enumerate(material.certifications):
         spec = charts.certified(certification)
@@ -179,14 +175,17 @@ def _sections(material: Material) -> Iterable[Section]:
             f"Certificates: {certification.metadata.get('model', 'model')}", (str(certification).splitlines()[0],),
             charts=(Chart(f"certified-{index}", spec),),
         )  # fmt: skip
-    for index, training in enumerate(material.trainings):
+    for index, training in enumerate(material.trainings[:MOST_RUNS]):
         drawn = {"noise": charts.noise_over_epochs(training), "training": charts.training_curves(training)}
         found = tuple(Chart(f"{name}-{index}", spec) for name, spec in drawn.items() if spec is not None)
         settings = tuple(
             (str(key), _short(value)) for key, value in training.config.items() if value not in (None, {}, [])
         )
         yield Section(f"Training: {training.name}", facts=settings, charts=found)
-    yield Section("Where and by what", facts=tuple(_circumstances(_records(material))))
+    lost = [f"{len(material.lost)} records and runs are no longer where a study says: {name}" for name in material.lost]
+    yield Section(
+        "Where and by what", tuple(lost[:1]), tuple(_circumstances(_records(material)))
+    )  # fmt: skip
 
 
 def _diagnosed(diagnosis: Diagnosis, index: int) -> Section:
@@ -261,7 +260,8 @@ def as_data(content: Content) -> dict[str, Any]:
     """Return the numbers of a page, which its script reads and a test compares with the records."""
     return {
         "rows": list(content.rows),
-        "charts": {chart.name: chart.spec for section in content.sections for chart in section.charts},
+        "charts": {chart.name: chart.spec for section in content.every for chart in section.charts},
+        "tables": [[list(row) for row in (one.head, *one.rows)] for view in content.views for one in view.tables],
         "verdict": content.verdict,
         "claim": content.claim,
         "checks": [check for section in content.sections for check in section.checks],

@@ -1,4 +1,4 @@
-"""What a page is made of: records, and run folders with their settings and metrics."""
+"""What a page is made of: records, views of studies, and run folders with their settings and metrics."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from learn2perturb.certification import Certification
 from learn2perturb.diagnosis import Diagnosis
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.evaluation import Evaluation
+from learn2perturb.experiments.folder import CONTENTS, StudyFolder
+from learn2perturb.experiments.view import View
 from learn2perturb.reading import MOST_RECORD, MOST_SETTINGS, parse_json, parse_yaml, read_bytes, reading
 
-_KINDS: dict[str, type[Evaluation | Diagnosis | Certification]] = {
-    kind.FORMAT: kind for kind in (Evaluation, Diagnosis, Certification)
+_KINDS: dict[str, type[Evaluation | Diagnosis | Certification | View]] = {
+    kind.FORMAT: kind for kind in (Evaluation, Diagnosis, Certification, View)
 }
 
 
@@ -36,19 +38,27 @@ class Material:
     Attributes:
         evaluations, diagnoses, certifications: records, each with the path that it was read from.
         trainings: run folders.
+        views: tables and figures of studies, each once.
+        studies: what folders of studies say of themselves.
+        lost: records and run folders that a study was made of, and that are no longer where it says.
     """
 
     evaluations: list[tuple[str, Evaluation]] = field(default_factory=list)
     diagnoses: list[tuple[str, Diagnosis]] = field(default_factory=list)
     certifications: list[tuple[str, Certification]] = field(default_factory=list)
     trainings: list[Training] = field(default_factory=list)
+    views: list[View] = field(default_factory=list)
+    studies: list[StudyFolder] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.evaluations or self.diagnoses or self.certifications or self.trainings)
+        return bool(self.evaluations or self.diagnoses or self.certifications or self.trainings or self.views)
 
 
 def gather(sources: Iterable[str | os.PathLike[str]]) -> Material:
-    """Return what the sources hold: records (JSON), and run folders with every record in their ``evaluation``.
+    """Return what the sources hold: records and views (JSON), run folders with every record in their ``evaluation``.
+
+    Of a folder of a study these are its views, and the records and run folders that it was made of.
 
     Raises:
         ConfigError: there is no such file, or nothing to show.
@@ -56,21 +66,45 @@ def gather(sources: Iterable[str | os.PathLike[str]]) -> Material:
     """
     found = Material()
     for source in map(Path, sources):
-        if source.is_dir():
+        if source.is_dir() and _format(source / CONTENTS) == StudyFolder.FORMAT:
+            _gather_study(source, found)
+        elif source.is_dir():
             _gather_run(source, found)
         elif source.is_file():
             _add(source, _format(source), found)
         else:
             raise ConfigError(
-                f"{str(source)!r} is no run folder and no record; give a folder of `train`, or a .json file"
+                f"{str(source)!r} is no run folder, no study and no record; give a folder of `train` or `study`, "
+                "or a .json file"
             )
     if not found:
-        raise ConfigError("there is nothing to show; give run folders or records of evaluate, diagnose and certify")
+        raise ConfigError(
+            "there is nothing to show; give folders of runs or studies, or records of evaluate, diagnose and certify"
+        )
     return found
 
 
+def _gather_study(folder: Path, found: Material) -> None:
+    """Add the views of a study, and the records and runs that they rest on."""
+    study = StudyFolder.load(folder / CONTENTS)
+    found.studies.append(study)
+    for name in study.views:
+        _add(folder / name, _format(folder / name), found)
+    for name in study.records:
+        path = folder / name
+        if path.is_file():
+            _add(path, _format(path), found)
+        else:
+            found.lost.append(name)
+    for name in study.runs:
+        if (folder / name).is_dir():
+            _gather_run(folder / name, found)
+        else:
+            found.lost.append(name)
+
+
 def _gather_run(folder: Path, found: Material) -> None:
-    """Add a run folder, or a folder of records."""
+    """Add a run folder, or a folder of records and views."""
     settings, metrics = folder / "config.yaml", folder / "metrics.jsonl"
     if settings.is_file():
         with reading(f"{settings} cannot be read", "restore it from a copy", CheckpointError):
@@ -114,12 +148,15 @@ def _add(path: Path, said: str, found: Material) -> None:
     """Add the record at ``path``, which says that its format is ``said``."""
     if said not in _KINDS:
         raise CheckpointError(
-            f"{path} is a {said or 'file of another kind'}, must be a record of evaluate, diagnose or certify"
+            f"{path} is a {said or 'file of another kind'}, must be a record of evaluate, diagnose or certify, or a "
+            "view of a study"
         )
     record = _KINDS[said].load(path)
     if isinstance(record, Evaluation):
         found.evaluations.append((str(path), record))
     elif isinstance(record, Diagnosis):
         found.diagnoses.append((str(path), record))
+    elif isinstance(record, View):
+        found.views.append(record)
     else:
         found.certifications.append((str(path), record))

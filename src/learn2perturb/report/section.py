@@ -1,0 +1,46 @@
+"""A part of a page, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart with its place on the page."""
+
+    name: str
+    spec: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A table as text, with which columns are numbers; ``folded`` where a chart above shows the same."""
+
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numbers: tuple[bool, ...]
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Lines under a small heading."""
+
+    heading: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what is under it: sentences, tables, lists, settings, charts, checks."""
+
+    title: str
+    sentences: tuple[str, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+    charts: tuple[Chart, ...] = ()
+    checks: tuple[dict[str, Any], ...] = ()
+    tables: tuple[Shown, ...] = ()
+    lists: tuple[Listing, ...] = ()
