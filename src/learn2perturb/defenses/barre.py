@@ -27,6 +27,7 @@ from learn2perturb.defenses.ensembles import (
 from learn2perturb.defenses.settings import Settings, number
 from learn2perturb.engine.finite import Members, answers_right
 from learn2perturb.engine.modes import in_mode
+from learn2perturb.engine.rows import mean_of_rows
 from learn2perturb.errors import ConfigError
 
 
@@ -111,7 +112,7 @@ class BARRE(Defense):
         x_adv = ARC(settings.eps, steps=self.arc_steps).craft(model, x, y)
         with in_mode(model, False):
             right = answers_right(Members(choice.members_in(model), choice.probabilities), x_adv, y)
-        errors = 1 - right.to(choice.chances.dtype).mean(dim=1)
+        errors = 1 - mean_of_rows(right.to(choice.chances.dtype))
         trained = choice.chances > 0
         chances = onto_simplex((choice.chances - self.osp_lr / step * errors)[trained])
         choice.chances[trained] = chances

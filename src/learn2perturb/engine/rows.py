@@ -63,6 +63,12 @@ def deviation(values: Tensor) -> Tensor:
     return (share.ranks.sum((values - mean).square().sum()) / (count - 1)).sqrt()
 
 
+def mean_of_rows(values: Tensor) -> Tensor:
+    """Return the mean over the last dimension, which is rows, of the whole batch that they are a part of."""
+    share, own = ranks.current_share(), values.mean(dim=-1)
+    return own if share is None else share.ranks.sum(own * share.weight)
+
+
 # -- draws ------------------------------------------------------------------------------------------------------------
 
 
