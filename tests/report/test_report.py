@@ -127,7 +127,7 @@ def test_a_row_that_several_records_share_is_shown_once(record, tmp_path):
 
 
 def test_what_cannot_be_shown_is_refused_in_a_line(tmp_path, record):
-    with pytest.raises(ConfigError, match="no run folder and no record"):
+    with pytest.raises(ConfigError, match="no run folder, no study and no record"):
         page(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="nothing to show"):
         page(tmp_path)
