@@ -18,6 +18,14 @@ from learn2perturb.terminal import Steady, say, visible
 Progress = Callable[[float, float, str], object]  # done, total, of what
 
 
+def duration(seconds: float) -> str:
+    """Return a time as people say it: ``40 s``, ``3.5 min``, ``2.1 h``, ``4.0 days``."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{max(1, round(seconds))} s"
+
+
 class _Start(NamedTuple):
     """When work was first heard of, and how much of it was done then."""
 

@@ -24,6 +24,7 @@ from learn2perturb.attacks import (
 )
 from learn2perturb.evaluation import evaluate, pace
 from learn2perturb.progress import Reporter
+from tests.problems import Linear
 
 DATA = load_data("digits", "test", limit=20)
 
@@ -121,3 +122,16 @@ def test_plain_lines_are_rare_and_have_an_estimate(capsys, monkeypatch):
         "pgd: 26/200, about 29 min left",
         "pgd: 29/200, about 28 min left",
     ]
+
+
+@pytest.mark.parametrize(("steps", "said"), [(2, False), (500_000, True)])
+def test_how_long_it_takes_is_said_before_it_starts(steps, said, capsys, monkeypatch):
+    """C&W and few pixels at a paper's budget take hours: a user hears of it before the first row."""
+    from learn2perturb.evaluation import rows
+
+    monkeypatch.setattr(rows.RowRun, "add", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    data = torch.rand(12, 1, 2, 2), torch.arange(12) % 2
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Linear((1, 2, 2)), data, {"cw": CW(steps=steps, search_steps=9)}, progress=True)
+    printed = capsys.readouterr().err
+    assert ("a guess from one pass of the network" in printed and "cw" in printed) == said

@@ -12,6 +12,7 @@ import pytest
 
 from learn2perturb.experiments.store import Store
 from learn2perturb.experiments.studying import Placing
+from learn2perturb.records import is_alive
 from tests.experiments.working import ended, run, start, table, training_worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -46,6 +47,25 @@ def test_twenty_kills_at_random_give_the_same_table_and_nothing_twice(whole, tmp
     assert kills >= 15, "the study was done before it could be killed often enough"
     assert found.complete and table(found.results) == expected
     assert set(ended(store).values()) == {1}
+
+
+def test_workers_end_with_their_parent(whole, tmp_path):
+    """Killed alone, it leaves workers behind, which save what they are at and end, idle ones too."""
+    source, expected = whole
+    store = tmp_path / "store"
+    with start(source, store, '{"jobs": 2}') as process:
+        training_worker(store, process)
+        while len({event["process"] for event in Store(store).events()}) < 2:
+            time.sleep(0.05)
+        workers = {event["process"] for event in Store(store).events()}
+        process.kill()
+    for _ in range(600):
+        left = {worker for worker in workers if is_alive(worker)}
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left
+    assert table(run(source, store).results) == expected and set(ended(store).values()) == {1}
 
 
 def test_ray_gives_the_same_table_though_a_worker_is_killed(whole, tmp_path):

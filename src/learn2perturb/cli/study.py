@@ -10,6 +10,7 @@ from learn2perturb.cli.options import add_json, print_json, print_table, typed
 from learn2perturb.cli.report import page_beside
 from learn2perturb.cli.saving import FAILURE, SUCCESS
 from learn2perturb.errors import ConfigError
+from learn2perturb.progress import duration
 from learn2perturb.values import guess
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _print_trials(trials: Trials) -> None:
 
 
 def _plan(study: Study, arguments: argparse.Namespace, where: Placing) -> int:
-    from learn2perturb.experiments.estimates import Estimates, told
+    from learn2perturb.experiments.estimates import Estimates
     from learn2perturb.experiments.ledger import Ledger
     from learn2perturb.experiments.store import Store
 
@@ -211,8 +212,8 @@ def _plan(study: Study, arguments: argparse.Namespace, where: Placing) -> int:
         total += seconds + cells
         rows.append(
             (
-                run.title, state, told(seconds) if seconds else "", f"{len(pairs) - len(absent)} of {len(pairs)}",
-                told(cells) if cells else "",
+                run.title, state, duration(seconds) if seconds else "", f"{len(pairs) - len(absent)} of {len(pairs)}",
+                duration(cells) if cells else "",
             )
         )  # fmt: skip
     room = where.jobs or 1
@@ -228,7 +229,7 @@ def _plan(study: Study, arguments: argparse.Namespace, where: Placing) -> int:
     for note in study.notes:
         print(f"note: {note}")
     each = "" if room == 1 else f" with {room} at a time"
-    print(f"about {told(total / room)} to go{each}, from steps and passes measured on this machine in float32")
+    print(f"about {duration(total / room)} to go{each}, from steps and passes measured on this machine in float32")
     return SUCCESS
 
 

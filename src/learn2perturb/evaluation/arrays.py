@@ -15,7 +15,7 @@ from torch import Tensor
 from learn2perturb.checks import check_count, check_flag
 from learn2perturb.errors import ConfigError, InputError
 from learn2perturb.evaluation.values import Reading
-from learn2perturb.progress import Progress, Reporter
+from learn2perturb.progress import Progress, Reporter, duration
 
 Function = Callable[[NDArray[np.float32]], Any]
 
@@ -140,7 +140,7 @@ def tell_queries(told: Progress, model: object, queries: float) -> None:
     rate = model.queries_per_second if isinstance(model, BlackBox) else None
     text = f"up to about {_rounded(queries):,} queries of the model"
     if rate is not None:
-        text += f", {_duration(queries / rate)} at {rate:g} a second"
+        text += f", {duration(queries / rate)} at {rate:g} a second"
     if isinstance(told, Reporter):
         told.line(text)
     else:
@@ -150,13 +150,6 @@ def tell_queries(told: Progress, model: object, queries: float) -> None:
 def _rounded(queries: float) -> int:
     """Return two digits of a number: it is a guess."""
     return int(float(f"{queries:.1e}"))
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def black_box(

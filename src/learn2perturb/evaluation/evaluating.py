@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
@@ -26,6 +27,7 @@ from learn2perturb.evaluation.arrays import BlackBox, tell_queries
 from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.evaluation.inputs import peculiarities
 from learn2perturb.evaluation.keeping import Unfinished, taken
+from learn2perturb.evaluation.pace import tell_seconds
 from learn2perturb.evaluation.passes import (
     PROBABILITIES,
     Model,
@@ -165,12 +167,18 @@ class _Work:
 
     def _plan(self, x: Tensor) -> None:
         model, seed = self.target.model, self.config.seed
+        start = time.perf_counter()
         self.num_classes = _classes(model, x, seed)
+        one_pass = (time.perf_counter() - start) / len(x)
         self.model = _contained(model, x, seed)
         self.findings = peculiarities(model, x, seed)
         self.runs = _planned(self.model, x, self.table, self.config, self.gear)
         if isinstance(model, BlackBox):
             tell_queries(self.told, model, self.expected * sum(run.queries(len(x)) for run in self.runs))
+        else:
+            tell_seconds(
+                self.told, {run.label: self.expected * run.seconds_each(len(x), one_pass) for run in self.runs}
+            )
         for run in self.runs:
             run.compile_if_long(self.expected * math.prod(x.shape[2:]), rows=len(x))
         self.by_row = isinstance(self.source, MemorySource) and self.model is model and not self.findings

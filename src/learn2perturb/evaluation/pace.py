@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import final
 
 from learn2perturb.attacks import BPDA, SPSA, Attack, Surrogate, Transfer
+from learn2perturb.progress import Progress, Reporter, duration
 
+_LONG = 60.0  # seconds from which on it is said how long the work takes
 _INTERVAL = 0.5  # seconds between two reports
 _ALMOST = 0.99  # an attack that makes more passes than expected stands here until it ends
 # Settings that multiply the passes of an attack, where it has them.
@@ -55,3 +57,13 @@ def guessed_passes(attack: Attack, images: int = 1) -> float:
     sides = 2 if isinstance(attack, SPSA) else 1  # of every difference
     factors = (getattr(attack, name, 1) for name in _FACTORS)
     return float(sides * math.prod(factor for factor in factors if isinstance(factor, int) and factor > 0))
+
+
+def tell_seconds(told: Progress, seconds: Mapping[str, float]) -> None:
+    """Say about how long rows take, from one pass that was timed, where that is more than a minute."""
+    total = sum(seconds.values())
+    if total < _LONG or not isinstance(told, Reporter):
+        return
+    longest = max(seconds, key=lambda label: seconds[label])
+    most = "" if len(seconds) == 1 else f", {longest} alone {duration(seconds[longest])}"
+    told.line(f"about {duration(total)} for {len(seconds)} rows{most}: a guess from one pass of the network")

@@ -102,6 +102,14 @@ class RowRun:
         scorings = self.draws * self.members
         return scorings if self.attack is None else scorings + guessed_passes(self.attack, images)
 
+    def seconds_each(self, images: int, one_pass: float) -> float:
+        """Return about how long an image of the row takes, where a pass of an image takes ``one_pass`` seconds."""
+        if self.attack is None:
+            return self.queries(images) * one_pass
+        # Forward and back: about three forward passes.
+        attacked = guessed_passes(self.attack, images) * (3 if self.attack.needs_gradient else 1)
+        return (self.draws * self.members + attacked) * one_pass
+
     @property
     def label(self) -> str:
         """What progress shows."""

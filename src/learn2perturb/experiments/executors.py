@@ -94,7 +94,8 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
+        # To the main thread: it may wait for work in a read, which a signal that this thread takes does not end.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
 @final

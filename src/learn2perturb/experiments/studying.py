@@ -13,7 +13,7 @@ from typing import Any
 from learn2perturb.checks import check_choice, check_count
 from learn2perturb.errors import ConfigError, Interrupted
 from learn2perturb.experiments import executors
-from learn2perturb.experiments.estimates import Estimates, told
+from learn2perturb.experiments.estimates import Estimates
 from learn2perturb.experiments.executors import LOST, Executor, InProcess, Processes, Ray, Slurm
 from learn2perturb.experiments.ledger import Ledger
 from learn2perturb.experiments.results import Results
@@ -22,7 +22,7 @@ from learn2perturb.experiments.store import Store
 from learn2perturb.experiments.study_file import read_study
 from learn2perturb.experiments.sweeping import Trials, chosen_study, read_sweep, search
 from learn2perturb.experiments.tasks import DONE, FAILED, HELD, STOPPED, TRAIN, Outcome, Task
-from learn2perturb.progress import Reporter
+from learn2perturb.progress import Reporter, duration
 
 STORE = "runs/store"
 _TRIES = 3  # of a task whose process dies
@@ -218,14 +218,14 @@ class _Loop:
         if outcome.state == DONE:
             self.computed += 1
             left = "" if self._left is None else self._left.after(task, outcome.seconds)
-            self.say(f"{task}: done in {told(outcome.seconds)}{left}")
+            self.say(f"{task}: done in {duration(outcome.seconds)}{left}")
         elif outcome.state == HELD:
             self._later[task.key] = time.monotonic() + _PATIENCE
         elif outcome.state == FAILED:
             self.failures[str(task)] = outcome.message
             self.say(f"{task}: failed: {outcome.message}")
         elif outcome.state == STOPPED:
-            self.say(f"{task}: stopped after {told(outcome.seconds)}, and saved")
+            self.say(f"{task}: stopped after {duration(outcome.seconds)}, and saved")
         elif outcome.state == LOST:
             self._tries[task.key] += 1
             if self._tries[task.key] >= _TRIES:
@@ -253,7 +253,7 @@ class _Left:
         self._took += seconds
         ratio = self._took / self._expected if self._expected > 0 else 1.0
         rest = sum(self._guess(item, _title(item)) for item in items) * ratio / self._room
-        return f"; {len(items)} left, about {told(rest)}"
+        return f"; {len(items)} left, about {duration(rest)}"
 
     def _guess(self, item: Any, key: str) -> float:
         if key not in self._guessed:

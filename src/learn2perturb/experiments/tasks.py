@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import signal
 import threading
 import time
@@ -262,7 +261,7 @@ def _ended_by(seconds: float | None) -> Iterator[threading.Event]:
 
     def ring() -> None:
         rung.set()
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     timer = threading.Timer(seconds, ring) if seconds is not None else None
     try:
