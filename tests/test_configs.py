@@ -32,8 +32,8 @@ IDS = [f"{verb}-{item.name}" for verb, item in FIELDS]
 # Settings other than the defaults, as plain values.
 OTHER: dict[str, dict[str, Any]] = {
     "evaluate": {
-        "draws": 3, "predictor": ["single", "vote"], "members": 2, "eps": [0.1, 0.2], "noise_off": False, "seed": 4,
-        "batch_size": 3, "limit": 5, "engine": "auto",
+        "draws": 3, "predictor": ["single", "vote"], "members": 2, "eps": [0.1, 0.2], "noise_off": False,
+        "clean": False, "seed": 4, "batch_size": 3, "limit": 5, "engine": "auto",
     },
     "certify": {
         "n0": 5, "n": 20, "alpha": 0.05, "method": "smoothing", "sigma": 0.25, "eps": 0.1, "limit": 4, "batch_size": 7,

@@ -245,11 +245,6 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "1"):
         "what is equal is None on both sides or on neither",
     ("certification/certifying.py",
-     "classes = checked_logits(model, x[:1]).shape[1]",
-     "1",
-     "2"):
-        "all images have as many classes",
-    ("certification/certifying.py",
      'noise = sigma if method == "smoothing" else None',
      'sigma if method == "smoothing" else None',
      "sigma"):
@@ -269,13 +264,6 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "sign < 0", "(sign) <= (0)"): "where the sign is 0 the result is multiplied by it",
     ("defenses/pixeldp.py", "return 1.0 if share > 0.9 else share", "share > 0.9", "(share) >= (0.9)"):
         "no step has a share of 0.9",
-    ("defenses/rse.py", "return mixed_loss(model, x, y, clock, replace(settings, alpha=1.0, beta=0.0))", "1.0", "2.0"):
-        "with beta 0 the clean loss has no weight",
-    ("defenses/none.py", "return mixed_loss(model, x, y, clock, replace(settings, alpha=1.0, beta=0.0))", "1.0", "2.0"):
-        "with beta 0 the clean loss has no weight",
-    ("defenses/pixeldp.py", "losses = mixed_loss(model, x, y, clock, replace(settings, alpha=1.0, beta=0.0))", "1.0",
-     "2.0"):
-        "with beta 0 the clean loss has no weight",
     ("noise/sensitivity.py",
      "sums = [met[..., i::down, j::across].sum((-2, -1)).max() for i in range(down) for j in range(across)]",
      "-2", "2"): "of four dimensions",

@@ -10,7 +10,6 @@ from learn2perturb.cli.options import add_json, print_json, print_table, typed
 from learn2perturb.cli.report import page_beside
 from learn2perturb.cli.saving import FAILURE, SUCCESS
 from learn2perturb.errors import ConfigError
-from learn2perturb.progress import duration
 from learn2perturb.values import guess
 
 if TYPE_CHECKING:
@@ -189,6 +188,7 @@ def _plan(study: Study, arguments: argparse.Namespace, where: Placing) -> int:
     from learn2perturb.experiments.estimates import Estimates
     from learn2perturb.experiments.ledger import Ledger
     from learn2perturb.experiments.store import Store
+    from learn2perturb.progress import duration
 
     ledger = Ledger(study, Store(arguments.store))
     estimates = Estimates(ledger, arguments.device)
