@@ -296,7 +296,7 @@ def test_threads_of_the_command_are_used_and_given_back(capsys):
     [
         ([], "WHAT"),
         (["stpe"], "did you mean 'step'"),
-        (["step", "--defense", "none"], "allowed: learn2perturb, pgd_at"),
+        (["step", "--defense", "none"], "allowed: pgd_at, learn2perturb"),
         (["step", "--sharing", "both"], "allowed: per_example, per_batch"),
         (["step", "--model", "resnet2"], "did you mean"),
         (["step", "--rounds", "0"], "at least 1"),
