@@ -58,7 +58,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(
 ):
     nothing_can_be_made(monkeypatch, tmp_path)
     monkeypatch.setattr(Attack, "run", lambda *_: pytest.fail("an attack was run"))
-    monkeypatch.setattr("learn2perturb.certification.certifying._votes", lambda *_: pytest.fail("votes were counted"))
+    monkeypatch.setattr("learn2perturb.certification.certifying.votes_of", lambda *_: pytest.fail("votes were counted"))
     assert main([verb, str(trained), *VERBS[verb][0], "--device=cpu", "--out", str(tmp_path / "record.json")]) == 2
     assert "Permission denied; nothing was computed" in capsys.readouterr().err
 

@@ -82,7 +82,9 @@ class Rounded(nn.Module):
         return linear(torch.round(8 * x) / 8)
 
 
-@pytest.mark.parametrize("norm", BALLS)
+@pytest.mark.parametrize(
+    "norm", [pytest.param(norm, marks=[pytest.mark.slow] if norm == "l2" else []) for norm in BALLS]
+)
 def test_masked_gradients_fail_in_every_norm(norm):
     found = diagnose(Rounded().eval(), images(), budget=FEW, norm=norm, eps=EPS[norm], engine="plain")
     assert {one.number for one in found.checks if one.status == "failed"} >= {3, 5}

@@ -78,7 +78,10 @@ def compare(config, *more, count=2, tmp_path, tolerance=1e-10):
     check_alike(trained(config, *more), many, tolerance)
 
 
-@pytest.mark.parametrize("name", list_defenses())
+# BARRE's members train in turn, so that 20 steps of two processes take a minute.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "barre" else name for name in list_defenses()]
+)
 def test_two_processes_train_every_defense_as_one_does(name, tmp_path):
     compare(config(defense=name), tmp_path=tmp_path)
 

@@ -13,7 +13,12 @@ from tests.literature.judged import judged
 from tests.literature.zoo import HONEST, MASKED, RANDOM, ZOO, by_name
 
 # Cheap ones that need no training but that of one network; all of the zoo is slow.
-HANDFUL = ("bit depth, 4 bits", "decoy: linear", "noise with one seed", "undefended")
+HANDFUL = (
+    "bit depth, 4 bits",
+    pytest.param("decoy: linear", marks=pytest.mark.slow),
+    "noise with one seed",
+    "undefended",
+)
 
 
 def test_the_zoo_has_its_size_and_its_kinds():
