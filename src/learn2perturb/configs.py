@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self, TypeVar
 
 from learn2perturb.errors import ConfigError, UnknownNameError
-from learn2perturb.records import plain
 from learn2perturb.values import kinds_of
 
 ENGINES = ("auto", "plain", "fast")
@@ -25,6 +24,8 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain values, as a file gives them back: lists for tuples."""
+        from learn2perturb.records import plain  # with all that writes files, which --help does not wait for
+
         values: dict[str, Any] = plain(self)
         return values
 

@@ -11,11 +11,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from learn2perturb.errors import Learn2PerturbError
+
+if TYPE_CHECKING:
+    import yaml
 
 MOST_SETTINGS = 200_000  # bytes of a YAML file; PyYAML reads about 100 kB a second
 MOST_NODES = 50_000  # values in it, once its aliases are written out
@@ -112,6 +113,8 @@ def parse_yaml(text: str) -> Any:
     Raises:
         Exception: of many types, where it is no such text; call it within :func:`reading`.
     """
+    import yaml  # a sixth of the time of --help, which reads none
+
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
@@ -133,8 +136,8 @@ def _first_line(error: yaml.YAMLError) -> str:
     return f"{getattr(error, 'problem', None) or str(error).splitlines()[0]}{where}"
 
 
-def _size(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """Return how many values a node stands for; each node is counted once, however often it is referred to."""
+def _size(node: Any, known: dict[int, int | None]) -> int:
+    """Return how many values a node of YAML stands for; each node is counted once, however often it is referred to."""
     if id(node) in known:
         size = known[id(node)]
         if size is None:
@@ -142,10 +145,10 @@ def _size(node: yaml.Node, known: dict[int, int | None]) -> int:
         return size
     known[id(node)] = None
     size = 1
-    if isinstance(node, yaml.SequenceNode):
+    if node.id == "sequence":
         size += sum(_size(item, known) for item in node.value)
-    elif isinstance(node, yaml.MappingNode):
-        _without_doubles([(f"{key.value}", None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+    elif node.id == "mapping":
+        _without_doubles([(f"{key.value}", None) for key, _ in node.value if key.id == "scalar"])
         size += sum(_size(key, known) + _size(value, known) for key, value in node.value)
     known[id(node)] = size
     return size

@@ -6,12 +6,14 @@ import argparse
 import dataclasses
 import fnmatch
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from learn2perturb.cli.options import add_json, field_help, print_json
-from learn2perturb.diagnosis.checks import CHECKS, CheckSpec
 from learn2perturb.errors import UnknownNameError
 from learn2perturb.registry import ATTACKS, DATASETS, DEFENSES, MODELS, NOISES, Entry, Registry
+
+if TYPE_CHECKING:
+    from learn2perturb.diagnosis.checks import CheckSpec
 
 DESCRIPTION = (
     "Show what can be named: networks, attacks, defenses, noise laws, data sets, recipes, checks of a diagnosis;\n"
@@ -62,6 +64,8 @@ def _rows(kind: str, pattern: str) -> list[dict[str, Any]]:
             if fnmatch.fnmatch(name, pattern)
         ]
     if kind == "checks":
+        from learn2perturb.diagnosis.checks import CHECKS
+
         return [_check_row(check) for check in CHECKS.values() if fnmatch.fnmatch(check.name, pattern)]
     rows = []
     for name in KINDS[kind].names(pattern):

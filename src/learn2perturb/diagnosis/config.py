@@ -11,7 +11,6 @@ from learn2perturb.configs import ENGINES, Config
 from learn2perturb.diagnosis.budget import Budget, budget_from, budget_of
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation.config import check_seed
-from learn2perturb.records import plain
 
 if TYPE_CHECKING:
     from learn2perturb.diagnosis.claim import Claim
@@ -77,5 +76,4 @@ class DiagnoseConfig(Config):
         """Return the config as plain values."""
         claim = self.claim
         said = claim if claim is None or isinstance(claim, str | float | int) else str(claim)
-        values: dict[str, Any] = plain(replace(self, claim=said))
-        return values
+        return super(DiagnoseConfig, replace(self, claim=said)).to_dict()

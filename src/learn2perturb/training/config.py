@@ -9,8 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from learn2perturb.checks import check_choice, check_count, fitting_step, fraction
 from learn2perturb.configs import ENGINES, Config
 from learn2perturb.defenses.settings import OpenSettings
@@ -135,6 +133,8 @@ def _recipe_text(name: str) -> str:
 
 @lru_cache  # a study resolves hundreds of configs
 def _parsed(text: str) -> dict[str, Any]:
+    import yaml  # not before a recipe is read: --help waits for none
+
     recipe: dict[str, Any] = yaml.safe_load(text)
     return recipe
 
