@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from learn2perturb.lazy import lazily
 
 if TYPE_CHECKING:
     from learn2perturb.certification.certifying import certify
@@ -13,16 +15,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Certification", "CertifyConfig", "RiskGap", "certify", "risk_gap"]
 
-# Imported when first asked for: a record is read without importing torch.
-_LAZY = {
-    "Certification": "record", "CertifyConfig": "config", "RiskGap": "gap", "certify": "certifying",
-    "risk_gap": "renyi",
-}  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+__getattr__ = lazily(
+    __name__,
+    {
+        "Certification": "record",
+        "CertifyConfig": "config",
+        "RiskGap": "gap",
+        "certify": "certifying",
+        "risk_gap": "renyi",
+    },
+)

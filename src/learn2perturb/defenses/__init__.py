@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from learn2perturb.defenses.settings import Settings
+from learn2perturb.lazy import lazily
 
 if TYPE_CHECKING:
     from learn2perturb.defenses.base import (
@@ -44,13 +45,4 @@ __all__ = [
     "training_adversary",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # Lazy: ``settings`` is read by the command line, which does not wait for torch.
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from learn2perturb.defenses import base
-
-    value = getattr(base, name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, dict.fromkeys(__all__, "base"))

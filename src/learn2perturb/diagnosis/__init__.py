@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from learn2perturb.lazy import lazily
 
 if TYPE_CHECKING:
     from learn2perturb.diagnosis.blackbox import SOURCES
@@ -38,25 +40,17 @@ __all__ = [
     "register_check",
 ]
 
-# Imported when first asked for: a record is read without importing torch, settings are known without numpy.
-_LAZY = {
-    **dict.fromkeys(("BUDGETS", "FULL", "QUICK", "Budget"), "budget"),
-    **dict.fromkeys(("Check", "Curve", "Diagnosis", "Judged", "Measurement", "Point"), "record"),
-    **dict.fromkeys(("DiagnosisComparison", "compare_diagnoses"), "comparing"),
-    **dict.fromkeys(("CHECKS", "CheckSpec", "register_check"), "checks"),
-    "SOURCES": "blackbox",
-    "Claim": "claim",
-    "DiagnoseConfig": "config",
-    "Trial": "trial",
-    "diagnose": "diagnosing",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(
+    __name__,
+    {
+        **dict.fromkeys(("BUDGETS", "FULL", "QUICK", "Budget"), "budget"),
+        **dict.fromkeys(("Check", "Curve", "Diagnosis", "Judged", "Measurement", "Point"), "record"),
+        **dict.fromkeys(("DiagnosisComparison", "compare_diagnoses"), "comparing"),
+        **dict.fromkeys(("CHECKS", "CheckSpec", "register_check"), "checks"),
+        "SOURCES": "blackbox",
+        "Claim": "claim",
+        "DiagnoseConfig": "config",
+        "Trial": "trial",
+        "diagnose": "diagnosing",
+    },
+)

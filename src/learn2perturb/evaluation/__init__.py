@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from learn2perturb.lazy import lazily
 
 if TYPE_CHECKING:
     from learn2perturb.evaluation.arrays import black_box
@@ -36,29 +38,20 @@ __all__ = [
     "wilson",
 ]
 
-
-# Imported when first asked for: a record is read without importing torch, defaults are known without numpy.
-_LAZY = {
-    **dict.fromkeys(("Estimate", "Interval", "bootstrap_mean", "paired_bootstrap", "wilson"), "intervals"),
-    **dict.fromkeys(("Evaluation", "PooledScore", "Row"), "result"),
-    "PREDICTORS": "config",
-    "EvaluateConfig": "config",
-    "Predictor": "predictors",
-    "Unfinished": "keeping",
-    "black_box": "arrays",
-    "evaluate": "evaluating",
-    "exact_accuracy": "exact",
-    "Comparison": "comparing",
-    "Difference": "comparing",
-    "compare": "comparing",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(
+    __name__,
+    {
+        **dict.fromkeys(("Estimate", "Interval", "bootstrap_mean", "paired_bootstrap", "wilson"), "intervals"),
+        **dict.fromkeys(("Evaluation", "PooledScore", "Row"), "result"),
+        "PREDICTORS": "config",
+        "EvaluateConfig": "config",
+        "Predictor": "predictors",
+        "Unfinished": "keeping",
+        "black_box": "arrays",
+        "evaluate": "evaluating",
+        "exact_accuracy": "exact",
+        "Comparison": "comparing",
+        "Difference": "comparing",
+        "compare": "comparing",
+    },
+)

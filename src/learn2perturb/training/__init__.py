@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from learn2perturb.lazy import lazily
 from learn2perturb.training.config import RECIPES, TrainConfig, load_recipe, read_config
 
 if TYPE_CHECKING:
@@ -20,15 +21,4 @@ __all__ = [
     "train",
 ]
 
-# What needs torch is imported when it is first asked for: the command line reads a config without it.
-_LAZY = {"Run": "loop", "read_metrics": "metrics", "train": "loop"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, {"Run": "loop", "read_metrics": "metrics", "train": "loop"})
