@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from learn2perturb.attacks import Attack, build_attack
@@ -29,3 +29,22 @@ def build_attacks(specs: Mapping[str, tuple[str, dict[str, Any]]], eps: float = 
         except ConfigError as error:
             raise ConfigError(f"attack {row!r}: {error}") from None
     return attacks
+
+
+def attacks_of_size(
+    specs: Mapping[str, tuple[str, dict[str, Any]]], own: float, *, asked: Sequence[float] = ()
+) -> dict[str, Attack]:
+    """Return row name -> attack of the size ``own`` where it brings none.
+
+    With ``asked``, sizes that whoever runs the attacks gives them, steps are judged by the largest and no size is set.
+
+    Raises:
+        ConfigError: a setting is unknown or not allowed.
+    """
+    attacks = build_attacks(specs, max(asked, default=own))
+    if asked:
+        return attacks
+    return {
+        name: attack if "eps" in specs[name][1] or not attack.sized else attack.resized(own)
+        for name, attack in attacks.items()
+    }

@@ -12,7 +12,6 @@ from learn2perturb.cli.options import add_config, add_json, config_of, print_jso
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.sources import FOLDER, sources_on_data
 from learn2perturb.cli.subject import (
-    OWN_EPS,
     Subject,
     add_subject,
     check_subject,
@@ -23,6 +22,7 @@ from learn2perturb.cli.subject import (
 from learn2perturb.diagnosis.config import DiagnoseConfig
 from learn2perturb.errors import ConfigError
 from learn2perturb.runs.factories import is_factory, made_by
+from learn2perturb.sizes import LINF_EPS
 from learn2perturb.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.train_sources:
         if is_factory(arguments.run):
             other = "l2" in (arguments.norm, claim and claim.norm)  # training is in l_inf
-            size = OWN_EPS if eps is None or other else eps
+            size = LINF_EPS if eps is None or other else eps
             sources |= sources_on_data(
                 arguments.dataset, arguments.data_dir, size, sources, folder=arguments.sources_dir, device=device
             )
@@ -149,8 +149,9 @@ def _origin(arguments: argparse.Namespace) -> dict[str, Any]:
         "--eps": arguments.eps, "--norm": arguments.norm, "--noise-off": arguments.noise_off, "--bpda": arguments.bpda,
         "--limit": arguments.limit, "--seed": arguments.seed, "--batch-size": arguments.batch_size,
         "--queries-per-second": arguments.queries_per_second, "--sources-dir": arguments.sources_dir,
+        "--engine": arguments.engine,
     }  # fmt: skip
-    left_out = {"--batch-size": DiagnoseConfig.batch_size}
+    left_out = {"--batch-size": DiagnoseConfig.batch_size, "--engine": DiagnoseConfig.engine}
     words = ["learn2perturb", "diagnose", arguments.run, "--full" if arguments.budget == "full" else "--quick"]
     words += ["--split", arguments.split] if arguments.split != "test" else []
     for name, value in given.items():

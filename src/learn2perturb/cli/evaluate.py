@@ -16,7 +16,6 @@ from learn2perturb.cli.subject import (
     add_images,
     fitting_images,
     new_record,
-    own_eps,
     read_run,
     records_of,
     save_record,
@@ -25,6 +24,7 @@ from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.presets import AVERAGES, DEFAULT_ATTACKS, EOT_DRAWS, PRESETS, parse_attack, preset
 from learn2perturb.registry import ATTACKS, DATASETS
+from learn2perturb.runs.trained import own_eps, own_predictor
 
 if TYPE_CHECKING:
     from learn2perturb.attacks import Attack
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dataset is not None:
         DATASETS.entry(arguments.dataset)
 
-    from learn2perturb.attacks.spec import build_attacks
+    from learn2perturb.attacks.spec import attacks_of_size
     from learn2perturb.engine.devices import choose_device
     from learn2perturb.evaluation import Unfinished, evaluate
     from learn2perturb.records import check_writable
@@ -93,15 +93,9 @@ def run(arguments: argparse.Namespace) -> int:
     header, trained = read_run(arguments.run)
     out = record_path(arguments)
     sizes = sizes_of(asked)
-    attacks = build_attacks(specs, max(sizes) if sizes else own_eps(trained))
+    attacks = attacks_of_size(specs, own_eps(trained), asked=sizes)
     model = load(arguments.run).to(device)
     data = fitting_images(arguments, header, trained)
-    if not sizes:
-        own = own_eps(trained)
-        attacks = {
-            name: attack if "eps" in specs[name][1] or not attack.sized else attack.resized(own)
-            for name, attack in attacks.items()
-        }
     attacks, notes = without_doubles(model, attacks)
     notes += short_attacks(attacks, sizes)
     if arguments.bpda is not None:
@@ -175,7 +169,7 @@ def with_predictors(
     config: EvaluateConfig, arguments: argparse.Namespace, header: Mapping[str, Any]
 ) -> tuple[EvaluateConfig, list[str]]:
     """Return the config with predictor and passes, and what to tell: by default as the defense of the run predicts."""
-    own, passes = header.get("predictor") or "single", header.get("members")
+    own, passes = own_predictor(header)
     if arguments.members is None and passes:
         config = replace(config, members=passes)
     if arguments.predictor is not None or own == "single":

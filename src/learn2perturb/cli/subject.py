@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learn2perturb.checks import fraction
-from learn2perturb.errors import CheckpointError, ConfigError, DataError
+from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.reading import starts_with
 from learn2perturb.registry import DATASETS
 from learn2perturb.runs.factories import is_factory, made_by
+from learn2perturb.runs.trained import check_images, images_of, own_eps, settings_of
 from learn2perturb.sizes import LINF_EPS
 
 if TYPE_CHECKING:
@@ -27,12 +28,7 @@ if TYPE_CHECKING:
     from learn2perturb.records import Saved
 
 SPLITS = ("test", "train", "validation")
-OWN_EPS = LINF_EPS
 _LONGEST_NAME = 80  # characters of a file's name that are the network's
-# settings of a run that other verbs use -> their types
-_USED: dict[str, Any] = {
-    "eps": (int, float), "dataset": str, "data_dir": str, "validation": (int, float), "seed": int
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,14 +104,14 @@ def load_subject(arguments: argparse.Namespace) -> Subject:
 
     device = choose_device(arguments.device)
     if is_factory(arguments.run):
-        data = images(arguments, {})
+        data = _images(arguments, {})
         if getattr(arguments, "black_box", False):
             model = _black_box(arguments.run, arguments.queries_per_second, data.num_classes)
         else:
             model = made_by(arguments.run)
         if hasattr(model, "to"):
             model = model.to(device)
-        return Subject(arguments.run, model, data, OWN_EPS, {}, Path("evaluation"))
+        return Subject(arguments.run, model, data, LINF_EPS, {}, Path("evaluation"))
     header, config = read_run(arguments.run)
     model = load(arguments.run).to(device)
     data = fitting_images(arguments, header, config)
@@ -126,23 +122,13 @@ def read_run(run: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the header of a trained network, and the settings in it with the data set it was trained on.
 
     Raises:
-        CheckpointError: there is no such run.
+        CheckpointError: there is no such run, or it is damaged.
     """
     from learn2perturb.runs.checkpoint import read_model
     from learn2perturb.runs.loading import locate
 
     header = read_model(locate(run))[1]
-    config: dict[str, Any] = {**(header.get("config") or {})}
-    config["dataset"] = header.get("dataset", config.get("dataset"))
-    for key, kind in _USED.items():
-        if not (config.get(key) is None or isinstance(config[key], kind)):
-            raise CheckpointError(f"{run} is damaged: its setting {key} is {config[key]!r}; use another checkpoint")
-    return header, config
-
-
-def own_eps(config: Mapping[str, Any]) -> float:
-    """Return the size that a network was trained for, 8/255 where its settings do not say."""
-    return float(config.get("eps") or OWN_EPS)
+    return header, settings_of(header, run)
 
 
 def records_of(run: str) -> Path:
@@ -155,21 +141,17 @@ def fitting_images(arguments: argparse.Namespace, header: Mapping[str, Any], con
 
     Raises:
         ConfigError: no data set is known, or no validation images were held out.
-        DataError: they have another shape than the network was trained on.
+        DataError: they have another shape or other classes than the network was trained on.
     """
-    from learn2perturb.data import class_difference
-
-    data, shape = images(arguments, config), header.get("input_shape")
-    if shape and tuple(shape) != tuple(data.input_shape):
-        raise DataError(
-            f"{arguments.run} was trained on images {tuple(shape)} and {data.name} has {tuple(data.input_shape)}; give "
-            f"--dataset {config.get('dataset', 'NAME')}"
-        )
-    trained = header.get("classes")
-    differ = class_difference(trained, data.classes) if isinstance(trained, list) else None
-    if differ is not None:
-        raise DataError(f"{arguments.run} was trained on other classes than {data.name}: {differ}; give its own images")
+    data = _images(arguments, config)
+    check_images(data, header, arguments.run)
     return data
+
+
+def _images(arguments: argparse.Namespace, settings: Mapping[str, Any]) -> ImageData:
+    return images_of(
+        settings, arguments.run, dataset=arguments.dataset, root=arguments.data_dir, split=arguments.split
+    )  # fmt: skip
 
 
 def _black_box(factory: str, rate: str | None, num_classes: int) -> Any:
@@ -178,26 +160,6 @@ def _black_box(factory: str, rate: str | None, num_classes: int) -> Any:
 
     per_second = None if rate is None else fraction(rate)
     return black_box(made_by(factory, itself=True), num_classes=num_classes, queries_per_second=per_second)
-
-
-def images(arguments: argparse.Namespace, config: Mapping[str, Any]) -> ImageData:
-    """Load the images that are asked for, by default those of the run.
-
-    Raises:
-        ConfigError: no data set is known, or no validation images were held out.
-    """
-    from learn2perturb.data import load_data
-
-    name = arguments.dataset or config.get("dataset")
-    if not name:
-        raise ConfigError(f"{arguments.run} was trained on data that have no name here; give --dataset NAME")
-    root = arguments.data_dir or config.get("data_dir")
-    if arguments.split != "validation":
-        return load_data(name, arguments.split, root=root)
-    share = config.get("validation")
-    if not share:
-        raise ConfigError(f"{arguments.run} held out no validation images; use --split test")
-    return load_data(name, "train", root=root).split(share, config.get("seed", 0))[1]
 
 
 def is_record(path: Path, kind: str) -> bool:
