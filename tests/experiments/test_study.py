@@ -260,3 +260,18 @@ def test_a_worker_that_is_killed_costs_nothing(tiny, tmp_path):
     found = run(tiny, tmp_path / "store")
     assert found.computed == 0 and found.complete and table(found.results) == table(alone.results)
     assert set(ended(tmp_path / "store").values()) == {1}
+
+
+@pytest.mark.parametrize("kind", ["train", "cell"])
+def test_a_worker_that_reads_other_data_does_not_answer_for_them(one, tmp_path, monkeypatch, kind):
+    """As on a node whose data_dir holds other images: what comes of it must not stand under the study's address."""
+    run(one, tmp_path)
+    whole = build_study("tiny", one)
+    ledger = Ledger(whole, Store(tmp_path))
+    (trained,) = whole.runs
+    task = ledger.training(trained) if kind == "train" else ledger.task(next(iter(whole.all_pairs())))
+    task.path.unlink() if kind == "cell" else (task.path / MODEL).unlink()
+    monkeypatch.setattr(tasks, "data_address", lambda *of: "other")
+    outcome = tasks.perform(tmp_path, task)
+    assert outcome.state == tasks.FAILED and "compare data_dir" in outcome.message
+    assert not (task.path.exists() if kind == "cell" else (task.path / MODEL).exists())

@@ -21,6 +21,7 @@ from learn2perturb.experiments.tasks import (
     training_address,
     weights_at,
 )
+from learn2perturb.records import Saved
 from learn2perturb.training.metrics import read_metrics
 
 
@@ -42,7 +43,7 @@ class Ledger:
     _keys: dict[str, str] = field(default_factory=dict)
     _networks: dict[str, Network] = field(default_factory=dict)
     _places: dict[tuple[str, str, str], tuple[str, Path]] = field(default_factory=dict)
-    _there: set[Path] = field(default_factory=set)
+    _records: dict[Path, Saved] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # What can be refused is refused before any work.
@@ -112,13 +113,20 @@ class Ledger:
 
     def is_there(self, pair: Pair) -> bool:
         """Tell whether the record of a pair is there, whole."""
+        return self.record(pair) is not None
+
+    def record(self, pair: Pair) -> Saved | None:
+        """Return the record of a pair, read once; None while it is not there, whole."""
         found = self.place(pair)
         if found is None:
-            return False
+            return None
         path = found[1]
-        if path not in self._there and self.store.record(path, pair.cell.kind) is not None:
-            self._there.add(path)
-        return path in self._there
+        if path not in self._records:
+            record = self.store.record(path, pair.cell.kind)
+            if record is None:
+                return None
+            self._records[path] = record
+        return self._records[path]
 
     def task(self, pair: Pair) -> Task | None:
         """Return the task that computes a record; None while a network that it needs is not trained."""
@@ -168,8 +176,7 @@ class Ledger:
         """Return what is there."""
         answers = []
         for pair in self.study.all_pairs():
-            found = self.place(pair)
-            record = None if found is None else self.store.record(found[1], pair.cell.kind)
+            record, found = self.record(pair), self.place(pair)
             answers.append(Answer(pair, record, None if record is None or found is None else found[1]))
         return Results(
             self.study, tuple(answers), self.history, lambda run: None if run.config is None else self.folder(run)

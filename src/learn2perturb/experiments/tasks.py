@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -17,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from learn2perturb.attacks import Attack, Source, Transfer
-from learn2perturb.attacks.spec import build_attacks
+from learn2perturb.attacks.spec import attacks_of_size
 from learn2perturb.certification import certify
 from learn2perturb.data import ImageData, load_data
 from learn2perturb.diagnosis import diagnose
@@ -34,7 +35,7 @@ from learn2perturb.records import Saved, plain
 from learn2perturb.runs.checkpoint import MODEL, checkpoints, read_model
 from learn2perturb.runs.factories import is_factory, made_by
 from learn2perturb.runs.loading import load, locate
-from learn2perturb.sizes import LINF_EPS
+from learn2perturb.runs.trained import check_images, images_of, own_eps, own_predictor, settings_of
 from learn2perturb.training.loop import train
 from learn2perturb.training.metrics import read_metrics
 
@@ -120,7 +121,7 @@ def cell_address(pair: Pair, header: Mapping[str, Any], weights: str, sources: M
     """Return the address of a record: of weights, images, attack and scoring, whatever a study calls them."""
     dataset, data_dir, download = _data_of(pair, header)
     split = "test" if pair.cell.scoring.split == "test" else "train"
-    settings = config_of(header)
+    settings = settings_of(header, pair.run.title)
     scoring = effective(pair, header)
     held_out = (settings.get("validation"), settings.get("seed")) if scoring.split == "validation" else None
     attack = attack_of(pair, header)
@@ -139,15 +140,9 @@ def cell_address(pair: Pair, header: Mapping[str, Any], weights: str, sources: M
     )
 
 
-def config_of(header: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the settings that a network was trained with, as its file says."""
-    config = header.get("config")
-    return config if isinstance(config, dict) else {}
-
-
 def eps_of(pair: Pair, header: Mapping[str, Any]) -> float:
     """Return the size of the attack: the cell's, else what the network was trained for, else 8/255."""
-    return float(pair.cell.eps or config_of(header).get("eps") or LINF_EPS)
+    return float(pair.cell.eps or own_eps(settings_of(header, pair.run.title)))
 
 
 def is_random(pair: Pair, header: Mapping[str, Any]) -> bool:
@@ -161,10 +156,11 @@ def effective(pair: Pair, header: Mapping[str, Any]) -> Scoring:
     scoring = pair.cell.scoring
     if not is_random(pair, header) or pair.cell.released is not None:
         return replace(scoring, draws=1, predictor="single", members=None, noise_off=False)
-    predictor = (header.get("predictor") or "single") if scoring.predictor == OWN else scoring.predictor
+    own, passes = own_predictor(header)
+    predictor = own if scoring.predictor == OWN else scoring.predictor
     members = None
     if predictor != "single":
-        members = scoring.members or header.get("members") or EvaluateConfig.members
+        members = scoring.members or passes or EvaluateConfig.members
     return replace(scoring, predictor=predictor, members=members)
 
 
@@ -174,8 +170,8 @@ def attack_of(pair: Pair, header: Mapping[str, Any]) -> Attack | None:
         return None
     name, settings = pair.cell.attack
     size = eps_of(pair, header)
-    (attack,) = build_attacks({pair.cell.name: (name, dict(settings))}, size).values()
-    if attack.sized and ("eps" not in settings or pair.cell.eps is not None):
+    (attack,) = attacks_of_size({pair.cell.name: (name, dict(settings))}, size).values()
+    if attack.sized and pair.cell.eps is not None:
         attack = attack.resized(size)
     random = is_random(pair, header) if not pair.sources else True
     return replace(attack, eot=1) if attack.eot > 1 and (not random or pair.cell.source == TWIN) else attack
@@ -195,11 +191,11 @@ def _data_of(pair: Pair, header: Mapping[str, Any]) -> tuple[str, str | None, bo
     run = pair.run
     if run.config is not None:
         return run.config.dataset, run.config.data_dir, run.config.download
-    config = config_of(header)
-    name = run.facts.get("dataset") or header.get("dataset") or config.get("dataset")
+    settings = settings_of(header, run.title)
+    name = run.facts.get("dataset") or settings["dataset"]
     if not name:
         raise ConfigError(f"run {run.title}: {run.weights} does not say of which data it is; add dataset: NAME")
-    return str(name), run.facts.get("data_dir") or config.get("data_dir"), False
+    return str(name), run.facts.get("data_dir") or settings.get("data_dir"), False
 
 
 # --- doing it
@@ -278,6 +274,7 @@ def _ended_by(seconds: float | None) -> Iterator[threading.Event]:
 def _train(store: Store, task: Task, device: str, progress: bool) -> None:
     config = task.run.config
     assert config is not None
+    _check_key(task, training_address(task.run))
     train(replace(config, device=device), out=task.path, progress=progress)
     newest = checkpoints(task.path)[-1] / MODEL
     state, header = read_model(newest)
@@ -302,34 +299,57 @@ def _compute(store: Store, task: Task, device: str, progress: bool) -> None:
     assert pair is not None
     place = choose_device(device)
     where = task.places[pair.run.title]
-    _, header = weights_at(where)
-    model = network_at(where).to(place)
-    data = _images(pair, header, model)
-    record = _RECORDS[pair.cell.kind](pair, header, model, data, task, place, progress)
-    record.save(task.path)
+    weights, header = weights_at(where)
+    sources = {label: weights_at(task.places[run.title])[0] for label, run in pair.sources.items()}
+    _check_key(task, cell_address(pair, header, weights, sources))
+    work = _Work(task, pair, header, network_at(where).to(place), _images(pair, header), place, progress)
+    _RECORDS[pair.cell.kind](work).save(task.path)
 
 
-def _images(pair: Pair, header: Mapping[str, Any], model: nn.Module) -> ImageData:
+def _check_key(task: Task, found: str) -> None:
+    """Refuse work whose result would stand under the address of another: other images, weights or package here.
+
+    Raises:
+        DataError: what this process reads is not what the study was laid out with.
+    """
+    if found != task.key:
+        raise DataError(
+            f"{task}: the images, weights or version of learn2perturb that this process ({socket.gethostname()}) reads "
+            f"are not those of the study: they give {found}, and the study has {task.key}; compare data_dir and the "
+            "installed package on both machines"
+        )
+
+
+def _images(pair: Pair, header: Mapping[str, Any]) -> ImageData:
     name, root, download = _data_of(pair, header)
-    split = pair.cell.scoring.split
-    data = load_data(name, "train" if split == "validation" else split, root=root, download=download)
-    shape = header.get("input_shape")
-    if shape and tuple(shape) != tuple(data.input_shape):
-        raise DataError(f"{pair.run.title} takes images {tuple(shape)}, and {name} has {tuple(data.input_shape)}")
-    if split != "validation":
-        return data
-    config = config_of(header)
-    share = config.get("validation")
-    if not share:
-        raise ConfigError(f"{pair.run.title} held out no validation images; set train: {{validation: 0.1}}")
-    return data.split(float(share), int(config.get("seed", 0)))[1]
+    data = images_of(
+        settings_of(header, pair.run.title), pair.run.title, dataset=name, root=root, split=pair.cell.scoring.split,
+        download=download,
+    )  # fmt: skip
+    check_images(data, header, pair.run.title)
+    return data
 
 
-def _accuracy(
-    pair: Pair, header: Mapping[str, Any], model: nn.Module, data: ImageData, task: Task, place: Any, progress: bool
-) -> Saved:
-    cell, scoring = pair.cell, effective(pair, header)
-    attack = attack_of(pair, header)
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """A cell with all that its record is computed from."""
+
+    task: Task
+    pair: Pair
+    header: Mapping[str, Any]
+    model: nn.Module
+    data: ImageData
+    place: Any
+    progress: bool
+
+    def network(self, run: RunPlan) -> nn.Module:
+        return network_at(self.task.places[run.title]).to(self.place)
+
+
+def _accuracy(work: _Work) -> Saved:
+    pair, model = work.pair, work.model
+    cell, scoring = pair.cell, effective(pair, work.header)
+    attack = attack_of(pair, work.header)
     name = row_name(attack)
     target: Any = model
     batch_size = scoring.batch_size
@@ -341,40 +361,37 @@ def _accuracy(
         source = Source(NoiseFree(model), "its noise-off twin")
     elif pair.sources:
         ((_, other),) = pair.sources.items()
-        source = Source(network_at(task.places[other.title]).to(place), other.title)
+        source = Source(work.network(other), other.title)
     if attack is not None and source is not None:
         attack = Transfer(attack=attack, source=source)
         name = f"{name} from {source.name}"
-    with warnings.catch_warnings(), Unfinished(task.path.parent) as keep:
+    with warnings.catch_warnings(), Unfinished(work.task.path.parent) as keep:
         if cell.released is not None:  # that its answers depend on the batch is what this cell is there to show
             warnings.filterwarnings("ignore", message=".*depends on the other images of its batch")
         return evaluate(
-            target, data, {} if attack is None else {name: attack}, draws=scoring.draws, predictor=scoring.predictor,
-            members=scoring.members or EvaluateConfig.members, clean=attack is None,
+            target, work.data, {} if attack is None else {name: attack}, draws=scoring.draws,
+            predictor=scoring.predictor, members=scoring.members or EvaluateConfig.members, clean=attack is None,
             noise_off=scoring.noise_off and is_stochastic(model),
-            seed=scoring.seed, batch_size=batch_size, limit=scoring.limit, device=place, engine=scoring.engine,
-            name=pair.run.title, progress=progress, keep=keep,
+            seed=scoring.seed, batch_size=batch_size, limit=scoring.limit, device=work.place, engine=scoring.engine,
+            name=pair.run.title, progress=work.progress, keep=keep,
         )  # fmt: skip
 
 
-def _certificate(
-    pair: Pair, header: Mapping[str, Any], model: nn.Module, data: ImageData, task: Task, place: Any, progress: bool
-) -> Saved:
-    scoring = pair.cell.scoring
+def _certificate(work: _Work) -> Saved:
+    pair, scoring = work.pair, work.pair.cell.scoring
     return certify(
-        model, data, **{"eps": eps_of(pair, header), **pair.cell.settings}, limit=scoring.limit, seed=scoring.seed,
-        device=place, name=pair.run.title, progress=progress,
+        work.model, work.data, **{"eps": eps_of(pair, work.header), **pair.cell.settings}, limit=scoring.limit,
+        seed=scoring.seed, device=work.place, name=pair.run.title, progress=work.progress,
     )  # fmt: skip
 
 
-def _diagnosis(
-    pair: Pair, header: Mapping[str, Any], model: nn.Module, data: ImageData, task: Task, place: Any, progress: bool
-) -> Saved:
-    scoring = pair.cell.scoring
-    sources = {name: network_at(task.places[run.title]).to(place) for name, run in pair.sources.items()}
+def _diagnosis(work: _Work) -> Saved:
+    pair, scoring = work.pair, work.pair.cell.scoring
+    sources = {name: work.network(run) for name, run in pair.sources.items()}
     return diagnose(
-        model, data, **{"eps": eps_of(pair, header), **pair.cell.settings}, sources=sources, limit=scoring.limit,
-        seed=scoring.seed, device=place, engine=scoring.engine, name=pair.run.title, progress=progress,
+        work.model, work.data, **{"eps": eps_of(pair, work.header), **pair.cell.settings}, sources=sources,
+        limit=scoring.limit, seed=scoring.seed, device=work.place, engine=scoring.engine, name=pair.run.title,
+        progress=work.progress,
     )  # fmt: skip
 
 
