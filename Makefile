@@ -61,7 +61,7 @@ studies-smoke: $(STAMP)  ## every study of the package at level smoke: the paper
 	  | xargs -P 2 -I{} sh -c '$(BIN)/learn2perturb study {} --level smoke --store $(SMOKE)/store --out $(SMOKE)/{} \
 	  > $(SMOKE)/{}.txt 2>&1 && echo "study {}: done" || { cat $(SMOKE)/{}.txt; exit 255; }'
 
-mutate: $(STAMP)  ## change one place of the source at a time: do the tests notice? (hours)
+mutate: $(STAMP)  ## change one place of the source at a time: do the tests notice? (first time an hour)
 	@$(BIN)/python -m tests.laboratories.mutate $(MUTATE_ARGS)
 
 bench: $(STAMP)  ## time the pieces of a training step; the whole: learn2perturb bench step

@@ -88,6 +88,17 @@ LISTED = (
            "        if self.replay is not None and self.training:\n", ("tests/noise",)),
 )  # fmt: skip
 
+# (path, name): how much is done at once, which changes memory and time only; not mutated.
+SPEED = {
+    ("attacks/few_pixel.py", "_POINTS"),
+    ("attacks/few_pixel.py", "_POINTS_ELSEWHERE"),
+    ("attacks/spsa.py", "_ROWS"),
+    ("attacks/surrogate.py", "_LOOKED_AT"),
+    ("certification/first_noise.py", "_CHUNK"),
+    ("evaluation/intervals.py", "_BLOCK"),
+    ("evaluation/pace.py", "_INTERVAL"),
+}
+
 _BLACK_AND_WHITE = (
     "images = torch.cat([x, torch.rand_like(x), torch.zeros_like(x[:1]), torch.ones_like(x[:1])]).requires_grad_()"
 )
@@ -124,16 +135,6 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "0.3",
      "0.6"):
         "beyond 0.3 no delta is the best of all",
-    ("certification/first_noise.py",
-     "_CHUNK = 64  # basis images in one pass",
-     "64",
-     "65"):
-        "memory and time only",
-    ("certification/first_noise.py",
-     "_CHUNK = 64  # basis images in one pass",
-     "64",
-     "63"):
-        "memory and time only",
     ("certification/first_noise.py",
      "_PROBES = 8",
      "8",

@@ -1,8 +1,12 @@
-"""Mutants: one place of the source changed, found in the syntax tree; texts, types and docstrings are left alone."""
+"""Mutants: one place of the source changed, found in the syntax tree.
+
+Left alone is what no caller can tell: texts and docstrings, types, ``__repr__``, the words of errors and warnings.
+"""
 
 from __future__ import annotations
 
 import ast
+import itertools
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +19,10 @@ _BINARY: dict[type[ast.operator], str] = {
     ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Pow: "*", ast.Mod: "*",
     ast.BitAnd: "|", ast.BitOr: "&",
 }  # fmt: skip
+_TYPES = ("annotation", "returns", "decorator_list", "bases", "type_params")
+# strict of zip guards against what the code around it rules out; the others are of how a thing is shown or named
+_COSMETIC = ("strict", "stacklevel", "repr", "digest_size")
+_TINY = 1e-5  # a guard against a division by zero, or an allowance for rounding: whether it is there can be told
 
 
 @dataclass(frozen=True)
@@ -33,41 +41,47 @@ class Mutant:
 
 def mutants(source: pathlib.Path, path: str) -> list[Mutant]:
     """Return every mutant of a file below ``source``."""
-    text = (source / path).read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    return [
-        Mutant(path, node.lineno, ast.get_source_segment(text, node) or "", new, _replaced(text, node, new))
-        for node in _places(tree)
-        for new in _changes(node)
-    ]
-
-
-def _replaced(text: str, node: ast.expr, new: str) -> str:
-    lines = text.encode().splitlines(keepends=True)
-    assert node.end_lineno is not None and node.end_col_offset is not None
-    start = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
-    end = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
-    content = text.encode()
-    # In brackets: what is replaced may stand next to an operator that binds more closely.
-    return (content[:start] + f"({new})".encode() + content[end:]).decode()
+    content = (source / path).read_bytes()
+    starts = [0, *itertools.accumulate(map(len, content.splitlines(keepends=True)))]
+    found = []
+    for node in _places(ast.parse(content)):
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        start = starts[node.lineno - 1] + node.col_offset
+        end = starts[node.end_lineno - 1] + node.end_col_offset
+        for new in _changes(node):
+            # In brackets: what is replaced may stand next to an operator that binds more closely.
+            text = content[:start] + f"({new})".encode() + content[end:]
+            found.append(Mutant(path, node.lineno, content[start:end].decode(), new, text.decode()))
+    return found
 
 
 def _places(node: ast.AST) -> Iterator[ast.expr]:
-    """Yield expressions that decide something: not of annotations, messages of errors, or checks of types alone."""
-    if isinstance(node, ast.Raise | ast.JoinedStr | ast.Assert):
+    """Yield expressions that decide something."""
+    if _is_left_alone(node):
         return
-    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-        return
-    if isinstance(node, ast.keyword) and node.arg == "strict":
-        return  # of zip: a guard against what the code around it rules out
     for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns", "decorator_list", "bases", "type_params"):
+        if name in _TYPES:
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):
                 if isinstance(child, ast.expr):
                     yield child
                 yield from _places(child)
+
+
+def _is_left_alone(node: ast.AST) -> bool:
+    match node:
+        case ast.Raise() | ast.JoinedStr() | ast.Assert() | ast.FunctionDef(name="__repr__"):
+            return True
+        case ast.keyword(arg=name):
+            return name in _COSMETIC
+        case ast.If(test=test):
+            return "TYPE_CHECKING" in ast.unparse(test)
+        case ast.Assign(targets=[ast.Name(id=name)], value=ast.BinOp(op=ast.BitOr())):
+            return name[0].isupper()  # a type's other name
+        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)):
+            return name in ("warn", "isinstance", "cast") or name.endswith(("Error", "Warning"))
+    return False
 
 
 def _changes(node: ast.expr) -> list[str]:
@@ -94,5 +108,5 @@ def _of_constant(value: object) -> list[str]:
     if isinstance(value, int):
         return [str(value + 1), *([str(value - 1)] if value > 1 else [])]
     if isinstance(value, float):
-        return [repr(value * 2) if value else "1.0"]
+        return ["0.0" if 0 < value < _TINY else repr(value * 2) if value else "1.0"]
     return []

@@ -1,47 +1,80 @@
-"""``python -m tests.laboratories.mutate``: change one place of the source; tests of its folder must fail."""
+"""``python -m tests.laboratories.mutate``: change one place of the source; tests that run its line must fail."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import functools
+import hashlib
+import importlib
 import io
 import json
 import os
 import pathlib
-import random
-import re
 import shutil
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
 
-import numpy as np  # noqa: F401 - imported once here rather than for every mutant
+import hypothesis  # noqa: F401 - these are imported once here rather than for every mutant
+import numpy as np  # noqa: F401
 import pytest
 import scipy.stats  # noqa: F401
+import sklearn.datasets  # noqa: F401
 import torch
 
 from tests.laboratories.cases import Case, Outcome, run
-from tests.laboratories.listed_mutants import EQUIVALENT, LISTED
+from tests.laboratories.choosing import tests_of
+from tests.laboratories.covering import ROOT, SOURCE, WORDS, cover, mark_of_source
+from tests.laboratories.listed_mutants import EQUIVALENT, LISTED, SPEED
 from tests.laboratories.mutants import Mutant, mutants
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-SOURCE = ROOT / "src" / "learn2perturb"
 FOLDERS = ("attacks", "evaluation", "diagnosis", "certification", "defenses", "noise")
 MOST = 0.05  # of the sample may survive
+DIED, SURVIVED, LABORATORY = "clean line", "same result", "refused for good"
+HANGS = 60  # seconds of one test, which took ten at most without the change
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A mutant, the tests that judge it, and what it is called."""
+
+    name: str
+    mutant: Mutant
+    tests: tuple[str, ...] = field(repr=False)
+
+
+def every() -> dict[str, Mutant]:
+    """Return the mutants of the folders by a name that stays when other places change, equivalent ones left out."""
+    found: dict[str, Mutant] = {}
+    for folder in FOLDERS:
+        for path in sorted((SOURCE / folder).rglob("*.py")):
+            met: Counter[tuple[str, str, str]] = Counter()
+            for mutant in mutants(SOURCE, path.relative_to(SOURCE).as_posix()):
+                key = line_of(mutant), mutant.before, mutant.after
+                met[key] += 1
+                if (mutant.path, *key) not in EQUIVALENT and not _is_for_speed(mutant):
+                    found[" | ".join((mutant.path, *key, str(met[key])))] = mutant
+    return found
 
 
 def sample(n: int, seed: int) -> list[Mutant]:
-    """Return ``n`` mutants of the folders, each place as likely as any other, equivalent ones left out."""
-    every = [
-        mutant
-        for folder in FOLDERS
-        for path in sorted((SOURCE / folder).rglob("*.py"))
-        for mutant in mutants(SOURCE, path.relative_to(SOURCE).as_posix())
-        if (mutant.path, line_of(mutant), mutant.before, mutant.after) not in EQUIVALENT
-    ]
-    return random.Random(seed).sample(every, min(n, len(every)))
+    """Return ``n`` mutants, each place as likely as any other; a change elsewhere leaves most of a sample as it was."""
+
+    def place(name: str) -> bytes:
+        return hashlib.sha256(f"{seed} {name}".encode()).digest()
+
+    found = every()
+    return [found[name] for name in sorted(found, key=place)[:n]]
+
+
+def _is_for_speed(mutant: Mutant) -> bool:
+    return (mutant.path, line_of(mutant).split(" = ")[0]) in SPEED
 
 
 @functools.cache
@@ -54,31 +87,81 @@ def line_of(mutant: Mutant) -> str:
     return _lines(mutant.path)[mutant.line - 1].strip()
 
 
-def tests_of(mutant: Mutant) -> tuple[str, ...]:
-    """Return the tests of a mutant's folder, those that are named after its file first."""
-    folder, name = f"tests/{mutant.path.split('/')[0]}", pathlib.PurePath(mutant.path).stem
-    near = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob(f"test_{name}*.py"))
-    return (*near, folder)
+class Judge:
+    """A plugin of pytest: of what was collected run the tests that are named, in that order, and note what fails.
+
+    With ``limit``, no test is begun after so many seconds.
+    """
+
+    def __init__(self, names: Iterable[str], limit: float | None = None) -> None:
+        self.place = {name: place for place, name in enumerate(names)}
+        self.wide = [name for name in self.place if "::" not in name]  # files and folders
+        self.limit, self.ends = limit, float("inf")
+        self.failed: list[str] = []
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        # File by file, so that what its tests share is made once.
+        first: dict[str, int] = {}
+        for item in items:
+            file = item.nodeid.split("::")[0]
+            first[file] = min(first.get(file, len(self.place)), self._of(item.nodeid))
+        items[:] = [item for item in items if self._of(item.nodeid) < len(self.place)]
+        items.sort(key=lambda item: (first[item.nodeid.split("::")[0]], self._of(item.nodeid)))
+        if self.limit is not None:
+            self.ends = time.monotonic() + self.limit
+
+    def _of(self, name: str) -> int:
+        """Return the place of a test, or of the file or folder that it is in; one after the last if there is none."""
+        around = (self.place[one] for one in self.wide if name.startswith((f"{one}::", f"{one}/")))
+        return self.place.get(name, min(around, default=len(self.place)))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self) -> bool | None:
+        return True if time.monotonic() > self.ends else None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
 
 
-def case(mutant: Mutant, tests: tuple[str, ...], name: str) -> Case:
-    """Return the case of a mutant; ``same result`` is a mutant that survived."""
+def case(trial: Trial, limit: float | None = None) -> Case:
+    """Return the case of a mutant: ``DIED`` with the test that failed, ``SURVIVED``, or what is wrong here."""
 
     def judge(folder: pathlib.Path) -> Outcome:
-        shutil.copytree(SOURCE, folder / "learn2perturb", ignore=shutil.ignore_patterns("__pycache__"))
-        (folder / "learn2perturb" / mutant.path).write_text(mutant.text, encoding="utf-8")
-        code, said = _pytest(folder, tests)
-        found = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
-        return Outcome("same result" if code == 0 else "clean line", found[1] if found else f"exit {code}")
+        if not trial.tests:
+            return Outcome(SURVIVED, "no test runs it")
+        # With the compiled files: they are valid for as long as the size and the time of a source stay.
+        package = pathlib.Path(shutil.copytree(SOURCE, folder / "learn2perturb"))
+        (package / trial.mutant.path).write_text(trial.mutant.text, encoding="utf-8")
+        judge = Judge(trial.tests, limit)
+        code, said = _pytest(folder, judge, stop=True)
+        if judge.failed:
+            return Outcome(DIED, judge.failed[0])
+        return Outcome(LABORATORY, f"pytest {code}: {said[-300:]}") if code else Outcome(SURVIVED)
 
-    return Case(name, mutant.path.split("/")[0], judge)
+    return Case(trial.name, trial.mutant.path.split("/")[0], judge)
 
 
-def _unchanged() -> Mutant:
-    return Mutant("errors.py", 0, "", "", (SOURCE / "errors.py").read_text(encoding="utf-8"))
+def unchanged(tests: Iterable[str]) -> Case:
+    """Return the case of the package as it is: the detail has the tests that fail, which kill nothing."""
+
+    def judge(folder: pathlib.Path) -> Outcome:
+        shutil.copytree(SOURCE, folder / "learn2perturb")
+        judge = Judge(tests)
+        code, said = _pytest(folder, judge, stop=False)
+        if code not in (0, 1):
+            return Outcome(LABORATORY, f"pytest {code}: {said[-300:]}")
+        return Outcome(SURVIVED, json.dumps(judge.failed))
+
+    return Case("unchanged", "unchanged", judge)
 
 
-def _pytest(source: pathlib.Path, tests: tuple[str, ...]) -> tuple[int, str]:
+def _pytest(source: pathlib.Path, judge: Judge, *, stop: bool) -> tuple[int, str]:
     """Run tests in this process, on the package that lies in ``source``."""
     for name in [name for name in sys.modules if name.split(".")[0] == "learn2perturb"]:
         del sys.modules[name]
@@ -86,63 +169,103 @@ def _pytest(source: pathlib.Path, tests: tuple[str, ...]) -> tuple[int, str]:
     sys.path.insert(0, str(source))
     os.environ["PYTHONPATH"] = f"{source}:{os.environ.get('PYTHONPATH', '')}"
     torch.set_num_threads(1)
+    assert str(importlib.import_module("learn2perturb.errors").__file__).startswith(str(source))
     said = io.StringIO()
-    words = ["-q", "-x", "-m", "not slow and not compat", "-p", "no:cacheprovider", *tests]
+    words = [
+        *WORDS,
+        f"--timeout={HANGS}",
+        *(["-x"] if stop else []),
+        *dict.fromkeys(one.split("::")[0] for one in judge.place),
+    ]
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        return int(pytest.main(words)), said.getvalue()
+        return int(pytest.main(words, plugins=[judge])), said.getvalue()
 
 
 def main() -> int:
     """Try the listed mutants and a sample; 1 if a listed one survives, or more than ``MOST`` of the sample."""
+    arguments = _arguments()
+    drawn = every().values() if arguments.only else sample(arguments.n, arguments.seed)
+    drawn = [one for one in drawn if not arguments.only or any(text in str(one) for text in arguments.only)]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    known = cover(store=arguments.out / "lines", jobs=arguments.jobs)
+    listed = [] if arguments.only or not arguments.listed else _listed()
+    rest = [Trial(str(one), one, tests_of(one, known, arguments.limit)) for one in drawn]
+    found = _run(listed, None, arguments) | _run(rest, arguments.limit, arguments)
+    groups = {"listed": listed, f"sample, seed {arguments.seed}": rest}
+    text = "\n".join(_lines_of(title, trials, found) for title, trials in groups.items() if trials)
+    print(text)
+    (arguments.out / f"mutants-{arguments.seed}.md").write_text(text + "\n", encoding="utf-8")
+    return int(bool(_alive(listed, found)) or len(_alive(rest, found)) > MOST * len(rest))
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.laboratories.mutate", description=__doc__)
     parser.add_argument("--n", type=int, default=200, help="mutants of the sample (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
+    parser.add_argument("--only", nargs="+", help="instead of a sample, every mutant whose file:line: change has this")
+    parser.add_argument("--no-listed", dest="listed", action="store_false", help="leave the listed mutants out")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default 2)")
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds after which a mutant is dead (default 900)")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds of tests of a mutant (default 60)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/laboratories"), help="results, kept")
-    arguments = parser.parse_args()
-    chosen = [(one.mutant(SOURCE), one.tests, f"listed: {one.name}") for one in LISTED]
-    chosen += [(mutant, tests_of(mutant), str(mutant)) for mutant in sample(arguments.n, arguments.seed)]
-    # The last of the tests of a mutant is its folder, or all that there is: what fails without a change says nothing.
-    tests = sorted({tests if name.startswith("listed") else tests[-1:] for _, tests, name in chosen})
-    tried = [case(_unchanged(), some, f"unchanged: {' '.join(some)}") for some in tests]
-    found = _run([*tried, *(case(*one) for one in chosen)], arguments)
-    if broken := [name for name in found if name.startswith("unchanged: ") and found[name][0] != "same result"]:
-        print(f"tests that fail without any change: {', '.join(broken)}; what they say of mutants is worth nothing")
-    found = {name: one for name, one in found.items() if not name.startswith("unchanged: ")}
-    listed = {name: one for name, one in found.items() if name.startswith("listed: ")}
-    rest = {name: one for name, one in found.items() if name not in listed}
-    lines = []
-    for title, some in (("listed", listed), ("sample", rest)):
-        alive = [name for name, (kind, _) in some.items() if kind == "same result"]
-        share = len(alive) / max(len(some), 1)
-        lines += [f"{title}: {len(some)} mutants, {len(alive)} survived ({share:.1%})", *(f"  {one}" for one in alive)]
-    text = "\n".join(lines)
-    print(text)
-    (arguments.out / "mutants.md").write_text(text + "\n", encoding="utf-8")
-    alive = sum(kind == "same result" for kind, _ in rest.values())
-    return int(bool(broken) or any(kind == "same result" for kind, _ in listed.values()) or alive > MOST * len(rest))
+    return parser.parse_args()
 
 
-def _run(tried: list[Case], arguments: argparse.Namespace) -> dict[str, tuple[str, str]]:
-    """Try them all, say how far it is, keep what is known in a file: a run that was stopped goes on."""
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"mutants-{arguments.seed}.jsonl"
+def _listed() -> list[Trial]:
+    return [Trial(f"listed: {one.name}", one.mutant(SOURCE), one.tests) for one in LISTED]
+
+
+def _alive(trials: list[Trial], found: dict[str, Outcome]) -> list[str]:
+    return [one.name for one in trials if found[one.name].kind in (SURVIVED, LABORATORY)]
+
+
+def _lines_of(title: str, trials: list[Trial], found: dict[str, Outcome]) -> str:
+    alive = _alive(trials, found)
+    head = f"{title}: {len(trials)} mutants, {len(alive)} survived ({len(alive) / len(trials):.1%})"
+    return "\n".join([head, *(f"  {one} {found[one].detail}".rstrip() for one in alive)])
+
+
+def _run(trials: list[Trial], limit: float | None, arguments: argparse.Namespace) -> dict[str, Outcome]:
+    """Try them; a run that was stopped goes on, and what survived is tried again.
+
+    The tests that killed are run on the package without a change at the end; a mutant whose test fails there too has
+    not died.
+    """
+    path = arguments.out / f"mutants-{mark_of_source()}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = {name: (kind, detail) for name, kind, detail in map(json.loads, lines)}
-    todo = [one for one in tried if one.name not in found]
+    found = {name: Outcome(kind, detail) for name, kind, detail in map(json.loads, lines)}
+    found = {name: one for name, one in found.items() if one.kind not in (SURVIVED, LABORATORY)}
+    todo = [case(one, limit) for one in trials if one.name not in found]
     started = time.monotonic()
+    patience = 1800.0 if limit is None else 3 * limit + 2 * HANGS
     with path.open("a", encoding="utf-8") as file:
-        for done, (one, outcome) in enumerate(run(todo, jobs=arguments.jobs, limit=arguments.limit), start=1):
-            found[one.name] = outcome.kind, outcome.detail
+        for done, (one, outcome) in enumerate(run(todo, jobs=arguments.jobs, limit=patience), start=1):
+            found[one.name] = outcome
             file.write(json.dumps([one.name, outcome.kind, outcome.detail]) + "\n")
             file.flush()
             left = (time.monotonic() - started) / done * (len(todo) - done) / 60
-            word = "SURVIVED" if outcome.kind == "same result" else "died"
+            word = {SURVIVED: "SURVIVED", LABORATORY: "COULD NOT BE TRIED"}.get(outcome.kind, "died")
             print(
                 f"{done}/{len(todo)}, about {left:.0f} minutes left: {word}: {one.name} ({outcome.detail})", flush=True
             )
-    return {one.name: found[one.name] for one in tried}
+    found = {one.name: found[one.name] for one in trials}
+    return found | _not_dead(found)
+
+
+def _not_dead(found: dict[str, Outcome]) -> dict[str, Outcome]:
+    """Return the mutants that were killed by tests which fail without a change."""
+    killers = sorted({one.detail for one in found.values() if one.kind == DIED and "::" in one.detail})
+    if not killers:
+        return {}
+    ((_, outcome),) = run([unchanged(killers)], jobs=1, limit=3600.0)
+    if outcome.kind != SURVIVED:
+        print(f"the tests could not be run without a change: {outcome.detail}")
+        return {name: Outcome(LABORATORY, outcome.detail) for name in found}
+    broken = json.loads(outcome.detail)
+    return {
+        name: Outcome(SURVIVED, f"but for {one.detail}, which fails without a change")
+        for name, one in found.items()
+        if one.kind == DIED and one.detail in broken
+    }
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ import pytest
 
 from learn2perturb.errors import DataError
 from learn2perturb.records import atomic_write
-from tests.laboratories import cases, crash, damage, hostile, mutants, mutate, mutations
+from tests.laboratories import cases, choosing, covering, crash, damage, hostile, mutants, mutate, mutations
 from tests.laboratories.cases import Case, Outcome
+from tests.laboratories.covering import Test
 from tests.laboratories.disk import Disk, Operation, after
-from tests.laboratories.listed_mutants import EQUIVALENT, LISTED
+from tests.laboratories.listed_mutants import EQUIVALENT, LISTED, SPEED
 from tests.laboratories.mutants import Mutant
-from tests.laboratories.mutate import ROOT, SOURCE
+from tests.laboratories.mutate import ROOT, SOURCE, Trial
 from tests.laboratories.recorder import Recorder
 
 
@@ -204,25 +205,107 @@ def test_a_listed_mutant_still_fits_the_source(one):
 
 def test_mutants_change_one_place_and_leave_messages_and_types_alone(tmp_path):
     (tmp_path / "a.py").write_text(
-        'def f(x: Literal[1] = 2) -> None:\n    """Of 3."""\n    if not x:\n        raise ValueError(f\'{x + 4}\')\n'
-        "    return x * 5 < 6\n"
+        'Size = int | float\n\ndef f(x: Literal[1] = 2) -> None:\n    """Of 3."""\n    if not x:\n'
+        "        raise ValueError(f'{x + 4}')\n    warnings.warn(text[:4], stacklevel=4)\n    e = DataError(text[4])\n"
+        "    isinstance(x, int | float)\n    return x * 5 < 6 + 1e-9\n\n"
+        "def __repr__(self):\n    return self.text[:3]\n"
     )
     found = {(one.before, one.after) for one in mutants.mutants(tmp_path, "a.py")}
-    assert {("x * 5", "(x) / (5)"), ("x * 5 < 6", "(x * 5) <= (6)"), ("not x", "x"), ("2", "3"), ("6", "7")} <= found
-    assert not {before for before, _ in found} & {"1", "3", "4", "x + 4"}
+    wanted = {("x * 5", "(x) / (5)"), ("not x", "x"), ("2", "3"), ("6", "7"), ("1e-9", "0.0")}
+    assert wanted | {("x * 5 < 6 + 1e-9", "(x * 5) <= (6 + 1e-09)")} <= found
+    assert not {before for before, _ in found} & {"1", "3", "4", "x + 4", "int | float"}
     for one in mutants.mutants(tmp_path, "a.py"):
         compile(one.text, one.path, "exec")
 
 
-def test_a_mutant_that_no_test_sees_survives(tmp_path):
-    """Tests of a folder are run on the mutant, in a process of its own."""
-    good = (SOURCE / "progress.py").read_text()
-    seen = "import learn2perturb.progress as p\ndef test_it():\n    assert p.ANSWER == 42\n"
-    (tmp_path / "test_it.py").write_text(seen)
+def trial(text: str, *tests: str) -> Trial:
+    return Trial("one", Mutant("progress.py", 1, "", "", (SOURCE / "progress.py").read_text() + text), tests)
+
+
+def test_a_mutant_that_no_test_sees_survives(tmp_path, monkeypatch):
+    """Tests are run on the mutant, in a process of its own, in the order that is given."""
+    file = tmp_path / "test_it.py"
+    file.write_text(
+        "import learn2perturb.progress as p\ndef test_other():\n    assert p.OTHER\n"
+        "def test_it():\n    assert p.ANSWER == 42\n"
+    )
+    monkeypatch.setattr(mutate, "ROOT", tmp_path)
     for answer, expected in (("42", "same result"), ("43", "clean line")):
-        mutant = Mutant("progress.py", 1, "", "", f"{good}\nANSWER = {answer}\n")
-        tried = mutate.case(mutant, (str(tmp_path / "test_it.py"),), "one")
+        tried = mutate.case(trial(f"\nANSWER = {answer}\nOTHER = True\n", file.name))
         assert outcomes([tried], limit=60) == [expected]
+    both = trial("\nANSWER = 43\nOTHER = False\n", "test_it.py::test_it", "test_it.py::test_other")
+    ((_, outcome),) = cases.run([mutate.case(both)], limit=60)
+    assert outcome.detail.endswith("test_it")
+    assert outcomes([mutate.case(trial("", "test_it.py::test_gone"))], limit=60) == [mutate.LABORATORY]
+    ((_, outcome),) = cases.run([mutate.case(both, limit=-1.0)], limit=60)
+    assert outcome.kind == "same result"  # its time was over before the first test
+
+
+def test_a_test_that_fails_without_a_change_kills_nothing(tmp_path, monkeypatch):
+    (tmp_path / "test_it.py").write_text("def test_it():\n    assert False\ndef test_other():\n    pass\n")
+    monkeypatch.setattr(mutate, "ROOT", tmp_path)
+    tests = {"one": "test_it.py::test_it", "other": "test_it.py::test_other", "third": "hang"}
+    found = {name: Outcome(mutate.DIED, test) for name, test in tests.items()}
+    assert list(mutate._not_dead(found)) == ["one"]
+
+
+def known(name: str, seconds: float, *lines: int) -> Test:
+    return Test(name, seconds, {"attacks/a.py": frozenset(lines)})
+
+
+def test_a_mutant_is_judged_by_the_tests_that_run_its_line_the_quick_and_near_first(tmp_path, monkeypatch):
+    text = "LIMIT = 3\n\n\ndef f(x=4):\n    if x > (\n        5\n    ):\n        return 6\n    return 7\n"
+    (tmp_path / "attacks").mkdir()
+    (tmp_path / "attacks" / "a.py").write_text(text)
+    monkeypatch.setattr(choosing, "SOURCE", tmp_path)
+    choosing._tree.cache_clear()
+    tests = [
+        known("tests/attacks/test_a.py::test_slow", 9.0, 5, 8), known("tests/attacks/test_a.py::test_quick", 1.0, 5, 9),
+        known("tests/attacks/test_b.py::test_other", 1.0, 5, 8), known("tests/cli/test_c.py::test_far", 1.0, 5, 8),
+        known("tests/attacks/test_a.py::test_none", 0.1, 1),
+    ]  # fmt: skip
+    by_name = {one.name: one for one in tests}
+
+    def chosen(line: int, limit: float = 60.0) -> list[str]:
+        names = choosing.tests_of(Mutant("attacks/a.py", line, "", "", ""), by_name, limit)
+        return [name.split("test_")[-1] for name in names]
+
+    assert chosen(6) == ["quick", "other", "far", "slow"]  # in the head of a branch that begins a line above
+    assert chosen(6, limit=2.5) == ["quick", "other"]
+    assert chosen(8) == ["other", "far", "slow"]
+    assert chosen(9) == ["quick"]
+    assert chosen(1) == chosen(4) == ["quick", "other", "far", "slow"]  # a constant, a default: what runs the functions
+
+
+def test_what_a_shared_fixture_runs_is_run_by_every_test_that_asks_for_it(tmp_path):
+    file = tmp_path / "test_it.py"
+    file.write_text(
+        "import pytest\nimport torch\nfrom learn2perturb.attacks.balls import BALLS\n"
+        "@pytest.fixture(scope='module')\ndef ball():\n    x = torch.ones(2, 3)\n    BALLS['l2'].step(x, 1.0)\n"
+        "def test_first(ball):\n    pass\ndef test_second(ball):\n    pass\n"
+        "def test_none():\n    pass\ndef test_fails():\n    assert False\n"
+    )
+    at = tmp_path / "lines.json"
+    assert outcomes([Case("lines", "lines", covering._writer(str(file), at))]) == ["same result"]
+    found = {one.name.split("::")[1]: one for one in covering._read(at)}
+    assert set(found) == {"test_first", "test_second", "test_none"}
+    lines = found["test_first"].lines["attacks/balls.py"]
+    assert lines and found["test_second"].lines["attacks/balls.py"] == lines
+    assert "attacks/balls.py" not in found["test_none"].lines
+
+
+def test_a_sample_hardly_changes_when_other_places_do(monkeypatch):
+    whole = mutate.every()
+    monkeypatch.setattr(mutate, "every", lambda: whole)
+    first = mutate.sample(60, 1)
+    assert first == mutate.sample(60, 1) != mutate.sample(60, 2)
+    monkeypatch.setattr(mutate, "every", lambda: dict(list(whole.items())[50:]))
+    assert len({*first} & {*mutate.sample(60, 1)}) >= 55
+
+
+def test_what_changes_speed_alone_is_no_mutant():
+    assert {(path, name) for path, name in SPEED if f"\n{name} = " not in (SOURCE / path).read_text()} == set()
+    assert not [one for one in mutate.every().values() if mutate.line_of(one).startswith("_BLOCK = ")]
 
 
 @pytest.mark.slow
