@@ -1,6 +1,8 @@
 """A defense of one's own: adversarial training on softened labels and on noisy images, in one class.
 
     python examples/own_defense.py
+    learn2perturb train --import examples/own_defense.py --defense soft_at --options.smoothing 0.05 \
+        --dataset digits --model digits_cnn --recipe fast --epochs 6
 
 A defense is a frozen dataclass. Its fields are its options; it overrides what it does differently from plain training
 (here the loss), and the registry makes it a name like any other.
@@ -42,10 +44,15 @@ class SoftAdversarialTraining(Defense):
         return Losses(loss, adversarial=loss.detach(), adversarial_correct=logits.detach().argmax(1) == y)
 
 
+# "module:attribute", as in the registry of the package. The facts: its network draws no noise, its training attacks.
+DEFENSES.register(
+    "soft_at", f"{__name__}:SoftAdversarialTraining", "adversarial training on softened labels",
+    stochastic=False, adversarial=True,
+)  # fmt: skip
+
+
 def main(epochs: int = 6) -> Evaluation:
-    """Register the defense, train it on the digits, attack it."""
-    # "module:attribute", as in the registry of the package; imported only when the name is used.
-    DEFENSES.register("soft_at", f"{__name__}:SoftAdversarialTraining", "adversarial training on softened labels")
+    """Train the defense on the digits, attack it."""
     config = l2p.TrainConfig(
         defense="soft_at", options={"smoothing": 0.05}, model="digits_cnn", dataset="digits", recipe="fast",
         epochs=epochs, batch_size=64, eps=0.1, attack_step_size=0.025, engine="plain",

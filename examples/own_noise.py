@@ -1,6 +1,7 @@
 """A noise law of one's own: noise that grows with the size of each feature, learned, in one class.
 
     python examples/own_noise.py
+    learn2perturb list noises own/affine --import examples/own_noise.py
 
 A law says how a draw perturbs a value and what scales it. Registered by a name, it works on features and on weights, is
 trained by any defense that learns noise, saved with a run, loaded, replayed and switched like the ones of the package.

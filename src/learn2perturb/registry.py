@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import importlib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from learn2perturb import plugins
 from learn2perturb.errors import ConfigError, UnknownNameError
 
 
@@ -23,6 +26,9 @@ class Entry:
     takes those of finitely many members only; it keeps a step only if it fools, and decides that on the host). Of
     noises: ``everywhere`` (acts at every place of any network; else it is the law of one defense, which knows where it
     goes).
+
+    What an installed package declares has only name, target and ``package``: its facts are attributes of the target,
+    its summary is the first line of the target's docstring, and both import it.
     """
 
     name: str
@@ -32,24 +38,78 @@ class Entry:
     year: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    package: str = ""
 
     def fact(self, name: str, default: bool = False) -> bool:
         """Return whether something is said of it; ``default`` where nothing is."""
-        return bool(self.facts.get(name, default))
+        return bool(self.said(name, default))
+
+    def said(self, name: str, default: Any = None) -> Any:
+        """Return a fact; ``default`` where nothing is said."""
+        if name in self.facts or not self.package:
+            return self.facts.get(name, default)
+        return getattr(self.load(), name, default)
+
+    @property
+    def about(self) -> str:
+        """What it is, in one line."""
+        if self.summary or not self.package:
+            return self.summary
+        return (self.load().__doc__ or f"of {self.package}").strip().splitlines()[0].rstrip(".")
+
+    @property
+    def module(self) -> str:
+        """The module that it lives in."""
+        return self.target.partition(":")[0]
+
+    @property
+    def own(self) -> bool:
+        """Whether it is none of this package."""
+        return not plugins.is_ours(self.module)
+
+    def is_from(self, target: str) -> bool:
+        """Tell whether ``target``, which is not of this package, is this entry's: a declared one may be re-exported."""
+        if not self.own:
+            return False
+        return self.target == target or bool(self.package and _top(target) == _top(self.target))
 
     def load(self) -> Any:
-        """Import ``module:attribute`` and return it."""
+        """Import ``module:attribute`` and return it.
+
+        Raises:
+            ConfigError: it is none of this package's, and cannot be imported.
+        """
         module, _, attribute = self.target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        try:
+            return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+        except Exception as error:
+            if not self.own:
+                raise
+            raise ConfigError(
+                f"{self.name!r} cannot be imported from {self.target} ({type(error).__name__}: {error}); correct "
+                f"{self.package or 'the module that registers it'}"
+            ) from error
+
+    def source(self) -> dict[str, Any]:
+        """Return where its code is from: module, file, SHA-256, package."""
+        return {"name": self.name, **plugins.source_of(self.module)}
+
+
+def _top(target: str) -> str:
+    return target.partition(":")[0].partition(".")[0]
 
 
 class Registry:
-    """Names of one kind of thing, with aliases; iterates over its entries in order of registration."""
+    """Names of one kind of thing, with aliases; iterates over its entries in order of registration.
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    What installed packages declare in ``learn2perturb.GROUP`` is added when a name is first looked for.
+    """
+
+    def __init__(self, kind: str, group: str) -> None:
+        self.kind, self.group = kind, group
         self._entries: dict[str, Entry] = {}
         self._aliases: dict[str, str] = {}
+        self._looked = False
 
     def register(
         self,
@@ -65,22 +125,42 @@ class Registry:
     ) -> Entry:
         """Add ``name``; ``target`` is ``"module:attribute"``, ``arguments`` go to it, ``facts`` are for its readers.
 
+        The same target may be registered again, as a cell of a notebook does that is run twice.
+
         Raises:
             ConfigError: the name or an alias is taken.
         """
         for word in (name, *aliases):
-            if word in self._entries or word in self._aliases:
+            there = self._entries.get(self._aliases.get(word, word))
+            again = there is not None and there.name == name and there.is_from(target)
+            if there is not None and not again:
                 raise ConfigError(f"{self.kind} {word!r} is registered already; choose another name")
         entry = Entry(name, target, summary, paper, year, dict(arguments or {}), facts)
         self._entries[name] = entry
         self._aliases.update(dict.fromkeys(aliases, name))
         return entry
 
+    def _known(self) -> dict[str, Entry]:
+        """Return the entries, after a look at what installed packages declare."""
+        if not self._looked:
+            self._looked = True
+            for name, target, package in plugins.declared(self.group):
+                if name in self._entries or name in self._aliases:
+                    if self._entries[self._aliases.get(name, name)].target != target:
+                        warnings.warn(f"{self.kind} {name!r} of {package} is left out: the name is taken", stacklevel=2)
+                    continue
+                self._entries[name] = Entry(name, target, "", package=package)
+        return self._entries
+
     def __iter__(self) -> Iterator[Entry]:
-        return iter(self._entries.values())
+        return iter(list(self._known().values()))  # a part may register others when it is imported
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries or name in self._aliases
+        return name in self._known() or name in self._aliases
+
+    def own(self) -> list[Entry]:
+        """Return the entries that are not of this package."""
+        return [entry for entry in self if entry.own]
 
     def entry(self, name: str) -> Entry:
         """Return the entry of ``name`` or of the name it is an alias of.
@@ -89,22 +169,24 @@ class Registry:
             UnknownNameError: nothing has that name.
         """
         resolved = self._aliases.get(name, name) if isinstance(name, str) else name
-        if not isinstance(name, str) or resolved not in self._entries:
-            raise UnknownNameError.of(self.kind, name, [*self._entries, *self._aliases])
+        if not isinstance(name, str) or (resolved not in self._entries and resolved not in self._known()):
+            error = UnknownNameError.of(self.kind, name, [*self._entries, *self._aliases])
+            raise UnknownNameError(f"{error}; one of your own: --import its module")
         return self._entries[resolved]
 
     def names(self, pattern: str = "*") -> list[str]:
         """Return the names that match the glob ``pattern``, aliases left out."""
         if not isinstance(pattern, str):
             raise ConfigError(f"pattern is {pattern!r}; give a glob such as 'resnet*'")
-        return [name for name in self._entries if fnmatch.fnmatch(name, pattern)]
+        return [name for name in self._known() if fnmatch.fnmatch(name, pattern)]
 
 
-MODELS = Registry("network")
-DATASETS = Registry("data set")
-ATTACKS = Registry("attack")
-DEFENSES = Registry("defense")
-NOISES = Registry("noise")
+MODELS = Registry("network", "models")
+DATASETS = Registry("data set", "datasets")
+ATTACKS = Registry("attack", "attacks")
+DEFENSES = Registry("defense", "defenses")
+NOISES = Registry("noise", "noise")
+REGISTRIES = (DEFENSES, ATTACKS, NOISES, DATASETS, MODELS)
 
 _RESNET: dict[str, Any] = {"paper": "He et al., Deep Residual Learning for Image Recognition", "year": 2016}
 # The output of each block before its last ReLU, and of the stem: Learn2Perturb, appendix A.1. Adding noise to the

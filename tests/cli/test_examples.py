@@ -25,7 +25,8 @@ def load(monkeypatch):
 
 
 def test_every_example_is_tested():
-    assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == ["own_defense", "own_network", "own_noise"]
+    names = ["own_attack", "own_data", "own_defense", "own_network", "own_noise"]
+    assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == names
 
 
 def test_own_defense(load, monkeypatch):
@@ -33,9 +34,23 @@ def test_own_defense(load, monkeypatch):
 
     entries = dict(registry.DEFENSES._entries)
     monkeypatch.setattr(registry.DEFENSES, "_entries", entries)
-    result = load("own_defense").main(epochs=4)
+    result = load("own_defense").main(epochs=2)
     assert "soft_at" in entries
     assert result.row("pgd20").accuracy > 0.3 < result.row("clean").accuracy
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "registry"), [("own_attack", "momentum", "ATTACKS"), ("own_data", "pgd10", "DATASETS")]
+)
+def test_own_attack_and_own_data(load, monkeypatch, name, row, registry):
+    from learn2perturb import registry as registries
+
+    ours = getattr(registries, registry)
+    monkeypatch.setattr(ours, "_entries", dict(ours._entries))
+    result = load(name).main(epochs=1)
+    assert ours.own()
+    assert result.row("clean").accuracy > result.row(row).accuracy or name == "own_data"
+    assert [part["module"] for part in result.metadata["parts"]] == [name]
 
 
 def test_own_noise_as_a_script(capsys, monkeypatch):

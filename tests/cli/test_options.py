@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Literal, get_args
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated, Literal, NewType, Optional, get_args
 
 import pytest
 
@@ -18,7 +20,7 @@ from learn2perturb.errors import ConfigError
 from learn2perturb.presets import parse_attack
 from learn2perturb.registry import ATTACKS
 from learn2perturb.training.config import TrainConfig
-from learn2perturb.values import convert, guess, kinds_of
+from learn2perturb.values import convert, converted, guess, kinds_of
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -51,6 +53,53 @@ def test_a_value_without_a_type_is_what_it_looks_like(text, value):
 )  # fmt: skip
 def test_a_value_is_read_as_its_field_says(kind, text, value):
     assert convert(kind, text) == value
+
+
+Loss = Literal["ce", "dlr"]
+Size = float | None
+Count = NewType("Count", int)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine:
+    """Annotations as people write them; this module postpones them."""
+
+    loss: Loss = "ce"
+    size: Size = None
+    count: Count = Count(1)
+    shape: tuple[int, ...] = (1,)
+    rates: Sequence[float] = (0.1,)
+    names: Optional[list[str]] = None  # noqa: UP045
+    level: Literal[1, 2] = 1
+    place: pathlib.Path = pathlib.Path()
+    share: Annotated[float, "in [0, 1]"] = 0.5
+    unknown: NowhereDefined = None  # noqa: F821
+    either: int | str = 0
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("loss", "dlr", "dlr"), ("size", "8/255", 8 / 255), ("size", "none", None), ("count", "3", 3),
+        ("shape", "2,3", (2, 3)), ("shape", [2, 3], (2, 3)), ("rates", "0.1, 8/255", [0.1, 8 / 255]),
+        ("names", "a,b", ["a", "b"]), ("level", "2", 2), ("place", "a/b", pathlib.Path("a/b")), ("share", "1/4", 0.25),
+        ("unknown", "as it is", "as it is"), ("either", "7", 7), ("either", "seven", "seven"),
+    ],
+)  # fmt: skip
+def test_options_of_a_class_of_ones_own_are_read_as_annotated(field, text, value):
+    found = converted({field: text}, kinds_of(Mine))[field]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "said"),
+    [("loss", "kl", "none of ce, dlr"), ("size", "big", "not a number"), ("count", "1.5", "not a whole number"),
+     ("shape", "a", "not a whole number"), ("level", "3", "none of 1, 2")],
+)  # fmt: skip
+def test_options_of_a_class_of_ones_own_are_refused_as_ours_are(field, text, said):
+    with pytest.raises(ConfigError, match=f"{field}: .*{said}"):
+        converted({field: text}, kinds_of(Mine))
 
 
 @pytest.mark.parametrize(
@@ -172,6 +221,7 @@ def test_an_attack_of_absurd_length_is_refused(text):
 WORDS = [
     (entry.name, name, kind)
     for entry in ATTACKS
+    if not entry.said("needs")
     for name, kind in kinds_of(entry.load()).items()
     if kind.startswith("Literal")
 ]

@@ -94,7 +94,7 @@ def certify(
         p_low = lower_bound(counts, n, alpha)
         radii = radius_of(p_low, constant)
         largest = largest_radius(n, alpha, constant)
-    more = {"seconds": target.seconds, "batch_size": batch_size}
+    more: dict[str, Any] = {"seconds": target.seconds, "batch_size": batch_size}
     return Certification(
         method=method,
         norm="l1" if mechanism == "laplace" else "l2",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from learn2perturb.cli.options import add_json, field_help, print_json
 from learn2perturb.errors import UnknownNameError
+from learn2perturb.plugins import told
 from learn2perturb.registry import ATTACKS, DATASETS, DEFENSES, MODELS, NOISES, Entry, Registry
 
 if TYPE_CHECKING:
@@ -74,11 +75,12 @@ def _rows(kind: str, pattern: str) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": name,
-                "summary": entry.summary,
+                "summary": entry.about,
                 "paper": entry.paper,
                 "year": entry.year,
                 "options": options_of(entry),
                 "help": field_help(target) if inspect.isclass(target) else {},
+                **({"source": entry.source()} if entry.own else {}),
             }
         )
     return rows
@@ -113,7 +115,9 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(plain(rows))
         return 0
     for row in rows:
-        source = ", ".join(str(part) for part in (row.get("paper"), row.get("year")) if part)
+        own = row.get("source")
+        place = [f"from {told(own)}"] if own else [row.get("paper"), row.get("year")]
+        source = ", ".join(str(part) for part in place if part)
         print(f"{row['name']}: {row['summary']}" + (f"  [{source}]" if source else ""))
         for name, value in row["options"].items():
             note = row.get("help", {}).get(name, "").replace("%%", "%")

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 
 from learn2perturb import __version__
 from learn2perturb.errors import ConfigError, Interrupted, Learn2PerturbError, TrainingError, UnknownNameError
+from learn2perturb.plugins import OPTION, imported, without_imports
 from learn2perturb.terminal import number_among, one_line, say, steady_streams
 
 # verb -> what it does; the module of the same name has DESCRIPTION, EXAMPLE, add_arguments(parser), run(arguments)
@@ -50,8 +51,9 @@ def usage() -> str:
         "usage: learn2perturb VERB [options]      (l2p is short for learn2perturb)\n\n"
         "Learned noise in a network's features: train it, attack it, and know how robust it really is.\n\n"
         f"verbs:\n{lines}\n\n"
-        "options:\n  --help     this page; learn2perturb VERB --help has the options of a verb\n"
-        "  --version  the version\n\n"
+        "options:\n  --help           this page; learn2perturb VERB --help has the options of a verb\n"
+        "  --version        the version\n"
+        "  --import MODULE  import a module or file of your own first, which registers attacks, defenses, ...\n\n"
         "example:\n  learn2perturb train --dataset digits --model digits_cnn --recipe fast --epochs 5\n"
     )
 
@@ -62,6 +64,12 @@ def _say(text: str) -> None:
 
 
 def _run(words: Sequence[str]) -> int:
+    modules, words = without_imports(words)
+    with imported(modules):
+        return _verb(words)
+
+
+def _verb(words: Sequence[str]) -> int:
     if not words:
         raise UnknownNameError(f"no verb given; choose one of {', '.join(VERBS)} (see learn2perturb --help)")
     verb, *rest = words
@@ -79,7 +87,7 @@ def _run(words: Sequence[str]) -> int:
             f"{verb} is the work of one process, and this is number {rank} of {world}; start it without torchrun "
             f"(several do {', '.join(SHARED)})"
         )
-    from learn2perturb.cli.options import Parser
+    from learn2perturb.cli.options import Parser, own_parts_told
 
     module = importlib.import_module(f"learn2perturb.cli.{verb}")
     parser = Parser(
@@ -87,6 +95,11 @@ def _run(words: Sequence[str]) -> int:
     )
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        OPTION, metavar="MODULE", help="import a module of your own first, which registers parts; may be repeated"
+    )
+    if {"--help", "-h"} & {*rest}:
+        parser.epilog = f"{parser.epilog}{own_parts_told()}"
     code: int = module.run(parser.parse(rest))
     return code
 

@@ -230,6 +230,19 @@ def words(text: str, what: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def own_parts_told() -> str:
+    """Return, for a help page, which parts are registered that are none of this package's; nothing where none are."""
+    from learn2perturb.plugins import told
+    from learn2perturb.registry import REGISTRIES
+
+    lines = [
+        f"  {registry.kind} {entry.name} ({entry.package or told({'module': entry.module})})"
+        for registry in REGISTRIES
+        for entry in registry.own()
+    ]
+    return "\n\nparts of your own:\n" + "\n".join(lines) if lines else ""
+
+
 # --- output
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from learn2perturb import plugins
 from learn2perturb.diagnosis.budget import Budget
 from learn2perturb.errors import ConfigError
 
@@ -105,6 +107,11 @@ def register_check(spec: CheckSpec) -> CheckSpec:
     return spec
 
 
+def own_checks() -> list[Callable[..., Any]]:
+    """Return the functions of the checks that are none of this package's."""
+    return [check.run for check in CHECKS.values() if callable(check.run)]
+
+
 def gradient_passes(budget: Budget, *, stochastic: bool, sources: int) -> int:
     """Return about how many forward-and-backward passes of an image a diagnosis makes; it decides the gear only."""
     eot = budget.eot if stochastic else 1
@@ -195,3 +202,20 @@ for _spec in (
     ),
 ):  # fmt: skip
     register_check(_spec)
+
+
+def register_declared() -> None:
+    """Add the checks that installed packages declare in ``learn2perturb.checks``; what cannot be one is left out."""
+    for name, target, package in plugins.declared("checks"):
+        module, _, attribute = target.partition(":")
+        try:
+            spec = getattr(importlib.import_module(module), attribute)
+            if not isinstance(spec, CheckSpec):
+                raise ConfigError(f"{target} is a {type(spec).__name__}; it must be a CheckSpec")
+            if CHECKS.get(spec.number) != spec:  # its module may have registered it
+                register_check(spec)
+        except Exception as error:  # a broken package must not stop every diagnosis
+            warnings.warn(f"check {name!r} of {package} is left out: {error}", stacklevel=2)
+
+
+register_declared()

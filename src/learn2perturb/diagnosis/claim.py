@@ -157,7 +157,7 @@ def named(attack: str) -> tuple[str, dict[str, Any]]:
     name, given = _SHORT.get(name, (name, {}))
     if name not in ATTACKS:
         raise UnknownNameError.of("attack of the claim", name, [ANY, "pgd20", *_SHORT, *_allowed()])
-    needs = ATTACKS.entry(name).facts.get("needs")
+    needs = ATTACKS.entry(name).said("needs")
     if needs:
         raise ConfigError(
             f"the claim names the attack {name}, which needs {' and '.join(needs)}; name one of {', '.join(_allowed())}"
@@ -166,7 +166,7 @@ def named(attack: str) -> tuple[str, dict[str, Any]]:
 
 
 def _allowed() -> list[str]:
-    return [entry.name for entry in ATTACKS if not entry.facts.get("needs")]
+    return [entry.name for entry in ATTACKS if not entry.said("needs")]
 
 
 def _settings(attack: str, rest: str) -> dict[str, Any]:

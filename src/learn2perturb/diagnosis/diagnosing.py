@@ -27,7 +27,7 @@ from learn2perturb.diagnosis.budget import (
     value_queries,
     with_grid,
 )
-from learn2perturb.diagnosis.checks import gradient_passes
+from learn2perturb.diagnosis.checks import gradient_passes, own_checks
 from learn2perturb.diagnosis.claim import Claim
 from learn2perturb.diagnosis.config import DiagnoseConfig
 from learn2perturb.diagnosis.images import others
@@ -193,7 +193,7 @@ def diagnose(
         norm=attack.norm,
         seed=seed,
         budget=plain(bench.budget),
-        metadata=target.metadata(data, settled, gear, **more),
+        metadata=target.metadata(data, settled, gear, attacks=[attack], checks=own_checks(), **more),
         claim=decided.claim,
         trial=decided.trial,
     )

@@ -104,8 +104,9 @@ def evaluate(
         warn_of_subset(source, torch.from_numpy(work.truth), work.num_classes)
         rows = work.rows(keep)
     _warn_of_zero_gradients(rows)
-    more = {"batch_size": config.batch_size, "limit": config.limit, "findings": work.findings}
-    return work.evaluation(rows, target.metadata(data, config, gear, **more))
+    more: dict[str, Any] = {"batch_size": config.batch_size, "limit": config.limit, "findings": work.findings}
+    used = [attack for _, attack in table]
+    return work.evaluation(rows, target.metadata(data, config, gear, attacks=used, **more))
 
 
 @final

@@ -178,7 +178,7 @@ def _percent(found: _Found | None) -> str | None:
 
 
 def _architecture(name: str | None) -> str | None:
-    return MODELS.entry(name).summary if name is not None and name in MODELS else name
+    return MODELS.entry(name).about if name is not None and name in MODELS else name
 
 
 def _paper(defense: str | None) -> dict[str, str | None]:
@@ -187,7 +187,7 @@ def _paper(defense: str | None) -> dict[str, str | None]:
         return {"name": defense}
     entry = DEFENSES.entry(defense)
     authors, together, title = entry.paper.partition(" et al., ")
-    return {"name": title, "authors": f"{authors} et al."} if together else {"name": entry.paper or entry.summary}
+    return {"name": title, "authors": f"{authors} et al."} if together else {"name": entry.paper or entry.about}
 
 
 def _footnote(sites: int, clean: _Found | None, auto: _Found | None) -> str | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from learn2perturb.attacks import Attack
 from learn2perturb.configs import Config
 from learn2perturb.data import BatchSource, make_source
 from learn2perturb.engine.gears import Gear
@@ -20,6 +21,7 @@ from learn2perturb.engine.random import isolated_rng
 from learn2perturb.engine.ranks import joined
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation.origin import origin, weights_of
+from learn2perturb.evaluation.own_parts import own_parts
 from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of
 from learn2perturb.progress import Progress, shown
 
@@ -102,13 +104,24 @@ class Target:
         """How long the work has taken so far."""
         return time.perf_counter() - self._clock
 
-    def metadata(self, data: Any, config: Config, gear: Gear, **more: Any) -> dict[str, Any]:
-        """Return what a record says of model, images, settings, and where and when it was made; and ``more``."""
+    def metadata(
+        self,
+        data: Any,
+        config: Config,
+        gear: Gear,
+        *,
+        attacks: Iterable[Attack | None] = (),
+        checks: Iterable[Callable[..., Any]] = (),
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Return what a record says of model, images, settings, own parts, where and when it was made; and ``more``."""
+        dataset = getattr(data, "name", None)
         return {
             **origin(self.model, data, self.name, weights=self.weights, seen=self.seen),
             "date": self.started,
             "config": config.to_dict(),
             **more,
+            **own_parts(self.model, dataset=dataset, attacks=attacks, checks=checks),
             **circumstances(self.device, gear),
         }
 

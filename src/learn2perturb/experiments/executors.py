@@ -25,6 +25,7 @@ from typing import Any, final
 from learn2perturb.checks import check_count
 from learn2perturb.errors import ConfigError, Interrupted, MissingDependencyError
 from learn2perturb.experiments.tasks import Outcome, Task, perform
+from learn2perturb.plugins import VARIABLE
 
 LOST = "lost"
 NAMES = ("local", "ray", "slurm")
@@ -195,6 +196,7 @@ class Ray(Executor):
             ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False, **local)
         # The driver's folder: data sets and runs may be named relative to it.
         environment = {"OMP_NUM_THREADS": str(max(1, round(cpus))), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+        environment[VARIABLE] = os.environ.get(VARIABLE, "")
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0, runtime_env={"env_vars": environment})
         self._perform = remote(_in_folder)
         self.room = jobs or max(1, int(ray.cluster_resources().get("CPU", 1) / cpus))

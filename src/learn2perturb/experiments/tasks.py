@@ -31,6 +31,7 @@ from learn2perturb.experiments.released import ReleasedScores, share_draws
 from learn2perturb.experiments.spec import OWN, TWIN, Pair, RunPlan, Scoring
 from learn2perturb.experiments.store import Finished, Store, address, run_address
 from learn2perturb.noise import NoiseFree, is_stochastic, noise_spec
+from learn2perturb.plugins import import_all
 from learn2perturb.records import Saved, plain
 from learn2perturb.runs.checkpoint import MODEL, checkpoints, read_model
 from learn2perturb.runs.factories import is_factory, made_by
@@ -208,6 +209,7 @@ def perform(
 
     What is wrong is in the outcome, so that it travels between processes; only a signal of the user's is raised.
     """
+    import_all()  # in a process of its own: the parts of the user's that the study was started with
     room, started = Store(store), time.monotonic()
     with room.held(task.key) as mine:
         if not mine:

@@ -26,6 +26,11 @@ from learn2perturb.terminal import say
 LAYERS = (*site_rules.CONVOLUTIONS, nn.Linear)
 
 
+def _default_sites(registered: str) -> Any:
+    """Return the sites that a registered network names; None where it names none."""
+    return MODELS.entry(registered).said("sites") if registered in MODELS else None
+
+
 def _load_plain_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     """Let a checkpoint without any noise load strictly: the noise keeps the values that it has."""
     own: dict[str, Any] = {}
@@ -179,8 +184,8 @@ def _insert_on_features(
     registered = getattr(network, "registered_name", None)
     if sites is not None:
         chosen = site_rules.select(network, seen, sites)
-    elif isinstance(registered, str) and registered in MODELS:
-        chosen = site_rules.select(network, seen, MODELS.entry(registered).facts["sites"])
+    elif isinstance(registered, str) and (sites_of := _default_sites(registered)) is not None:
+        chosen = site_rules.select(network, seen, sites_of)
     else:
         chosen = site_rules.guess(seen)
         say(f"perturb: no sites given; chose {len(chosen)}: {', '.join(chosen)}")

@@ -42,7 +42,7 @@ def register_noise(kind: str, *, paper: str = "", year: int | None = None) -> Ca
         if kind not in NOISES:
             summary = (law.__doc__ or law.__name__).strip().splitlines()[0].rstrip(".")
             NOISES.register(kind, target, summary, paper=paper, year=year)
-        elif NOISES.entry(kind).target != target:  # the same class, defined anew, is a cell that was run twice
+        elif not NOISES.entry(kind).is_from(target):  # the same class, defined anew, is a cell that was run twice
             raise NoiseError(f"noise {kind!r} is known already; register the law under another name")
         law.kind = kind
         _registered[kind] = law
@@ -58,6 +58,8 @@ def noise_law(kind: str) -> type[NoiseModule]:
         UnknownNameError: there is none of that name.
     """
     law: type[NoiseModule] = _registered.get(kind) or NOISES.entry(kind).load()
+    if NOISES.entry(kind).package and kind not in _registered:  # declared, and not decorated
+        register_noise(kind)(law)
     return law
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from learn2perturb.engine.identity import fingerprint
 from learn2perturb.errors import CheckpointError
 from learn2perturb.noise import named_noise, noise_spec
+from learn2perturb.plugins import PARTS
 from learn2perturb.reading import check_regular, parse_json, read_bytes, reading
 from learn2perturb.records import is_alive, make_folder
 from learn2perturb.runs import extra
@@ -35,7 +36,7 @@ _HEADER: dict[str, type] = {
     "version": int, "registered_name": str, "build_arguments": dict, "noise": list, "config": dict,
     "input_shape": list, "defense": str, "predictor": str, "members": int, "dataset": str, "epoch": int,
     "step": int,
-    FINGERPRINT: str, EXTRA: dict,
+    FINGERPRINT: str, EXTRA: dict, PARTS: list,
 }  # fmt: skip
 FORMAT, RESUME_FORMAT, VERSION = "learn2perturb.model", "learn2perturb.resume", 1
 RESUME_VERSION = 2  # 1 had no checksum, no text of the metrics, no identity of data and network

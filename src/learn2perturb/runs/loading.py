@@ -15,7 +15,9 @@ from learn2perturb.errors import CheckpointError, MissingDependencyError
 from learn2perturb.models import build_model
 from learn2perturb.noise import insert, noise_modules
 from learn2perturb.noise.inject import take_out
+from learn2perturb.plugins import PARTS
 from learn2perturb.reading import reading
+from learn2perturb.registry import MODELS, NOISES
 from learn2perturb.runs.checkpoint import FOLDER, MODEL, check_noise, checkpoints, read_model
 
 HUB = "hf-hub:"
@@ -77,6 +79,7 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
         raise CheckpointError(f"model is a {type(model).__name__}; give an instance of the network, a torch.nn.Module")
     path = locate(source)
     state, header = read_model(path)
+    _check_parts(path, header)
     if model is None:
         if not header:
             raise CheckpointError(f"{path} does not say of which network it is; give one: load(path, model=network)")
@@ -105,6 +108,25 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     # For records: which step these weights are of, as long as they stay as they are.
     model.trained = (_step(path, header), fingerprint_of_weights(model))  # type: ignore[assignment]
     return model.eval()
+
+
+def _check_parts(path: Path, header: dict[str, Any]) -> None:
+    """Refuse a network with parts of the user's own that nothing has registered here.
+
+    Raises:
+        CheckpointError: its noise or network is of a module that is not imported.
+    """
+    for part in header.get(PARTS) or []:
+        if not isinstance(part, dict):
+            raise CheckpointError(f"{path} is damaged: its parts hold other things than objects; use another checkpoint")
+        kind, name = part.get("kind"), part.get("name")
+        registry = next((one for one in (NOISES, MODELS) if one.kind == kind), None)
+        if registry is not None and name not in registry:
+            place = part.get("package") or part.get("file") or part.get("module")
+            raise CheckpointError(
+                f"{path} uses the {kind} {name!r}, which is registered by {place}; import it first: "
+                f"--import {part.get('module')}"
+            )
 
 
 def _step(path: Path, header: dict[str, Any]) -> int | None:

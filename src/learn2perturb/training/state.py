@@ -38,6 +38,7 @@ from learn2perturb.errors import (
     MemoryLimitError,
     NonFiniteError,
 )
+from learn2perturb.evaluation.own_parts import own_parts
 from learn2perturb.models import build_model
 from learn2perturb.noise import noise_modules
 from learn2perturb.progress import Reporter
@@ -214,6 +215,7 @@ class Training:
             "classes": None if self.classes is None else list(self.classes),
             "epoch": self.epoch,
             "step": self.step,
+            **own_parts(self.model, dataset=self.dataset, defense=self.config.defense),
         }
 
     def save(self, metrics: MetricsFile) -> None:
