@@ -244,9 +244,16 @@ def test_a_mutant_that_no_test_sees_survives(tmp_path, monkeypatch):
 def test_a_test_that_fails_without_a_change_kills_nothing(tmp_path, monkeypatch):
     (tmp_path / "test_it.py").write_text("def test_it():\n    assert False\ndef test_other():\n    pass\n")
     monkeypatch.setattr(mutate, "ROOT", tmp_path)
-    tests = {"one": "test_it.py::test_it", "other": "test_it.py::test_other", "third": "hang"}
-    found = {name: Outcome(mutate.DIED, test) for name, test in tests.items()}
+    tests = {"one": "test_it.py::test_it", "other": "test_it.py::test_other"}
+    found = {name: Outcome(mutate.DIED, test) for name, test in tests.items()} | {"third": Outcome("hang")}
     assert list(mutate._not_dead(found)) == ["one"]
+
+
+def test_what_goes_wrong_around_the_tests_kills_nothing(monkeypatch):
+    monkeypatch.setattr(mutate.pytest, "main", lambda *_, **__: 1 / 0)
+    assert outcomes([mutate.case(trial("", "tests/test_house.py"))]) == [mutate.LABORATORY]
+    monkeypatch.setattr(mutate.pytest, "main", lambda *_, **__: 4)
+    assert outcomes([mutate.case(trial("", "tests/test_house.py"))]) == [mutate.LABORATORY]
 
 
 def known(name: str, seconds: float, *lines: int) -> Test:
