@@ -10,39 +10,18 @@ import types
 import warnings
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 import learn2perturb as l2p
+from learn2perturb.models.foreign import library
 
 REQUIRED = bool(os.environ.get("CI")) or os.environ.get("LEARN2PERTURB_REQUIRE_COMPAT", "") not in ("", "0")
-
-# Held for the whole session: the operators vanish with the object that defined them.
-_operators: list[torch.library.Library] = []
-
-
-def import_torchvision() -> types.ModuleType:
-    """Import torchvision, also beside a torch whose build does not match its compiled operators.
-
-    Its wheel is built against one build of torch; beside another its library does not load, and the import then stops
-    at ``operator torchvision::nms does not exist``. Networks need none of those operators, so two empty ones will do.
-    """
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::nms does not exist" not in str(error) or _operators:
-            raise
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _operators.append(library)
-    return importlib.import_module("torchvision")
 
 
 def import_or_skip(name: str) -> types.ModuleType:
     """Import the library ``name``; skip the test where it is missing."""
     try:
-        import_torchvision()  # timm and adv_lib import it too
+        library("torchvision")  # timm and adv_lib import it too
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old names that they import: not ours to mend
             return importlib.import_module(name)

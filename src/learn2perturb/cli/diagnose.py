@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learn2perturb.cli.figures import check_folder, diagnosis_figures
+from learn2perturb.cli.networks import words_of
 from learn2perturb.cli.options import add_config, add_json, config_of, print_json
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.sources import FOLDER, sources_on_data
@@ -21,7 +22,7 @@ from learn2perturb.cli.subject import (
 )
 from learn2perturb.diagnosis.config import DiagnoseConfig
 from learn2perturb.errors import ConfigError
-from learn2perturb.runs.factories import is_factory, made_by
+from learn2perturb.naming import is_factory, made_by
 from learn2perturb.sizes import LINF_EPS
 from learn2perturb.training.config import TrainConfig
 
@@ -90,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     eps = config.eps
     if eps is None and arguments.norm == "l2" and (claim is None or claim.eps is None):
         raise ConfigError("--norm l2 needs --eps: that of a run is an l_inf radius; give --eps 0.5")
-    if arguments.sources_dir is not None and not (arguments.train_sources and is_factory(arguments.run)):
+    if arguments.sources_dir is not None and not (arguments.train_sources and arguments.named):
         raise ConfigError("--sources-dir is for --train-sources of module:function; those of a run go to RUN/sources")
     if arguments.out:
         new_record(arguments, Path(), "diagnosis")  # refuse a wrong place before hours of work
@@ -104,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     sources = {name: _model(place, device) for name, place in named.items()}
     noise_off = None if arguments.noise_off is None else _model(arguments.noise_off, device)
     if arguments.train_sources:
-        if is_factory(arguments.run):
+        if arguments.named:
             other = "l2" in (arguments.norm, claim and claim.norm)  # training is in l_inf
             size = LINF_EPS if eps is None or other else eps
             sources |= sources_on_data(
@@ -152,7 +153,7 @@ def _origin(arguments: argparse.Namespace) -> dict[str, Any]:
         "--engine": arguments.engine,
     }  # fmt: skip
     left_out = {"--batch-size": DiagnoseConfig.batch_size, "--engine": DiagnoseConfig.engine}
-    words = ["learn2perturb", "diagnose", arguments.run, "--full" if arguments.budget == "full" else "--quick"]
+    words = ["learn2perturb", "diagnose", *words_of(arguments), "--full" if arguments.budget == "full" else "--quick"]
     words += ["--split", arguments.split] if arguments.split != "test" else []
     for name, value in given.items():
         words += [] if value is None or left_out.get(name) == value else [name, str(value)]
@@ -160,7 +161,7 @@ def _origin(arguments: argparse.Namespace) -> dict[str, Any]:
         words += ["--source", source]
     switches = ("--black-box", "--train-sources", "--stochastic")
     words += [name for name in switches if getattr(arguments, name[2:].replace("-", "_"))]
-    return {"command": words, "run": not is_factory(arguments.run)}
+    return {"command": words, "run": not arguments.named}
 
 
 def summary(found: Diagnosis) -> dict[str, Any]:

@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learn2perturb.checks import check_count
+from learn2perturb.cli.networks import add_network
 from learn2perturb.cli.options import add_config, add_json, config_of, print_json, typed, words
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.subject import (
-    SPLITS,
     add_images,
-    fitting_images,
+    check_subject,
+    load_subject,
     new_record,
-    read_run,
     records_of,
     save_record,
 )
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.presets import AVERAGES, DEFAULT_ATTACKS, EOT_DRAWS, PRESETS, parse_attack, preset
-from learn2perturb.registry import ATTACKS, DATASETS
-from learn2perturb.runs.trained import own_eps, own_predictor
+from learn2perturb.registry import ATTACKS
+from learn2perturb.runs.trained import own_predictor
 
 if TYPE_CHECKING:
     from learn2perturb.attacks import Attack
@@ -37,7 +37,7 @@ EXAMPLE = "learn2perturb evaluate runs/cifar10-resnet20-learn2perturb-fast-seed0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
     add = parser.add_argument
-    add("run", metavar="RUN", help="a run folder, a .safetensors file, zoo:NAME, or hf-hub:owner/name")
+    add_network(parser)
     add("--attacks", metavar="NAMES", help=f"of {', '.join(PRESETS)} (default {DEFAULT_ATTACKS}; none for clean only)")
     add(
         "--attack", action="append", default=[], metavar="NAME:KEY=VALUE,...",
@@ -78,33 +78,28 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate; print the table, save the record."""
     specs = attack_specs(arguments)
     asked = config_of(EvaluateConfig, arguments)
-    if arguments.split not in SPLITS:
-        raise ConfigError(f"split is {arguments.split!r}; allowed: {', '.join(SPLITS)}")
-    if arguments.dataset is not None:
-        DATASETS.entry(arguments.dataset)
+    check_subject(arguments)
 
     from learn2perturb.attacks.spec import attacks_of_size
     from learn2perturb.engine.devices import choose_device
     from learn2perturb.evaluation import Unfinished, evaluate
     from learn2perturb.records import check_writable
-    from learn2perturb.runs.loading import load
 
     device = choose_device(arguments.device)
-    header, trained = read_run(arguments.run)
     out = record_path(arguments)
+    subject = load_subject(arguments)
+    model, data = subject.model, subject.data
     sizes = sizes_of(asked)
-    attacks = attacks_of_size(specs, own_eps(trained), asked=sizes)
-    model = load(arguments.run).to(device)
-    data = fitting_images(arguments, header, trained)
+    attacks = attacks_of_size(specs, subject.eps, asked=sizes)
     attacks, notes = without_doubles(model, attacks)
     notes += short_attacks(attacks, sizes)
     if arguments.bpda is not None:
         attacks = through(model, attacks, arguments.bpda)
-    config, told = with_predictors(asked, arguments, header)
+    config, told = with_predictors(asked, arguments, subject.header)
     notes += told
     check_writable(out)
     keep = Unfinished(out.parent)
-    result = evaluate(model, data, attacks, config, device=device, name=str(arguments.run), keep=keep)
+    result = evaluate(model, data, attacks, config, device=device, name=subject.name, keep=keep)
     notes += unconverged(result)
     record = saved(lambda: save_record(result, arguments, records_of(arguments.run), "evaluation"))
     code = FAILURE if record is None else SUCCESS
@@ -114,14 +109,14 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(
             {
                 "record": place_of(record),
-                "model": str(arguments.run),
+                "model": subject.name,
                 "data": data.name,
                 "rows": summary(result),
                 "notes": notes,
             }
         )
         return code
-    print(f"{arguments.run} on {data.name} ({arguments.split}), seed {config.seed}\n")
+    print(f"{subject.name} on {data.name} ({arguments.split}), seed {config.seed}\n")
     print(result)
     for note in notes:
         print(f"note: {note}")

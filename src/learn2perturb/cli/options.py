@@ -213,6 +213,11 @@ def _metavar(kind: str) -> str:
     return {"int": "N", "float": "X", "str": "NAME", "list[int]": "N,N"}.get(kind.split(" |")[0], "VALUE")
 
 
+def add_mapping(parser: argparse.ArgumentParser, name: str, *, help: str) -> None:
+    """Add an option that is a mapping: ``--name.key value``."""
+    parser.add_argument(name, action=_Mapping, metavar="KEY=VALUE", help=help)
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add ``--json``."""
     parser.add_argument("--json", action="store_true", help="print JSON on standard output, for programs")

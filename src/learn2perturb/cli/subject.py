@@ -1,4 +1,4 @@
-"""What a verb is about: a trained run, or any model of the user's as a factory ``module:function``, and its images."""
+"""What a verb is about: a trained run, or any network by its name, and its images."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learn2perturb.checks import fraction
+from learn2perturb.cli.networks import add_network, build_named, settle_network, title_of
 from learn2perturb.errors import CheckpointError, ConfigError
+from learn2perturb.naming import is_factory, made_by
 from learn2perturb.reading import starts_with
 from learn2perturb.registry import DATASETS
-from learn2perturb.runs.factories import is_factory, made_by
 from learn2perturb.runs.trained import check_images, images_of, own_eps, settings_of
 from learn2perturb.sizes import LINF_EPS
 
@@ -41,15 +42,13 @@ class Subject:
     eps: float
     config: Mapping[str, Any]
     folder: Path
+    header: Mapping[str, Any] = field(default_factory=dict)
 
 
 def add_subject(parser: argparse.ArgumentParser) -> None:
     """Add the options that name a model and its images."""
+    add_network(parser)
     add = parser.add_argument
-    add(
-        "run", metavar="RUN",
-        help="run folder, .safetensors file, zoo:NAME, hf-hub:owner/name, or module:function of your model",
-    )  # fmt: skip
     add(
         "--black-box", action="store_true",
         help="module:function is of numpy arrays: images (N, C, H, W) to logits, probabilities or labels",
@@ -74,8 +73,10 @@ def check_subject(arguments: argparse.Namespace) -> None:
     """Refuse what can be refused before torch is imported.
 
     Raises:
-        ConfigError: an unknown split or data set, a factory without a data set, or a black box that is none.
+        ConfigError: no network, an unknown split or data set, a network by name without a data set, or a black box
+            that is none.
     """
+    settle_network(arguments)
     black_box, rate = getattr(arguments, "black_box", False), getattr(arguments, "queries_per_second", None)
     if black_box and not is_factory(arguments.run):
         raise ConfigError(f"--black-box is for a function of arrays, and {arguments.run} is none; give module:function")
@@ -85,37 +86,38 @@ def check_subject(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"split is {arguments.split!r}; allowed: {', '.join(SPLITS)}")
     if arguments.dataset is not None:
         DATASETS.entry(arguments.dataset)
-    elif is_factory(arguments.run):
-        raise ConfigError(f"{arguments.run} is a factory, which says nothing of images; give --dataset NAME")
+    elif arguments.named:
+        raise ConfigError(
+            f"{arguments.run} is the name of a network, which says nothing of images; give --dataset NAME"
+        )
 
 
 def load_subject(arguments: argparse.Namespace) -> Subject:
-    """Load the model and its images.
+    """Load the model and its images, after :func:`check_subject`.
 
     Raises:
         CheckpointError: there is no such run.
         ConfigError: the factory cannot be imported or called, or no data set is known.
         DataError: the images do not fit the model.
     """
-    check_subject(arguments)
-
     from learn2perturb.engine.devices import choose_device
     from learn2perturb.runs.loading import load
 
     device = choose_device(arguments.device)
-    if is_factory(arguments.run):
+    if arguments.named:
         data = _images(arguments, {})
         if getattr(arguments, "black_box", False):
             model = _black_box(arguments.run, arguments.queries_per_second, data.num_classes)
         else:
-            model = made_by(arguments.run)
+            model = build_named(arguments, data.num_classes, data.input_shape)
         if hasattr(model, "to"):
             model = model.to(device)
-        return Subject(arguments.run, model, data, LINF_EPS, {}, Path("evaluation"))
+        return Subject(title_of(arguments), model, data, LINF_EPS, {}, Path("evaluation"))
     header, config = read_run(arguments.run)
-    model = load(arguments.run).to(device)
     data = fitting_images(arguments, header, config)
-    return Subject(str(arguments.run), model, data, own_eps(config), config, records_of(arguments.run))
+    own = None if arguments.model is None else build_named(arguments, data.num_classes, data.input_shape)
+    model = load(arguments.run, model=own).to(device)
+    return Subject(str(arguments.run), model, data, own_eps(config), config, records_of(arguments.run), header)
 
 
 def read_run(run: str) -> tuple[dict[str, Any], dict[str, Any]]:

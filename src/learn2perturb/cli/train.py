@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+from learn2perturb.cli.networks import add_output
 from learn2perturb.cli.options import add_fields, add_json, print_json, print_table
 from learn2perturb.defenses.settings import Settings
+from learn2perturb.naming import network_name
 from learn2perturb.training.config import TrainConfig, read_config
 from learn2perturb.values import converted, kinds_of
 
@@ -23,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings, such as a run's config.yaml")
     parser.add_argument("--out", metavar="DIR", help="run folder (default runs/DATASET-MODEL-DEFENSE-RECIPE-seedN)")
+    add_output(parser)
     add_json(parser)
     shared = list(kinds_of(Settings))
     add_fields(parser, TrainConfig, title="what is trained", skip=shared)
@@ -37,6 +41,8 @@ def build_config(arguments: argparse.Namespace) -> TrainConfig:
     """
     kinds = kinds_of(TrainConfig)
     given = {name: value for name, value in vars(arguments).items() if name in kinds}
+    if arguments.output is not None:
+        given["model_options"] = {**given.get("model_options", {}), "output": arguments.output}
     values: dict[str, Any] = {}
     if arguments.config:
         values = converted(read_config(Path(arguments.config)), kinds, f"config {arguments.config!r}: ")
@@ -48,7 +54,8 @@ def build_config(arguments: argparse.Namespace) -> TrainConfig:
 
 def default_folder(config: TrainConfig) -> Path:
     """Return the run folder of a config that names none."""
-    return Path("runs") / f"{config.dataset}-{config.model}-{config.defense}-{config.recipe}-seed{config.seed}"
+    model = re.sub(r"[^\w.=+-]+", "-", config.model)
+    return Path("runs") / f"{config.dataset}-{model}-{config.defense}-{config.recipe}-seed{config.seed}"
 
 
 def command(*words: object) -> str:
@@ -78,7 +85,7 @@ def _train(config: TrainConfig, folder: Path, *, as_json: bool) -> int:
     result = train(config, out=folder)
     finished_before = 0 < before == len(result.metrics)
     last = result.metrics[-1] if result.metrics else {}
-    following = command("learn2perturb", "evaluate", folder)
+    following = command("learn2perturb", "evaluate", folder, *_own_network(config))
     if as_json:
         print_json(
             {
@@ -99,6 +106,14 @@ def _train(config: TrainConfig, folder: Path, *, as_json: bool) -> int:
         print_table(("metric", "last epoch"), _summary(last))
     print(f"\nnext: {following}")
     return 0
+
+
+def _own_network(config: TrainConfig) -> list[str]:
+    """Return the options that a verb needs to build the network of a run, where its file may not say how."""
+    if network_name(config.model).kind != "function":
+        return []
+    output = config.model_options.get("output")
+    return ["--model", config.model, *([] if output is None else ["--output", output])]
 
 
 def _summary(last: dict[str, Any]) -> list[tuple[str, str]]:

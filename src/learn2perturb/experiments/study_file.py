@@ -26,9 +26,9 @@ from learn2perturb.checks import check_choice, check_count, check_size
 from learn2perturb.errors import CheckpointError, ConfigError, UnknownNameError
 from learn2perturb.experiments.grid import check_view
 from learn2perturb.experiments.spec import OTHERS, TWIN, CellPlan, RunPlan, Scoring, Study, ViewPlan, matches
+from learn2perturb.naming import is_factory, made_by
 from learn2perturb.presets import EOT_DRAWS, PRESETS, parse_attack, preset
 from learn2perturb.registry import ATTACKS
-from learn2perturb.runs.factories import is_factory, made_by
 from learn2perturb.training.config import TrainConfig, read_config
 from learn2perturb.values import convert, converted, guess, kinds_of
 

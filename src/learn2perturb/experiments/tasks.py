@@ -30,11 +30,11 @@ from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.experiments.released import ReleasedScores, share_draws
 from learn2perturb.experiments.spec import OWN, TWIN, Pair, RunPlan, Scoring
 from learn2perturb.experiments.store import Finished, Store, address, run_address
+from learn2perturb.naming import is_factory, made_by
 from learn2perturb.noise import NoiseFree, is_stochastic, noise_spec
 from learn2perturb.plugins import import_all
 from learn2perturb.records import Saved, plain
 from learn2perturb.runs.checkpoint import MODEL, checkpoints, read_model
-from learn2perturb.runs.factories import is_factory, made_by
 from learn2perturb.runs.loading import load, locate
 from learn2perturb.runs.trained import check_images, images_of, own_eps, own_predictor, settings_of
 from learn2perturb.training.loop import train

@@ -13,25 +13,26 @@ from learn2perturb import zoo
 from learn2perturb.engine.identity import fingerprint_of_weights
 from learn2perturb.errors import CheckpointError, MissingDependencyError
 from learn2perturb.models import build_model
+from learn2perturb.models.weights import fit_weights
+from learn2perturb.naming import HUB, network_name
 from learn2perturb.noise import insert, noise_modules
 from learn2perturb.noise.inject import take_out
 from learn2perturb.plugins import PARTS
-from learn2perturb.reading import reading
+from learn2perturb.reading import MOST_SETTINGS, parse_json, read_bytes, reading
 from learn2perturb.registry import MODELS, NOISES
 from learn2perturb.runs.checkpoint import FOLDER, MODEL, check_noise, checkpoints, read_model
 
-HUB = "hf-hub:"
 _PLACES = f"a run folder, a .safetensors file, {zoo.PREFIX}NAME, or {HUB}owner/name"
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, filename: str = MODEL) -> Path:
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
         raise MissingDependencyError("the hub needs huggingface_hub: pip install 'learn2perturb[hub]'") from None
     try:
-        return Path(hf_hub_download(repo_id=name, filename=MODEL))
+        return Path(hf_hub_download(repo_id=name, filename=filename))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{HUB}{name} cannot be fetched ({reason}); check the name and the network") from None
@@ -80,12 +81,18 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     path = locate(source)
     state, header = read_model(path)
     _check_parts(path, header)
+    if not header and (model is not None or str(source).startswith(HUB)):
+        model = _of_timm(str(source), state) if model is None else model
+        fit_weights(model, state, str(path))
+        model.trained = (None, fingerprint_of_weights(model))  # type: ignore[assignment]
+        return model.eval()
     if model is None:
         if not header:
             raise CheckpointError(f"{path} does not say of which network it is; give one: load(path, model=network)")
         if header.get("registered_name") is None:
             raise CheckpointError(
-                f"{path} is of a network of your own; give an instance: load({str(source)!r}, model=network)"
+                f"{path} is of a network of your own; give an instance: load({str(source)!r}, model=network), or with a "
+                "verb --model module:function"
             )
         with reading(f"the network of {path} cannot be built", "use another checkpoint", CheckpointError):
             model = _built(header, sum(value.numel() for value in state.values()))
@@ -129,6 +136,22 @@ def _check_parts(path: Path, header: dict[str, Any]) -> None:
             )
 
 
+def _of_timm(source: str, state: dict[str, Any]) -> nn.Module:
+    """Return the network of a repository of timm on the hub, whose ``config.json`` names it, with its first weights.
+
+    Raises:
+        CheckpointError: the repository is of another library.
+    """
+    path = _from_hub(source.removeprefix(HUB), "config.json")
+    mend = f"give a function that builds it: --model module:function --weights {MODEL}"
+    with reading(f"{source} says not of which network it is", mend, CheckpointError):
+        config = parse_json(read_bytes(path, MOST_SETTINGS))
+        facts = config.get("pretrained_cfg") or config
+        name, size = config["architecture"], facts["input_size"]
+        statistics = (facts["mean"], facts["std"])
+        return build_model(f"timm:{name}", config["num_classes"], input_shape=size, normalization=statistics)
+
+
 def _step(path: Path, header: dict[str, Any]) -> int | None:
     """Return the training step of the weights; a run of before says it in the name of its checkpoint only."""
     step = header.get("step")
@@ -144,6 +167,9 @@ def _built(header: dict[str, Any], weights: int) -> nn.Module:
         CheckpointError: it is; a header of a few bytes could ask for any amount of memory.
     """
     name, arguments = header["registered_name"], _arguments(header)
+    named = network_name(name)
+    if named.kind in ("function", "hub") or named.pretrained or "weights" in arguments:
+        raise CheckpointError(f"the header names {name!r}, which a file may not; give an instance: load(path, model=...)")
     with torch.device("meta"):
         sketch = build_model(name, **arguments)
     wanted = sum(value.numel() for value in sketch.state_dict().values())

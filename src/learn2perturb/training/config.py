@@ -13,8 +13,9 @@ from learn2perturb.checks import check_choice, check_count, fitting_step, fracti
 from learn2perturb.configs import ENGINES, Config
 from learn2perturb.defenses.settings import OpenSettings
 from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.naming import network_name
 from learn2perturb.reading import MOST_SETTINGS, parse_yaml, read_bytes, reading
-from learn2perturb.registry import DATASETS, DEFENSES, MODELS
+from learn2perturb.registry import DATASETS, DEFENSES
 
 RECIPES = ("paper", "released", "common", "fast", "laptop")
 
@@ -25,7 +26,8 @@ class TrainConfig(OpenSettings, Config):
 
     Args:
         defense: registered name, see ``learn2perturb list defenses``.
-        model: registered name; ignored when ``train`` is given a network.
+        model: registered name, ``timm:NAME`` or ``torchvision:NAME`` (``?pretrained`` for its published weights),
+            ``module:function``, or ``hf-hub:owner/name``; ignored when ``train`` is given a network.
         dataset: registered name; ignored when ``train`` is given data.
         recipe: ``paper``, ``released``, ``common``, ``fast`` or ``laptop``.
         options: options of the defense, such as ``{"gamma": 1e-4}``.
@@ -67,7 +69,7 @@ class TrainConfig(OpenSettings, Config):
 
     def __post_init__(self) -> None:
         DEFENSES.entry(self.defense)
-        MODELS.entry(self.model)
+        network_name(self.model)
         DATASETS.entry(self.dataset)
         if self.recipe not in RECIPES:
             raise UnknownNameError.of("recipe", self.recipe, RECIPES)

@@ -1,4 +1,4 @@
-"""What a network of the user's own must be before it is trained: made outside of inference mode, in float32 or 64."""
+"""The network that a training begins with: built by its name; one of the user's own as it must be to be trained."""
 
 from __future__ import annotations
 
@@ -7,9 +7,33 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from learn2perturb.engine.modes import in_mode
-from learn2perturb.errors import InputError
+from learn2perturb.errors import ConfigError, DataError, InputError
+from learn2perturb.models import build_model
+from learn2perturb.naming import HUB
+from learn2perturb.noise import remove_noise
+from learn2perturb.runs.loading import load
+from learn2perturb.training.config import TrainConfig
 
 _TYPES = (torch.float32, torch.float64)
+
+
+def named_network(config: TrainConfig, classes: int | None, shape: tuple[int, ...]) -> nn.Module:
+    """Return the network that ``config.model`` names, for images of ``shape``; of the hub, without its noise.
+
+    Raises:
+        DataError: the data do not say how many classes they have.
+        ConfigError: an option says what follows from the data.
+    """
+    if config.model.startswith(HUB):
+        if config.model_options:
+            raise ConfigError(f"{config.model} is built already and takes no model_options; leave them out")
+        return remove_noise(load(config.model)).train()
+    if classes is None:
+        raise DataError("the number of classes is not known from these data; give train() your own model")
+    for name in ("num_classes", "input_shape"):
+        if name in config.model_options:
+            raise ConfigError(f"model_options has {name!r}, which follows from the data; leave it out")
+    return build_model(config.model, num_classes=classes, input_shape=shape, **config.model_options)
 
 
 def check_trainable(network: nn.Module) -> None:

@@ -39,7 +39,7 @@ from learn2perturb.errors import (
     NonFiniteError,
 )
 from learn2perturb.evaluation.own_parts import own_parts
-from learn2perturb.models import build_model
+from learn2perturb.naming import network_name
 from learn2perturb.noise import noise_modules
 from learn2perturb.progress import Reporter
 from learn2perturb.registry import DEFENSES
@@ -57,7 +57,7 @@ from learn2perturb.training.config import TrainConfig
 from learn2perturb.training.folder import SETTINGS, write_settings
 from learn2perturb.training.identity import identity_of_data, identity_of_network
 from learn2perturb.training.metrics import MetricsFile, Totals
-from learn2perturb.training.network import check_trainable, materialise
+from learn2perturb.training.network import check_trainable, materialise, named_network
 from learn2perturb.training.recorded import NaNGuard, RecordedSteps, prepare, set_rate
 from learn2perturb.training.restoring import Say, Whole, check_same, metrics_text, newest_whole
 from learn2perturb.training.shares import mark, objective
@@ -138,15 +138,10 @@ class Training:
             raise DataError("the training data do not say their image shape; give at least one batch (N, C, H, W)")
         self.input_shape = shape
         seed_torch(config.seed, "weights")
+        own = model is None and not network_name(config.model).foreign
         if model is None:
-            classes = self.source.num_classes
-            if classes is None:
-                raise DataError("the number of classes is not known from these data; give train() your own model")
-            for name in ("num_classes", "input_shape"):
-                if name in config.model_options:
-                    raise ConfigError(f"model_options has {name!r}, which follows from the data; leave it out")
-            model = build_model(config.model, num_classes=classes, input_shape=shape, **config.model_options)
-        else:
+            model = named_network(config, self.source.num_classes, shape)
+        if not own:
             materialise(model, shape)
             check_trainable(model)
             check_extra_state(model)
