@@ -124,10 +124,10 @@ def test_train_takes_a_function_and_its_run_is_judged_with_it(here, capsys):
 
 REFUSED = {
     "nothing": ([], "no network given; give RUN .* or --model NAME"),
-    "untrained": (["--model", "digits_cnn"], "digits_cnn is untrained as it is built; give its weights: --weights FILE"),
+    "untrained": (["--model", "digits_cnn"], "digits_cnn is untrained as it is built; give its weights"),
     "untrained timm": (["timm:resnet18"], "is untrained as it is built; .*or timm:resnet18.pretrained"),
     "no data": (["--model", "own_nets:tensor"], "says nothing of images; give --dataset NAME"),
-    "no name": (["--model", "digits_cnx", "--weights", "w.pt"], "unknown network 'digits_cnx'.*did you mean 'digits_cnn'"),
+    "no name": (["--model", "digits_cnx", "--weights", "w.pt"], "unknown network 'digits_cnx'.*did you mean"),
     "weights alone": (["run", "--weights", "w.pt"], "are of a network that --model names; give --model"),
     "two weights": (["run", "--model", "own_nets:tensor", "--weights", "w.pt"], "run has its weights, and --weights"),
     "not its weights": (

@@ -82,7 +82,7 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     state, header = read_model(path)
     _check_parts(path, header)
     if not header and (model is not None or str(source).startswith(HUB)):
-        model = _of_timm(str(source), state) if model is None else model
+        model = _of_timm(str(source)) if model is None else model
         fit_weights(model, state, str(path))
         model.trained = (None, fingerprint_of_weights(model))  # type: ignore[assignment]
         return model.eval()
@@ -136,7 +136,7 @@ def _check_parts(path: Path, header: dict[str, Any]) -> None:
             )
 
 
-def _of_timm(source: str, state: dict[str, Any]) -> nn.Module:
+def _of_timm(source: str) -> nn.Module:
     """Return the network of a repository of timm on the hub, whose ``config.json`` names it, with its first weights.
 
     Raises:
