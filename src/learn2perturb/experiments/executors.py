@@ -24,7 +24,7 @@ from typing import Any, final
 
 from learn2perturb.checks import check_count
 from learn2perturb.errors import ConfigError, Interrupted, MissingDependencyError
-from learn2perturb.experiments.tasks import Outcome, Task, perform
+from learn2perturb.experiments.tasks import STOPPED, Outcome, Task, perform
 from learn2perturb.plugins import VARIABLE
 
 LOST = "lost"
@@ -75,6 +75,26 @@ class InProcess(Executor):
         return found
 
 
+_AT_WORK = threading.Event()  # of this worker
+
+
+def _work(folder: str, store: Path, task: Task, until: float | None, device: str, most: float | None = None) -> Outcome:
+    """Do a task in another process, until a time of day, and for ``most`` seconds: it may have waited for its turn."""
+    left = [seconds for seconds in (None if until is None else until - time.time(), most) if seconds is not None]
+    if left and min(left) <= 0:
+        return Outcome(STOPPED)
+    os.chdir(folder)  # data sets and runs may be named relative to where the study was begun
+    _AT_WORK.set()
+    try:
+        return perform(store, task, seconds=min(left) if left else None, device=device)
+    finally:
+        _AT_WORK.clear()
+
+
+def _until(seconds: float | None) -> float | None:
+    return None if seconds is None else time.time() + seconds
+
+
 def _begin(threads: int) -> None:
     """Make a worker ready: its share of the cores, and an end by signal that saves."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -95,8 +115,13 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
-        # To the main thread: it may wait for work in a read, which a signal that this thread takes does not end.
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        if _AT_WORK.is_set():
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        end = time.monotonic() + _GRACE
+        while _AT_WORK.is_set() and time.monotonic() < end:
+            time.sleep(0.05)
+        # The main thread waits for work that nobody will send: it holds both ends of that pipe itself.
+        os._exit(1)
 
 
 @final
@@ -123,11 +148,12 @@ class Processes(Executor):
 
     def _send(self, task: Task, seconds: float | None) -> None:
         self._pool = self._pool or self._made()
+        work = os.getcwd(), self._store, task, _until(seconds), self._device
         try:
-            future = self._pool.submit(perform, self._store, task, seconds=seconds, device=self._device)
+            future = self._pool.submit(_work, *work)
         except BrokenProcessPool:
             self._pool = self._made()
-            future = self._pool.submit(perform, self._store, task, seconds=seconds, device=self._device)
+            future = self._pool.submit(_work, *work)
         self._futures[future] = task
 
     def ended(self, timeout: float) -> list[tuple[Task, Outcome]]:
@@ -194,17 +220,16 @@ class Ray(Executor):
         if self._began:
             local: dict[str, Any] = {"num_cpus": jobs or os.cpu_count()} if address is None else {"address": address}
             ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False, **local)
-        # The driver's folder: data sets and runs may be named relative to it.
         environment = {"OMP_NUM_THREADS": str(max(1, round(cpus))), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
         environment[VARIABLE] = os.environ.get(VARIABLE, "")
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0, runtime_env={"env_vars": environment})
-        self._perform = remote(_in_folder)
+        self._work = remote(_work)
         self.room = jobs or max(1, int(ray.cluster_resources().get("CPU", 1) / cpus))
         self._tasks: dict[Any, Task] = {}
 
     def submit(self, task: Task, seconds: float | None) -> None:
         """Give the task to Ray, which places it."""
-        reference = self._perform.remote(os.getcwd(), self._store, task, seconds, self._device)
+        reference = self._work.remote(os.getcwd(), self._store, task, _until(seconds), self._device)
         self._tasks[reference] = task
 
     def ended(self, timeout: float) -> list[tuple[Task, Outcome]]:
@@ -229,11 +254,6 @@ class Ray(Executor):
             self._ray.shutdown()
 
 
-def _in_folder(folder: str, store: Path, task: Task, seconds: float | None, device: str) -> Outcome:
-    os.chdir(folder)
-    return perform(store, task, seconds=seconds, device=device)
-
-
 @final
 class Slurm(Executor):
     """A job each in SLURM arrays, through submitit; ``settings`` are submitit's, such as ``slurm_partition``."""
@@ -254,22 +274,22 @@ class Slurm(Executor):
             self._executor.update_parameters(**given)
         except (TypeError, ValueError, NameError) as error:
             raise ConfigError(f"--slurm: {' '.join(str(error).split())}; see submitit's update_parameters") from None
-        self._waiting: list[tuple[Task, float | None]] = []
+        self._waiting: list[tuple[Task, float | None]] = []  # until when
         self._jobs: list[tuple[Task, Any]] = []
 
     def submit(self, task: Task, seconds: float | None) -> None:
         """Note the task; those of one round become one array."""
-        # Two minutes before SLURM ends it the job saves; the rest is another job's.
-        own = 60.0 * max(1, self._minutes - 2)
-        self._waiting.append((task, own if seconds is None else min(own, seconds)))
+        self._waiting.append((task, _until(seconds)))
 
     def ended(self, timeout: float) -> list[tuple[Task, Outcome]]:
         """Submit what waits, and return what has ended."""
         if self._waiting:
+            # Two minutes before SLURM ends it the job saves; the rest is another job's.
+            own = 60.0 * max(1, self._minutes - 2)
             with self._executor.batch():
                 sent = [
-                    (task, self._executor.submit(_in_folder, os.getcwd(), self._store, task, seconds, self._device))
-                    for task, seconds in self._waiting
+                    (task, self._executor.submit(_work, os.getcwd(), self._store, task, until, self._device, own))
+                    for task, until in self._waiting
                 ]
             self._jobs += sent
             self._waiting = []
