@@ -31,6 +31,7 @@ TINY = dataclasses.replace(
     QUICK, name="tiny", images=100, some=60, scorings=4, eot=2, sweep_eot=1, steps=20, unbounded_steps=200, samples=20,
     judge_draws=8, eps_grid=(8 / 255, 32 / 255, 128 / 255), draw_curve=(1, 4), step_curve=(20, 40), restarts=2,
     square_queries=150, square_draws=1, slope_images=6, slope_repeats=16,
+    real_queries=300, descent_steps=20, descent_directions=8, surrogate_queries=1500,
 )  # fmt: skip
 
 
@@ -77,8 +78,8 @@ def digits():
     return load_data("digits", "test")
 
 
-def examined(model, digits, sources, **settings) -> Diagnosis:
-    return diagnose(model, digits, budget=TINY, eps=EPS, sources=sources, engine="plain", **settings)
+def examined(model, digits, sources, budget=TINY, **settings) -> Diagnosis:
+    return diagnose(model, digits, budget=budget, eps=EPS, sources=sources, engine="plain", **settings)
 
 
 def failed(found: Diagnosis) -> set[int]:
@@ -243,7 +244,6 @@ def test_non_differentiable_preprocessing_is_caught(networks, digits):
 # Little of what these two are not about.
 OTHERWISE = dataclasses.replace(
     TINY, some=10, samples=2, unbounded_steps=5, eps_grid=(EPS,), step_curve=(2, 4), restarts=1, real_queries=400,
-    descent_steps=20, descent_directions=8, surrogate_queries=1500,
 )  # fmt: skip
 
 
@@ -304,7 +304,10 @@ def test_real_draws_are_found_real(real_noise):
     assert "transfer from own noise-off twin" in {one.name for one in real_noise.measurements}
 
 
-FEW = dataclasses.replace(TINY, images=24, some=12, samples=5, unbounded_steps=10, step_curve=(4, 8), slope_repeats=24)
+FEW = dataclasses.replace(
+    TINY, images=24, some=12, samples=5, unbounded_steps=10, step_curve=(4, 8), slope_repeats=24, real_queries=50,
+    descent_steps=5, surrogate_queries=500,
+)  # fmt: skip
 
 
 def shared_weights(networks) -> nn.Module:
@@ -457,7 +460,10 @@ def test_one_unlucky_draw_among_many_points_is_no_break():
     x = torch.rand(40, 1, 2, 2)
     y = torch.zeros(40, dtype=torch.int64)
     y[0] = 1
-    budget = dataclasses.replace(TINY, images=40, some=40, samples=60, judge_draws=200, finalists=3)
+    budget = dataclasses.replace(
+        OTHERWISE, images=40, some=40, samples=60, judge_draws=200, finalists=3, square_queries=5, real_queries=5,
+        descent_steps=2, surrogate_queries=200, eps_grid=(0.1,),
+    )  # fmt: skip
     found = diagnose(jittery, (x, y), budget=budget, eps=0.1, engine="plain")
     assert found.check(4).evidence["broken"] == 0
     assert found.check(4).evidence["left by gradients"] == 39
@@ -524,7 +530,7 @@ def test_a_check_that_was_not_run_is_not_shown(networks, digits):
 
 def test_probabilities_are_warned_about(networks, digits):
     with pytest.warns(UserWarning, match="looks like probabilities"):
-        found = examined(lambda x: networks["undefended"](x).softmax(1), digits, {}, limit=10)
+        found = examined(lambda x: networks["undefended"](x).softmax(1), digits, {}, FEW, limit=10)
     assert "looks like probabilities" in found.findings[0]
     assert "warning: the model's output" in str(found)
 
@@ -533,7 +539,7 @@ def test_train_mode_is_named_and_given_back(networks, digits):
     model = networks["undefended"].train()
     try:
         with pytest.warns(UserWarning, match="train mode"):
-            found = examined(model, digits, {}, limit=10)
+            found = examined(model, digits, {}, FEW, limit=10)
         assert model.training
         assert "train mode" in found.findings[0]
     finally:
@@ -602,7 +608,7 @@ def test_budgets_are_sound_and_full_is_as_the_thresholds_ask():
 
 
 def test_the_same_seed_gives_the_same_diagnosis(networks, digits):
-    budget = dataclasses.replace(TINY, images=20, some=10, samples=5, unbounded_steps=10)
+    budget = dataclasses.replace(FEW, images=20, some=10, slope_repeats=8)
     model = noisy(networks, "per_example")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
