@@ -100,6 +100,13 @@ def test_images_that_are_wrong_stay_as_they_are_and_cost_nothing():
     assert result.success.all()
 
 
+def test_images_that_are_wrong_on_a_stochastic_model_stay_as_they_are():
+    x = images()
+    model = linear(x)
+    model.bias.data += 10
+    assert torch.equal(CW(**SHORT)(NoisyBoundary(model, sigma=0.1), x, zeros(x)), x)
+
+
 def test_early_abort_saves_passes_and_not_norm():
     x = images()
     model = linear(x)
