@@ -20,10 +20,15 @@ def tests_of(mutant: Mutant, known: Mapping[str, Test], limit: float) -> tuple[s
     """Return names of tests, the first to be run first, of not more than ``limit`` seconds in all.
 
     What is run when a module is imported (a constant, a default, a table) is judged by the tests that run any line of
-    the function it is a default of, or of the file; where there is none, by those of the folder.
+    the function it is a default of, or of the file, and by those named after the file; where there is none, by those of
+    the folder.
     """
-    lines = lines_of(mutant)
-    running = [one for one in known.values() if one.lines.get(mutant.path, frozenset()) & lines]
+    lines, imported = lines_of(mutant)
+    running = [
+        one
+        for one in known.values()
+        if one.lines.get(mutant.path, frozenset()) & lines or (imported and _is_near(mutant, one))
+    ]
     if not running:
         running = [one for one in known.values() if _folder(one.name) == mutant.path.split("/")[0]]
     chosen, left = [], limit
@@ -35,30 +40,28 @@ def tests_of(mutant: Mutant, known: Mapping[str, Test], limit: float) -> tuple[s
     return tuple(chosen)
 
 
-def lines_of(mutant: Mutant) -> frozenset[int]:
-    """Return the lines that run where the mutant's place has a meaning."""
+def lines_of(mutant: Mutant) -> tuple[frozenset[int], bool]:
+    """Return the lines that run where the mutant's place has a meaning, and whether it is run by an import."""
     tree = _tree(mutant.path)
     around = [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and _holds(node, mutant.line)]
     around.sort(key=lambda node: (node.lineno, -_end(node)))
     functions = [node for node in around if isinstance(node, ast.FunctionDef)]
     inner = around[-1]
     if functions and inner is not functions[-1]:
-        return frozenset(range(inner.lineno, _own_end(inner) + 1))
+        return frozenset(range(inner.lineno, _own_end(inner) + 1)), False
     if functions:  # a default
-        return _body(functions[-1])
-    return frozenset().union(
-        *(_body(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda))
-    )
+        return _body(functions[-1]), True
+    bodies = (_body(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda))
+    return frozenset().union(*bodies), True
 
 
 def _in_order(mutant: Mutant, tests: list[Test]) -> list[Test]:
     """Quickest and nearest first; of the many cases of one test, each next one counts as longer."""
-    near = (f"test_{pathlib.PurePath(mutant.path).stem}", _DEFAULTS)
 
     def cost(one: Test) -> float:
         if _folder(one.name) != mutant.path.split("/")[0]:
             return (one.seconds + _START) * _ELSEWHERE
-        return (one.seconds + _START) * (1.0 if pathlib.PurePath(_file(one.name)).name.startswith(near) else _FAR)
+        return (one.seconds + _START) * (1.0 if _is_near(mutant, one) else _FAR)
 
     met: Counter[str] = Counter()
     ranked = []
@@ -68,8 +71,10 @@ def _in_order(mutant: Mutant, tests: list[Test]) -> list[Test]:
     return [one for *_, one in sorted(ranked, key=lambda found: found[:2])]
 
 
-def _file(test: str) -> str:
-    return test.split("::")[0]
+def _is_near(mutant: Mutant, test: Test) -> bool:
+    near = (f"test_{pathlib.PurePath(mutant.path).stem}", _DEFAULTS)
+    file = pathlib.PurePath(test.name.split("::")[0])
+    return _folder(test.name) == mutant.path.split("/")[0] and file.name.startswith(near)
 
 
 def _folder(test: str) -> str:

@@ -281,7 +281,8 @@ def test_a_mutant_is_judged_by_the_tests_that_run_its_line_the_quick_and_near_fi
     assert chosen(6, limit=2.5) == ["quick", "other"]
     assert chosen(8) == ["other", "far", "slow"]
     assert chosen(9) == ["quick"]
-    assert chosen(1) == chosen(4) == ["quick", "other", "far", "slow"]  # a constant, a default: what runs the functions
+    # A constant, a default: what runs the functions, and what is named after the file.
+    assert chosen(1) == chosen(4) == ["none", "quick", "other", "far", "slow"]
 
 
 def test_what_a_shared_fixture_runs_is_run_by_every_test_that_asks_for_it(tmp_path):
