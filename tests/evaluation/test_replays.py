@@ -65,6 +65,16 @@ def own_generator_by_the_image(x: Tensor) -> Tensor:
     return answer(x, torch.stack(noise))
 
 
+def own_choices_by_the_image(x: Tensor) -> Tensor:
+    own = [torch.Generator().manual_seed(int(1e6 * one.sum())) for one in x]
+    return answer(x, torch.stack([torch.randint(2, x.shape[1:], generator=one) for one in own]))
+
+
+def chooses_what_is_alike(x: Tensor) -> Tensor:
+    """Its choices come again every time, yet it takes them from the default generator."""
+    return answer(x, torch.ones_like(x) * torch.randint(1, (1,)))
+
+
 def fresh(x: Tensor) -> Tensor:
     return answer(x, torch.randn_like(x))
 
@@ -87,8 +97,16 @@ def plain(x: Tensor) -> Tensor:
 REPLAYED = {
     seeds_torch: SEEDS, seeds_torch_by_the_images: SEEDS, seeds_torch_afterwards: SEEDS, seeds_numpy: SEEDS,
     seeds_python: SEEDS, forks: HIDDEN, own_generator: BY_ROW, own_generator_by_the_image: HIDDEN,
+    own_choices_by_the_image: HIDDEN,
 }  # fmt: skip
-HONEST = [fresh, fresh_for_a_batch, fresh_from_a_fork, plain, nn.BatchNorm2d(1, track_running_stats=False)]
+HONEST = [
+    fresh,
+    fresh_for_a_batch,
+    fresh_from_a_fork,
+    chooses_what_is_alike,
+    plain,
+    nn.BatchNorm2d(1, track_running_stats=False),
+]
 
 
 @pytest.mark.parametrize("model", list(REPLAYED))

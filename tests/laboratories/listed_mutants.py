@@ -215,6 +215,13 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "error > 1e-7 * (1 + float(between.abs().max()))",
      "(error) >= (1e-07 * (1 + float(between.abs().max())))"):
         "an allowance for rounding has no exact edge",
+    ("evaluation/rows.py",
+     "pooled: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty(0, dtype=np.int64))", "0", "1"):
+        "read only where several draws have filled it",
+    ("evaluation/rows.py",
+     "predictions: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))",
+     "0", "1"):
+        "read only where a pass has filled it",
     ("evaluation/result.py",
      "if 0 < round(steps) < 255 and abs(steps - round(steps)) < 1e-6:",
      "abs(steps - round(steps)) < 1e-6",
