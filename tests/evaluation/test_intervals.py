@@ -9,11 +9,13 @@ from scipy import stats
 from learn2perturb.errors import ConfigError, InputError
 from learn2perturb.evaluation.intervals import (
     Interval,
+    Scores,
     accuracy_interval,
     bootstrap_mean,
     majority,
     mean_and_std,
     paired_bootstrap,
+    paired_difference,
     wilson,
     worst_of,
 )
@@ -169,3 +171,18 @@ def test_wilson_agrees_up_to_rounding_only() -> None:
     one = wilson(8, 10)
     assert one.agrees(Interval(one.low + 1e-12, one.high, 0.95, "wilson"))
     assert not one.agrees(Interval(one.low + 1e-6, one.high, 0.95, "wilson"))
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+@pytest.mark.parametrize(("gained", "lost", "same"), [(5, 1, 14), (0, 0, 30), (3, 3, 1), (7, 0, 0)])
+def test_a_paired_difference_of_answers_is_bonett_and_prices(gained, lost, same, confidence):
+    """The interval of their paper: of the shares of images that only one of the two has right, each with one more."""
+    n = gained + lost + same
+    first = Scores(np.array([[True] * gained + [False] * lost + [True] * same]))
+    second = Scores(np.array([[False] * gained + [True] * lost + [True] * same]))
+    one, other = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    centre = one - other
+    half = stats.norm.ppf((1 + confidence) / 2) * np.sqrt((one + other - centre**2) / (n + 2))
+    found = paired_difference(first, second, confidence=confidence)
+    assert found.mean == pytest.approx((gained - lost) / n)
+    assert (found.interval.low, found.interval.high) == pytest.approx((centre - half, centre + half))

@@ -115,6 +115,12 @@ def test_a_replay_is_named(model):
         assert replayed(model, X, 0) == REPLAYED[model]
 
 
+@pytest.mark.parametrize(("images", "named"), [(1, HIDDEN), (2, BY_ROW)])
+def test_two_images_tell_rows_apart(images, named):
+    with isolated_rng():
+        assert replayed(own_generator, X[:images], 0) == named
+
+
 @pytest.mark.parametrize("model", HONEST)
 def test_what_is_honest_is_no_replay(model):
     network = nn.Sequential(model, nn.Flatten()).eval() if isinstance(model, nn.Module) else model

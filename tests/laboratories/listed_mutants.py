@@ -215,6 +215,9 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "error > 1e-7 * (1 + float(between.abs().max()))",
      "(error) >= (1e-07 * (1 + float(between.abs().max())))"):
         "an allowance for rounding has no exact edge",
+    ("evaluation/inputs.py", "half = x[: _IMAGES // 2] if len(x) > 1 else torch.cat([x, 1 - x])",
+     "x[: _IMAGES // 2] if len(x) > 1 else torch.cat([x, 1 - x])", "torch.cat([x, 1 - x])"):
+        "the same question about more images",
     ("evaluation/rows.py",
      "pooled: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty(0, dtype=np.int64))", "0", "1"):
         "read only where several draws have filled it",
