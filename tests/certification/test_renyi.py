@@ -13,10 +13,11 @@ from scipy.stats import norm
 from torch import nn
 
 from learn2perturb.certification import RiskGap, certify, risk_gap
-from learn2perturb.certification.gap import divergence, entropy_bounds, risk_gap_bound, total_variation
+from learn2perturb.certification.gap import bounds_of, divergence, entropy_bounds, risk_gap_bound, total_variation
 from learn2perturb.cli.main import main
 from learn2perturb.errors import CheckpointError, ConfigError, NoiseError
 from learn2perturb.noise import perturb, perturb_images, vary_weights
+from learn2perturb.records import PackedIntegers
 
 SIGMA, SHAPE = 0.5, (1, 2, 2)
 
@@ -130,6 +131,37 @@ def test_a_record_says_what_its_votes_give(tmp_path):
         (tmp_path / "changed.json").write_text(json.dumps(text))
         with pytest.raises(CheckpointError):
             RiskGap.load(tmp_path / "changed.json")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"n": 0}, "none that a bound can have"),
+        ({"alpha": 0.0}, "none that a bound can have"),
+        ({"alpha": 1.0}, "none that a bound can have"),
+        ({"constant": 0.0}, "none that a bound can have"),
+        ({"constant": math.nan}, "none that a bound can have"),
+        ({"num_classes": 1}, "none that a bound can have"),
+        ({"num_classes": 3}, "one row for each image"),
+        ({"labels": PackedIntegers.pack(np.zeros(0, dtype=np.int64))}, "one row for each image"),
+        ({"labels": PackedIntegers.pack(np.array([0, 2]))}, "outside of what there is"),
+        ({"labels": PackedIntegers.pack(np.array([0, -1]))}, "outside of what there is"),
+        ({"votes": PackedIntegers.pack(np.array([9, 1, 11, -1]))}, "outside of what there is"),
+        ({"n": 11}, "are not 11"),
+        ({"bound": 0.5}, "bound is 0.5 and the votes give"),
+        ({"floor": 0.4}, "floor is 0.4 and the votes give"),
+        ({"direct": 0.5}, "direct is 0.5 and the votes give"),
+    ],
+)
+def test_what_no_votes_can_give_is_refused(changed, message):
+    votes, settings = np.array([[9, 1], [2, 8]]), {"n": 10, "alpha": 0.01, "constant": 0.5, "eps": 0.1, "pixels": 4}
+    found = RiskGap(
+        **settings, **bounds_of(votes, 0.01, 0.5, 0.2), exact=True, site="0", num_classes=2, seed=0,
+        labels=PackedIntegers.pack(np.array([0, 1])), votes=PackedIntegers.pack(votes.flatten()),
+    )  # fmt: skip
+    found._check()
+    with pytest.raises(CheckpointError, match=message):
+        dataclasses.replace(found, **changed)._check()
 
 
 def test_the_command_line(tmp_path, capsys, monkeypatch):

@@ -15,6 +15,9 @@ _COMPARE: dict[type[ast.cmpop], str] = {
     ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not",
     ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
 }  # fmt: skip
+_ORDER: dict[type[ast.cmpop], str] = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
+# What is allowed for rounding has no exact edge that could be told; on which side of it a number lies can.
+_ALLOWANCES = {"rounding", "tolerance", "allowed", "nothing"}
 _BINARY: dict[type[ast.operator], str] = {
     ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Pow: "*", ast.Mod: "*",
     ast.BitAnd: "|", ast.BitOr: "&",
@@ -89,6 +92,9 @@ def _changes(node: ast.expr) -> list[str]:
         return _of_constant(node.value)
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARE:
         left, right = ast.unparse(node.left), ast.unparse(node.comparators[0])
+        named = {name.id.strip("_").lower() for name in ast.walk(node) if isinstance(name, ast.Name)}
+        if type(node.ops[0]) in _ORDER and named & _ALLOWANCES:
+            return [f"not (({left}) {_ORDER[type(node.ops[0])]} ({right}))"]
         return [f"({left}) {_COMPARE[type(node.ops[0])]} ({right})"]
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         return [f"({ast.unparse(node.left)}) {_BINARY[type(node.op)]} ({ast.unparse(node.right)})"]

@@ -218,6 +218,11 @@ def test_mutants_change_one_place_and_leave_messages_and_types_alone(tmp_path):
         compile(one.text, one.path, "exec")
 
 
+def test_of_what_is_allowed_for_rounding_the_side_is_changed_and_not_the_edge(tmp_path):
+    (tmp_path / "a.py").write_text("def f(x):\n    return x > _ROUNDING\n")
+    assert [one.after for one in mutants.mutants(tmp_path, "a.py")] == ["not ((x) > (_ROUNDING))"]
+
+
 def trial(text: str, *tests: str) -> Trial:
     return Trial("one", Mutant("progress.py", 1, "", "", (SOURCE / "progress.py").read_text() + text), tests)
 
