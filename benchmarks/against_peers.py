@@ -2,12 +2,12 @@
 
     python benchmarks/against_peers.py --data-dir .data --plain runs/cifar10-pgd_at --noisy runs/cifar10-learn2perturb
 
-The contestants run in turn in one process and the median of the rounds counts. Ours run in the gear ``--engine``
-(``fast`` is bfloat16, channels_last, folded), as ``evaluate(engine=...)`` runs them; theirs are called as their own
-documentation does, in float32. *ours, compiled* is ours as long runs make it (300,000 attacked images of 32 x 32 and
-more); shorter ones would not earn the compilation back. What every attack leaves is scored in float32, with fresh draws
-that no attack has seen. The first run of each, with any compilation, is a short one and not counted. ``memory`` is the
-peak of one process for EOT-PGD with 80 draws a gradient against one with 1.
+The contestants run in turn in one process and the median of the rounds counts. Ours run in the execution mode
+``--engine`` (``fast`` is bfloat16, channels_last, folded), as ``evaluate(engine=...)`` runs them; theirs are called as
+their own documentation does, in float32. *ours, compiled* is ours as long runs make it (300,000 attacked images of 32 x
+32 and more); shorter ones would not earn the compilation back. What every attack leaves is scored in float32, with
+fresh draws that no attack has seen. The first run of each, with any compilation, is a short one and not counted.
+``memory`` is the peak of one process for EOT-PGD with 80 draws a gradient against one with 1.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import learn2perturb as l2p
 from learn2perturb.attacks import APGD, CW, PGD, Attack, FewPixel
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.random import seed_everything
 from learn2perturb.runs.environment import environment
 
@@ -163,21 +163,21 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, draws: int, 
 
 def run_contest(contest: Contest, model: nn.Module, x: Tensor, y: Tensor, rounds: int, engine: str) -> dict:
     """Return seconds, ratio and accuracy of each contestant."""
-    gear = gears.select(engine, x.device)
-    geared = {"ours": gear}
-    if gear.folding and isinstance(contest.ours, PGD):
-        geared["ours, compiled"] = gears.with_compiled_attack(gear, math.inf, len(x))
+    mode = execution.select(engine, x.device)
+    ours_by_mode = {"ours": mode}
+    if mode.folding and isinstance(contest.ours, PGD):
+        ours_by_mode["ours, compiled"] = execution.with_compiled_attack(mode, math.inf, len(x))
 
-    def ours(attack: Attack, gear: gears.Gear) -> Run:
+    def ours(attack: Attack, mode: execution.ExecutionMode) -> Run:
         def run(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            with gears.running(gear):
-                return attack(model, gear.place_images(x), y).contiguous()
+            with execution.running(mode):
+                return attack(model, mode.place_images(x), y).contiguous()
 
         return run
 
-    runs = {name: ours(contest.ours, gear) for name, gear in geared.items()}
+    runs = {name: ours(contest.ours, mode) for name, mode in ours_by_mode.items()}
     runs |= {name: make(0) for name, make in contest.theirs.items()}
-    short = {name: ours(replace(contest.ours, **contest.warm_up), gear) for name, gear in geared.items()}
+    short = {name: ours(replace(contest.ours, **contest.warm_up), mode) for name, mode in ours_by_mode.items()}
     short |= {name: make(1) for name, make in contest.theirs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     found: dict[str, Tensor] = {}
@@ -211,7 +211,7 @@ def run_contest(contest: Contest, model: nn.Module, x: Tensor, y: Tensor, rounds
         }
     return {
         "title": contest.title, "images": len(x), "goal": contest.goal, "judged_at_l2": contest.judged_at,
-        "met_by": [name for name in geared if table[name]["ratio"] >= contest.goal], "contestants": table,
+        "met_by": [name for name in ours_by_mode if table[name]["ratio"] >= contest.goal], "contestants": table,
     }  # fmt: skip
 
 
@@ -234,9 +234,9 @@ def images(arguments: argparse.Namespace, count: int) -> tuple[Tensor, Tensor]:
 def memory_of(arguments: argparse.Namespace) -> None:
     """Attack one batch and print the peak memory of this process, GiB."""
     x, y = images(arguments, 64)
-    gear = gears.select(arguments.engine, x.device)
-    with gears.running(gear):
-        PGD(EPS, STEP, 1, eot=arguments.memory_of)(l2p.load(arguments.noisy), gear.place_images(x), y)
+    mode = execution.select(arguments.engine, x.device)
+    with execution.running(mode):
+        PGD(EPS, STEP, 1, eot=arguments.memory_of)(l2p.load(arguments.noisy), mode.place_images(x), y)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
@@ -269,7 +269,7 @@ def main() -> int:
     add("--only", default=",".join((*CONTESTS, "memory")), help="of %(default)s")
     add("--rounds", type=int, default=3, help="counted runs of each contestant, taken in turn (default 3)")
     add("--threads", type=int, default=torch.get_num_threads(), help="of torch (default %(default)s)")
-    add("--engine", default="auto", help="gear of ours: auto, plain, fast")
+    add("--engine", default="auto", help="execution mode of ours: auto, plain, fast")
     add("--memory-of", type=int, help=argparse.SUPPRESS)
     add("--json", metavar="FILE", help="write everything there, too")
     arguments = parser.parse_args()

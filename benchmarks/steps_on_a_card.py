@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from learn2perturb.data import ImageData
-from learn2perturb.engine import compile_time, gears
+from learn2perturb.engine import compile_time, execution
 from learn2perturb.progress import Reporter
 from learn2perturb.runs.environment import environment
 from learn2perturb.training import TrainConfig
@@ -74,7 +74,7 @@ def measure(defense: str, model: str, sharing: str, steps: int, kernels: int) ->
     training = Training(config.resolve(), None, random_images(), None, Reporter(False))
     batches = training.source.epoch(0)
     x, y = next(batches)
-    with gears.running(training.gear):
+    with execution.running(training.mode):
         for _ in range(WARM_UPS + 2):
             training.run_step(x, y)
         assert training.recorded is not None

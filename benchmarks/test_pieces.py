@@ -13,7 +13,7 @@ from torch import nn
 import learn2perturb as l2p
 from learn2perturb.attacks import PGD
 from learn2perturb.data import ImageData, make_source
-from learn2perturb.engine import fused, gears
+from learn2perturb.engine import execution, fused
 from learn2perturb.engine.draws import standard_normal
 from learn2perturb.errors import ConfigError
 
@@ -22,13 +22,13 @@ BATCH, CHANNELS, SIDE = 128, 32, 16
 
 
 @pytest.fixture(params=["plain", "fast"])
-def gear(request):
-    """Run in one gear after the other; skip what this hardware has not."""
+def mode(request):
+    """Run in one execution mode after the other; skip what this hardware has not."""
     try:
-        found = gears.select(request.param, CPU)
+        found = execution.select(request.param, CPU)
     except ConfigError as error:
         pytest.skip(str(error))
-    with gears.running(found):
+    with execution.running(found):
         yield found
 
 
@@ -42,28 +42,28 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,))
 
 
-def test_draw(gear, timed):
+def test_draw(mode, timed):
     """Draw the noise of one site, a number for every element."""
-    numbers = timed(lambda: standard_normal((BATCH, CHANNELS, SIDE, SIDE), CPU, channels_last=gear.channels_last))
+    numbers = timed(lambda: standard_normal((BATCH, CHANNELS, SIDE, SIDE), CPU, channels_last=mode.channels_last))
     assert numbers.shape == (BATCH, CHANNELS, SIDE, SIDE)
 
 
 @pytest.mark.parametrize("sharing", ["per_example", "per_batch"])
-def test_add_noise(gear, timed, sharing):
+def test_add_noise(mode, timed, sharing):
     """Draw and add the noise of one site, without gradients."""
     network = l2p.perturb(nn.Sequential(nn.Identity()), input_shape=(CHANNELS, SIDE, SIDE), sites="0", sharing=sharing)
-    gear.place(network)
-    h = gear.place_images(torch.zeros(BATCH, CHANNELS, SIDE, SIDE, dtype=gear.dtype))
+    mode.place(network)
+    h = mode.place_images(torch.zeros(BATCH, CHANNELS, SIDE, SIDE, dtype=mode.dtype))
     with torch.no_grad():
         noisy = timed(lambda: network(h))
     assert noisy.float().std() > 0.1
 
 
-def test_add_noise_and_pull_its_gradient(gear, timed):
+def test_add_noise_and_pull_its_gradient(mode, timed):
     """One site forward and backward, with the gradients of features and theta."""
     network = l2p.perturb(nn.Sequential(nn.Identity()), input_shape=(CHANNELS, SIDE, SIDE), sites="0")
-    gear.place(network)
-    h = gear.place_images(torch.zeros(BATCH, CHANNELS, SIDE, SIDE, dtype=gear.dtype)).requires_grad_()
+    mode.place(network)
+    h = mode.place_images(torch.zeros(BATCH, CHANNELS, SIDE, SIDE, dtype=mode.dtype)).requires_grad_()
     (theta,) = l2p.noise_parameters(network)
     gradients = timed(lambda: torch.autograd.grad(network(h).float().square().sum(), (h, theta)))
     assert gradients[1].abs().max() > 0
@@ -76,34 +76,34 @@ def test_fused_draws_uncompiled(timed):
 
 
 @pytest.mark.parametrize("noise", [True, False], ids=["noise", "plain network"])
-def test_step_of_pgd(gear, timed, noise):
+def test_step_of_pgd(mode, timed, noise):
     """One gradient of the images of a batch, ResNet-V1(20)."""
     model = l2p.build_model("resnet20").eval()
-    model = gear.place(l2p.perturb(model, input_shape=(3, 32, 32)) if noise else model)
+    model = mode.place(l2p.perturb(model, input_shape=(3, 32, 32)) if noise else model)
     x, y = images()
     attack = PGD(steps=1, random_start=False)
-    adversarial = timed(lambda: attack.craft(model, gear.place_images(x), y))
+    adversarial = timed(lambda: attack.craft(model, mode.place_images(x), y))
     assert not torch.equal(adversarial, x)
 
 
-def test_fold(gear, timed):
+def test_fold(mode, timed):
     """Enter and leave the context in which BatchNorm is folded, ResNet-V1(20); its plan is found in the warm-up."""
-    model = gear.place(l2p.build_model("resnet20").eval())
-    x = gear.place_images(images()[0])
+    model = mode.place(l2p.build_model("resnet20").eval())
+    x = mode.place_images(images()[0])
 
     def fold() -> None:
-        with gears.attacking(model, x, True):
+        with execution.attacking(model, x, True):
             pass
 
     timed(fold)
 
 
 @pytest.mark.parametrize("folded", [True, False], ids=["folded", "unfolded"])
-def test_forward(gear, timed, folded):
+def test_forward(mode, timed, folded):
     """One forward pass in eval mode, ResNet-V1(20)."""
-    model = gear.place(l2p.build_model("resnet20").eval())
-    x = gear.place_images(images()[0])
-    with torch.no_grad(), gears.autocast("cpu"), gears.attacking(model, x, folded):
+    model = mode.place(l2p.build_model("resnet20").eval())
+    x = mode.place_images(images()[0])
+    with torch.no_grad(), execution.autocast("cpu"), execution.attacking(model, x, folded):
         timed(lambda: model(x))
 
 

@@ -13,7 +13,7 @@ from learn2perturb.attacks import APGD, PGD
 from learn2perturb.attacks.apgd import _State
 from learn2perturb.attacks.base import Query
 from learn2perturb.attacks.losses import TARGETED_LOSSES, targeted_dlr, targeted_margin
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError, InputError
 from tests.problems import Linear, NoisyLinear, Quadratic
 
@@ -115,7 +115,7 @@ def test_rounding_in_low_precision_breaks_no_image():
     query = Query(model, APGD(), zeros(x), strict=True)
     margins = torch.tensor([1.0, -1.0, 1.0, 1.0])
     assert query.broken(x, zeros(x), margins).tolist() == [True, False, True, True]
-    with gears.running(dataclasses.replace(gears.PLAIN, dtype=torch.bfloat16)):
+    with execution.running(dataclasses.replace(execution.PLAIN, dtype=torch.bfloat16)):
         assert not query.broken(x, zeros(x), margins).any()
         assert APGD(0.1, 4).run(model, x, zeros(x)).backward_passes == 4
 

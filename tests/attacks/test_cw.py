@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from learn2perturb import evaluate
 from learn2perturb.attacks import CW, FGSM
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError
 from tests.problems import Linear, Quadratic, two_logits
 
@@ -155,7 +155,7 @@ def test_low_precision_is_confirmed_in_full():
     def optimistic(x: Tensor) -> Tensor:
         return model(x) + 0.02 * torch.is_autocast_enabled("cpu") * torch.tensor([0.0, 1.0])
 
-    with gears.running(gears.Gear("half", dtype=torch.bfloat16)):
+    with execution.running(execution.ExecutionMode("half", dtype=torch.bfloat16)):
         result = CW(**SHORT).run(optimistic, x, zeros(x))
     moved = result.l2 > 0
     assert moved.any()

@@ -11,7 +11,7 @@ from torch import nn
 from learn2perturb.attacks import CW
 from learn2perturb.attacks.base import Query
 from learn2perturb.attacks.cw import _Search
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError
 from tests.problems import two_logits
 
@@ -126,7 +126,7 @@ def test_low_precision_is_confirmed_at_every_fifth_step_and_at_the_last():
         return two_logits(images.flatten(1).mean(dim=1) - 5)
 
     x = torch.rand(2, *SHAPE)
-    with gears.running(gears.Gear("half", dtype=torch.bfloat16)):
+    with execution.running(execution.ExecutionMode("half", dtype=torch.bfloat16)):
         result = CW(lr=0.01, steps=23, search_steps=2, abort_early=False).run(
             model, x, torch.zeros(2, dtype=torch.int64)
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from learn2perturb.attacks import FewPixel
 from learn2perturb.attacks.few_pixel import STRATEGIES, _others
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError, InputError
 from tests.problems import two_logits
 
@@ -123,7 +123,7 @@ def test_what_low_precision_alone_takes_for_broken_is_not_kept_as_such():
     def model(x: Tensor) -> Tensor:
         return planted(x) + 4.0 * torch.is_autocast_enabled("cpu") * torch.tensor([0.0, 1.0])
 
-    with gears.running(gears.Gear("half", dtype=torch.bfloat16)):
+    with execution.running(execution.ExecutionMode("half", dtype=torch.bfloat16)):
         result = FewPixel(population=60, generations=40, seed=0).run(model, x, y)
     assert (model(result.x_adv)[:, 1] > 0).all()
 

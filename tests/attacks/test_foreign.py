@@ -43,7 +43,7 @@ def y():
 
 
 def sign_step(model, x, y, eps=0.1):
-    """A textbook attack that knows nothing of this package."""
+    """A plain attack that knows nothing of this package."""
     x = x.clone().requires_grad_()
     nn.functional.cross_entropy(model(x), y).backward()
     return (x + eps * x.grad.sign()).detach()

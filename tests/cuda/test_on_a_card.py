@@ -10,7 +10,7 @@ import torch
 import learn2perturb as l2p
 from learn2perturb.data import ImageData
 from learn2perturb.defenses import list_defenses
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.errors import NonFiniteError
 from learn2perturb.progress import Reporter
 from learn2perturb.training import TrainConfig
@@ -34,15 +34,15 @@ def images(count: int = 2 * ROWS + 4) -> ImageData:
     )
 
 
-def trained(defense: str, gear: gears.Gear, *, epochs: int = 4, out=None, **settings) -> Training:
+def trained(defense: str, mode: execution.ExecutionMode, *, epochs: int = 4, out=None, **settings) -> Training:
     config = TrainConfig(
         defense=defense, model="resnet20", recipe="fast", epochs=epochs, batch_size=ROWS, attack_steps=2, monitor=0,
         device="cuda", **settings,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gears, "select", lambda *_, **__: gear)
+        patch.setattr(execution, "select", lambda *_, **__: mode)
         training = Training(config.resolve(), None, images(), None, Reporter(False))
-    with gears.running(training.gear), torch.backends.cudnn.flags(True, deterministic=True, allow_tf32=False):
+    with execution.running(training.mode), torch.backends.cudnn.flags(True, deterministic=True, allow_tf32=False):
         for epoch in range(epochs):
             training.epoch = epoch
             for batch, (x, y) in enumerate(training.source.epoch(epoch)):
@@ -53,7 +53,7 @@ def trained(defense: str, gear: gears.Gear, *, epochs: int = 4, out=None, **sett
 
 
 LAUNCHED = dataclasses.replace(
-    gears.CUDA, dtype=None, recording=False, compiled_training=False, tuned_convolutions=False
+    execution.CUDA, dtype=None, recording=False, compiled_training=False, tuned_convolutions=False
 )
 RECORDED = dataclasses.replace(LAUNCHED, recording=True)
 
@@ -85,11 +85,13 @@ def noisy_network(sharing: str = "per_example", distribution: str = "gaussian") 
     return l2p.perturb(network, input_shape=(3, 16, 16), sharing=sharing, distribution=distribution).to(CUDA).eval()
 
 
-COMPILED = dataclasses.replace(gears.CUDA, dtype=None, compiled_rows=ROWS)
+COMPILED = dataclasses.replace(execution.CUDA, dtype=None, compiled_rows=ROWS)
 
 
-def compiled_logits(network: torch.nn.Module, x: torch.Tensor, gear: gears.Gear = COMPILED) -> torch.Tensor:
-    with gears.running(gear), gears.attacking(network, x, True):
+def compiled_logits(
+    network: torch.nn.Module, x: torch.Tensor, mode: execution.ExecutionMode = COMPILED
+) -> torch.Tensor:
+    with execution.running(mode), execution.attacking(network, x, True):
         return network(x.clone().requires_grad_()).detach()
 
 
@@ -124,8 +126,8 @@ def test_a_compiled_pass_is_the_same_function(dtype):
     tolerance = 1e-3 if dtype is None else 0.1
     with l2p.noise_disabled(network):
         plain = network(x)
-        gear = dataclasses.replace(COMPILED, dtype=dtype)
-        with gears.running(gear), gears.autocast("cuda"), gears.attacking(network, x, True):
+        mode = dataclasses.replace(COMPILED, dtype=dtype)
+        with execution.running(mode), execution.autocast("cuda"), execution.attacking(network, x, True):
             found = network(x.clone().requires_grad_()).detach().float()
     torch.testing.assert_close(found, plain, rtol=tolerance, atol=tolerance)
 
@@ -134,7 +136,7 @@ def test_a_loss_that_is_not_finite_freezes_the_weights():
     training = trained("pgd_at", RECORDED, epochs=2)
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
     x, y = next(iter(training.source.epoch(0)))
-    with gears.running(training.gear):
+    with execution.running(training.mode):
         training.run_step(torch.full_like(x, float("nan")), y)
         training.run_step(x, y)
     for name, parameter in training.model.named_parameters():

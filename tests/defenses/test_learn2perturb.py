@@ -134,7 +134,7 @@ class Transcription:
 
 def check_equal(network, by_hand):
     for name, value in network.named_parameters():
-        assert (value - by_hand.v[name]).abs().max() < 1e-6, name  # logits are float32 in every gear
+        assert (value - by_hand.v[name]).abs().max() < 1e-6, name  # logits are float32 in every execution mode
 
 
 @pytest.mark.parametrize("labels", ["true", "predicted"])

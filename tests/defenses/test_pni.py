@@ -122,7 +122,7 @@ def test_two_steps_equal_a_transcription(variant, granularity, monkeypatch):
     for batch in range(2):
         by_hand.step(batch)
     for name, value in network.named_parameters():
-        assert (value - by_hand.v[name]).abs().max() < 1e-6, name  # logits are float32 in every gear
+        assert (value - by_hand.v[name]).abs().max() < 1e-6, name  # logits are float32 in every execution mode
     assert torch.allclose(network.bn.running_var, by_hand.var, atol=1e-6)
     for alpha in noise_parameters(network):
         assert (alpha - 0.25).abs().max() > 1e-4  # the loss moved it

@@ -12,7 +12,7 @@ from torch import nn
 import learn2perturb as l2p
 from learn2perturb.data import ImageData
 from learn2perturb.defenses import build_defense
-from learn2perturb.engine import folding, gears
+from learn2perturb.engine import execution, folding
 from learn2perturb.errors import ConfigError, NoiseError, SiteError
 from learn2perturb.noise import fixed_noise, insert, noise_disabled, noise_modules, noise_spec, remove_noise
 from learn2perturb.training import TrainConfig, train
@@ -151,7 +151,7 @@ def test_rna_is_not_folded_into_the_convolution_before_it():
             assert len(folding.pairs(model, x)) == 1  # remembered for passes with the noise on
         for seed in range(4):
             with fixed_noise(model, seed):
-                with gears.running(gears.FAST), gears.attacking(model, x, True):
+                with execution.running(execution.FAST), execution.attacking(model, x, True):
                     folded = model(x)
                 assert torch.allclose(folded.float(), model(x), atol=1e-4)
 

@@ -137,7 +137,7 @@ class ByHand:
         return x_adv
 
 
-def check_equal(model, by_hand, tolerance=2e-6):  # logits are float32 in every gear
+def check_equal(model, by_hand, tolerance=2e-6):  # logits are float32 in every execution mode
     for name, value in model.named_parameters():
         assert (value - by_hand.v[name]).abs().max() < tolerance, name
     assert (model.norm.running_mean - by_hand.statistics["mean"]).abs().max() < tolerance

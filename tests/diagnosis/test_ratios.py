@@ -15,7 +15,7 @@ from learn2perturb.attacks import PGD
 from learn2perturb.diagnosis import QUICK
 from learn2perturb.diagnosis.measure import Bench, Subject
 from learn2perturb.diagnosis.truth import Ratios, ratios
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.evaluation.passes import Model
 
 
@@ -47,7 +47,7 @@ def bench(model: Model, x: Tensor, *, batch_size: int = 4, stochastic: bool = Fa
     n = len(x)
     plan = dataclasses.replace(QUICK, images=n, some=some or n)
     return Bench(
-        Subject(model, stochastic=stochastic), x, torch.arange(n) % 2, PGD(0.1), plan, seed=0, gear=gears.PLAIN,
+        Subject(model, stochastic=stochastic), x, torch.arange(n) % 2, PGD(0.1), plan, seed=0, mode=execution.PLAIN,
         batch_size=batch_size, expected_passes=1, progress=None,
     )  # fmt: skip
 

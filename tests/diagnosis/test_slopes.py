@@ -23,7 +23,7 @@ from learn2perturb.diagnosis.draws import (
     value_slope,
 )
 from learn2perturb.diagnosis.measure import Bench, Subject
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.evaluation.passes import Model
 
 COUNTS = (1, 4, 16)
@@ -170,7 +170,7 @@ def bench(model: Model, *, repeats: int = 8, gradient: bool = True) -> Bench:
     x = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     return Bench(
         Subject(model, stochastic=True, gradient=gradient), x, torch.arange(6) % 2, PGD(0.1), budget, seed=0,
-        gear=gears.PLAIN, batch_size=6, expected_passes=1, progress=None,
+        mode=execution.PLAIN, batch_size=6, expected_passes=1, progress=None,
     )  # fmt: skip
 
 

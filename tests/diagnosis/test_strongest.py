@@ -13,7 +13,7 @@ from learn2perturb.attacks import PGD
 from learn2perturb.diagnosis import QUICK, decision, diagnose, whitebox
 from learn2perturb.diagnosis.measure import Bench, Subject
 from learn2perturb.diagnosis.verdict import judge
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.evaluation import exact_accuracy
 from learn2perturb.models import RandomEnsemble
 from tests.problems import two_logits
@@ -51,7 +51,7 @@ def images() -> tuple[Tensor, Tensor]:
 def bench_of(model, attack: PGD, budget=FEW, seed: int = 0) -> Bench:
     x, y = images()
     return Bench(
-        Subject(model, stochastic=True), x, y, attack, budget, seed=seed, gear=gears.PLAIN, batch_size=N,
+        Subject(model, stochastic=True), x, y, attack, budget, seed=seed, mode=execution.PLAIN, batch_size=N,
         expected_passes=1, progress=None,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from learn2perturb.diagnosis import QUICK, diagnose, truth
 from learn2perturb.diagnosis.measure import Attacked, Bench, Subject
 from learn2perturb.diagnosis.truth import Ratios, averaged_ratios, ratios, true_gradient, truth_of
 from learn2perturb.diagnosis.verdict import judge
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.random import isolated_rng
 from learn2perturb.evaluation.intervals import Scores
 from learn2perturb.evaluation.passes import Model
@@ -63,7 +63,7 @@ def bench_of(model: Model, *, stochastic: bool = False) -> Bench:
     with torch.no_grad():
         y = NETWORK(x).argmax(dim=1)
     return Bench(
-        Subject(model, stochastic), x, y, PGD(0.1, 0.05, 3), BUDGET, seed=0, gear=gears.PLAIN, batch_size=10,
+        Subject(model, stochastic), x, y, PGD(0.1, 0.05, 3), BUDGET, seed=0, mode=execution.PLAIN, batch_size=10,
         expected_passes=1, progress=None,
     )  # fmt: skip
 

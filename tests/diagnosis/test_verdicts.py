@@ -17,7 +17,7 @@ from learn2perturb.diagnosis.blackbox import OWN
 from learn2perturb.diagnosis.draws import Slope, _told
 from learn2perturb.diagnosis.measure import Attacked, Bench, Subject
 from learn2perturb.diagnosis.verdict import Draft, judge
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.evaluation.intervals import Scores
 from learn2perturb.evaluation.passes import Model
 
@@ -178,7 +178,7 @@ def bench_of(model: Model, n: int, **budget: int) -> Bench:
     plan = dataclasses.replace(BUDGET, images=n, some=n, **budget)
     return Bench(
         Subject(model, stochastic=True), torch.zeros(n, 1, 1, 1), torch.zeros(n, dtype=torch.int64), PGD(0.1), plan,
-        seed=0, gear=gears.PLAIN, batch_size=n, expected_passes=1, progress=None,
+        seed=0, mode=execution.PLAIN, batch_size=n, expected_passes=1, progress=None,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode
 
-from learn2perturb.engine import fused, gears
+from learn2perturb.engine import execution, fused
 from learn2perturb.engine.ranks import ALONE, Ranks, Share, current_share
 from learn2perturb.engine.rows import sharded, shared_by_all
 from learn2perturb.noise import Perturbation
@@ -95,7 +95,7 @@ def test_hashed_draws_of_a_share_are_those_of_its_rows():
 def test_noise_in_one_kernel_is_that_of_the_rows():
     noise = Perturbation((2, 3, 3), site="x", init=0.5)
     x = torch.randn(11, 2, 3, 3)
-    with gears.running(gears.FAST), torch.no_grad():
+    with execution.running(execution.FAST), torch.no_grad():
         torch.manual_seed(5)
         whole = noise.perturb(x)
         torch.manual_seed(5)

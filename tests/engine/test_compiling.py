@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from learn2perturb.attacks import PGD
-from learn2perturb.engine import compiling, gears
+from learn2perturb.engine import compiling, execution
 from learn2perturb.noise import noise_disabled, perturb
 
 ROWS = 4
-COMPILED = dataclasses.replace(gears.FAST, dtype=None, compiled_rows=ROWS)
+COMPILED = dataclasses.replace(execution.FAST, dtype=None, compiled_rows=ROWS)
 FOLDED = dataclasses.replace(COMPILED, compiled_rows=0)
 CPU = torch.device("cpu")
 
@@ -49,9 +49,9 @@ X = torch.rand(ROWS, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 3])
 
 
-def passed(network: nn.Module, x: torch.Tensor, gear: gears.Gear = COMPILED) -> torch.Tensor:
+def passed(network: nn.Module, x: torch.Tensor, mode: execution.ExecutionMode = COMPILED) -> torch.Tensor:
     """One differentiated pass as an attack makes it, and its gradient beside it."""
-    with gears.running(gear), gears.attacking(network, x, True):
+    with execution.running(mode), execution.attacking(network, x, True):
         x = x.clone().requires_grad_()
         logits = network(x)
         (gradient,) = torch.autograd.grad(logits.square().sum(), x)
@@ -110,8 +110,8 @@ def test_a_compiled_training_pass_draws_the_same_noise_and_has_the_same_gradient
         x = X.clone(memory_format=layout).requires_grad_()
         before = network.calls
         torch.manual_seed(5)
-        gear = dataclasses.replace(COMPILED, compiled_rows=rows, compiled_training=True)
-        with gears.running(gear), gears.training(network):
+        mode = dataclasses.replace(COMPILED, compiled_rows=rows, compiled_training=True)
+        with execution.running(mode), execution.training(network):
             logits = network(x)
             torch.nn.functional.cross_entropy(logits, Y).backward()
         assert network.calls - before == (0 if rows else 1)
@@ -145,7 +145,7 @@ def test_a_network_that_cannot_be_compiled_goes_on_uncompiled_and_says_so_once(m
 
 
 def test_attacks_leave_the_network_as_it_was_and_nothing_keeps_it_alive(noisy):
-    with gears.running(COMPILED):
+    with execution.running(COMPILED):
         x_adv = PGD(steps=2)(noisy, X, Y)
     assert x_adv.shape == X.shape
     assert "forward" not in noisy.__dict__
@@ -159,9 +159,9 @@ def test_attacks_leave_the_network_as_it_was_and_nothing_keeps_it_alive(noisy):
 
 def test_only_long_work_is_compiled():
     image = 32 * 32
-    if not gears.has_native_bfloat16(CPU):
+    if not execution.has_native_bfloat16(CPU):
         pytest.skip("needs a processor with bfloat16")
-    choose = gears.select
+    choose = execution.select
     assert choose("auto", CPU, attacked_pixels=7 * 50_000 * image, rows=128).compiled_rows == 128
     assert choose("auto", CPU, attacked_pixels=20 * 500 * image, rows=128).compiled_rows == 0
     assert choose("plain", CPU, attacked_pixels=1e15, rows=128).compiled_rows == 0

@@ -12,7 +12,7 @@ from scipy import stats
 from torch import nn
 
 from learn2perturb.attacks import PGD
-from learn2perturb.engine import FAST, PLAIN, draws, fused, gears, running
+from learn2perturb.engine import FAST, PLAIN, draws, execution, fused, running
 from learn2perturb.engine.draws import standard_normal
 from learn2perturb.engine.modes import own_modes
 from learn2perturb.engine.random import seed_torch
@@ -23,8 +23,8 @@ ROWS, FEATURES = 64, 4096  # above the size from which draws are threaded
 
 
 @pytest.fixture(params=["plain", "threaded"])
-def gear(request, monkeypatch):
-    """Draw in a gear; two threads are promised to the threaded one, whatever the machine has."""
+def mode(request, monkeypatch):
+    """Draw in an execution mode; two threads are promised to the threaded one, whatever the machine has."""
     if request.param == "plain":
         with running(PLAIN):
             yield request.param
@@ -66,11 +66,11 @@ def check_independence(vectors):
         assert correlation.abs().max().item() < 1.2 * bound
 
 
-def test_normal_numbers_have_their_law_to_four_sigma(gear):
+def test_normal_numbers_have_their_law_to_four_sigma(mode):
     check_law(torch.cat([standard_normal((ROWS, FEATURES), CPU) for _ in range(8)]))
 
 
-def test_rows_halves_and_calls_are_independent(gear):
+def test_rows_halves_and_calls_are_independent(mode):
     first, second = standard_normal((ROWS, FEATURES), CPU), standard_normal((ROWS, FEATURES), CPU)
     assert not torch.equal(first[: ROWS // 2], first[ROWS // 2 :])
     check_independence(torch.cat([first, second]))
@@ -85,7 +85,7 @@ def seeded_rows(make, steps):
     return torch.cat(rows)
 
 
-def test_training_steps_are_independent(gear):
+def test_training_steps_are_independent(mode):
     check_independence(seeded_rows(lambda: standard_normal((ROWS, FEATURES), CPU)[:8], 12))
 
 
@@ -117,7 +117,7 @@ def attacked(distribution="gaussian"):
     return noise
 
 
-def test_rows_sites_and_steps_of_an_attack_are_independent(gear, monkeypatch):
+def test_rows_sites_and_steps_of_an_attack_are_independent(mode, monkeypatch):
     monkeypatch.setattr(fused, "can_fuse", lambda h: False)  # the fused path has this test below
     check_independence(attacked())
 
@@ -127,7 +127,7 @@ def test_so_they_are_under_other_distributions(distribution):
     check_independence(attacked(distribution))
 
 
-def test_the_default_generator_alone_decides(gear):
+def test_the_default_generator_alone_decides(mode):
     torch.manual_seed(5)
     first, then = standard_normal((ROWS, FEATURES), CPU), standard_normal((ROWS, FEATURES), CPU)
     torch.manual_seed(5)
@@ -136,7 +136,7 @@ def test_the_default_generator_alone_decides(gear):
     assert not torch.equal(first, then)
 
 
-def test_channels_last_draws_have_that_layout_and_shape(gear):
+def test_channels_last_draws_have_that_layout_and_shape(mode):
     numbers = standard_normal((64, 16, 16, 8), CPU, channels_last=True)
     assert numbers.shape == (64, 16, 16, 8)
     assert numbers.is_contiguous(memory_format=torch.channels_last)
@@ -196,7 +196,7 @@ def compiler():
         pytest.skip("no C++ compiler here")
 
 
-# All in bfloat16, as in the fast gear: one graph is compiled for all of them, and compiling takes seconds.
+# All in bfloat16, as in fast mode: one graph is compiled for all of them, and compiling takes seconds.
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_compiled_noise_equals_its_eager_evaluation_exactly(compiler, layout):
     dtype = torch.bfloat16
@@ -289,10 +289,10 @@ def test_fused_noise_is_not_used_where_it_must_not_be(monkeypatch):
         assert not fused.can_fuse(torch.zeros(4, 6)[:, ::2])
 
 
-def test_autocast_copies_and_gears_do_not_change_what_the_network_is():
+def test_autocast_copies_and_modes_do_not_change_what_the_network_is():
     network = perturb(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), input_shape=(3, 8, 8), sites="0")
     keys, values = list(network.state_dict()), copy.deepcopy(network.state_dict())
-    gears.FAST.place(network)
-    gears.PLAIN.place(network)
+    execution.FAST.place(network)
+    execution.PLAIN.place(network)
     assert list(network.state_dict()) == keys
     assert all(torch.equal(network.state_dict()[key], value) for key, value in values.items())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.folding import folded
 from learn2perturb.models import build_model
 from learn2perturb.noise import fixed_noise, perturb
@@ -196,8 +196,8 @@ def test_a_failure_leaves_the_layers_as_they_were():
     assert torch.equal(network(x), wanted)
 
 
-def test_only_attacks_in_eval_mode_in_a_gear_that_folds_are_folded():
+def test_only_attacks_in_eval_mode_in_a_mode_that_folds_are_folded():
     network, x = lived_in(Block()), torch.rand(2, 3, 8, 8)
-    for gear, in_eval, wanted in ((gears.FAST, True, 1), (gears.FAST, False, 0), (gears.PLAIN, True, 0)):
-        with gears.running(gear), gears.attacking(network, x, in_eval) as count:
+    for mode, in_eval, wanted in ((execution.FAST, True, 1), (execution.FAST, False, 0), (execution.PLAIN, True, 0)):
+        with execution.running(mode), execution.attacking(network, x, in_eval) as count:
             assert count == wanted

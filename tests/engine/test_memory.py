@@ -1,4 +1,4 @@
-"""Freed memory is kept while a gear asks for it, and given back to what is usual after."""
+"""Freed memory is kept while an execution mode asks for it, and given back to what is usual after."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from learn2perturb.engine import gears, memory
+from learn2perturb.engine import execution, memory
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has what this sets")
 
@@ -36,15 +36,15 @@ def test_tensors_get_no_fresh_pages_once_memory_is_kept():
     assert int(done.stdout) < 20  # not kept, five times 96 MiB are 30,000 pages on some systems
 
 
-def test_the_fast_gear_keeps_memory_also_around_a_plain_pass_and_the_outermost_gives_it_back():
+def test_the_fast_mode_keeps_memory_also_around_a_plain_pass_and_the_outermost_gives_it_back():
     assert not memory._kept
-    with gears.running(gears.FAST):
+    with execution.running(execution.FAST):
         assert memory._kept
-        with gears.running(gears.PLAIN), gears.running(gears.FAST):
+        with execution.running(execution.PLAIN), execution.running(execution.FAST):
             assert memory._kept
         assert memory._kept
     assert not memory._kept
-    with gears.running(gears.PLAIN):
+    with execution.running(execution.PLAIN):
         assert not memory._kept
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from learn2perturb.attacks import PGD, Attack
 from learn2perturb.data import load_data, make_source
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.errors import CheckpointError, ConfigError, InputError, Learn2PerturbError, UnknownNameError
 from learn2perturb.evaluation import PREDICTORS, Evaluation, evaluate, rows, wilson
 from learn2perturb.evaluation.result import POOLED_NOTE, format_eps
@@ -414,10 +414,10 @@ def test_only_long_attacks_on_noise_are_crafted_compiled():
     def rows_of(attack, images: int, *, stochastic: bool = True) -> int:
         run = rows.RowRun(
             "pgd", attack, noise=True, switched=False, stochastic=stochastic, predictors=("single",), draws=2,
-            members=1, seed=0, gear=gears.FAST,
+            members=1, seed=0, mode=execution.FAST,
         )  # fmt: skip
         run.compile_if_long(images * 32 * 32, rows=250)
-        return run.gear.compiled_rows
+        return run.mode.compiled_rows
 
     assert rows_of(PGD(steps=20, eot=20), 1000) == 250
     assert rows_of(PGD(steps=20), 1000) == 0

@@ -216,7 +216,7 @@ def test_a_size_that_the_run_does_not_know_fills_nothing():
 
 def test_an_attack_that_was_not_crafted_in_float32_fills_nothing():
     found = entry(record(row(), row("autoattack"), engine="fast"))
-    assert "it was crafted in gear 'fast', not in float32 ('plain')" in why(found, "autoattack_acc")
+    assert "it was crafted in execution mode 'fast', not in float32 ('plain')" in why(found, "autoattack_acc")
 
 
 def test_what_is_missing_is_said():

@@ -8,7 +8,7 @@ from torch import nn
 
 from learn2perturb.certification import certify
 from learn2perturb.diagnosis import diagnose
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.identity import ImagesFingerprint, fingerprint_of_weights
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation import EvaluateConfig, evaluate
@@ -77,7 +77,7 @@ def test_records_of_all_verbs_say_of_their_target_alike():
         certify(model, (X, Y), sigma=0.25, n=20, n0=5, **settings),
         diagnose(model, (X, Y), budget=TINY, eps=0.1, **settings),
     ]
-    expected = Target(model, name="mine").metadata((X, Y), EvaluateConfig(), gears.PLAIN)
+    expected = Target(model, name="mine").metadata((X, Y), EvaluateConfig(), execution.PLAIN)
     alike = set(expected) - {"date", "config", "images"}
     for record in records:
         assert {key: record.metadata[key] for key in alike} == {key: expected[key] for key in alike}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from learn2perturb.engine import fused, gears
+from learn2perturb.engine import execution, fused
 from learn2perturb.errors import ConfigError, SiteError
 from learn2perturb.noise import base
 from learn2perturb.noise.base import map_shape
@@ -162,7 +162,7 @@ def test_which_way_a_pass_goes(inline, fuse, works, replay, sharing, fast, monke
     noise, h = made(sharing=sharing, init=0.5), torch.full((2, *SHAPE), 100.0)
     noise.replay = replay
     shared = sharing == "per_batch"
-    with gears.running(gears.Gear("test", fused_noise=fast)):
+    with execution.running(execution.ExecutionMode("test", fused_noise=fast)):
         found = noise.perturb(h)
     if inline and replay is None:
         wanted = ways["inlined"]

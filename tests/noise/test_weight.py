@@ -15,7 +15,7 @@ from torch.distributions import kl_divergence as reference_kl
 from torch.nn.utils import parametrizations, parametrize
 
 from learn2perturb.attacks import PGD
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError, NoiseError, SiteError
 from learn2perturb.models import build_model
 from learn2perturb.noise import (
@@ -238,19 +238,19 @@ def test_an_attack_sees_fresh_draws_at_every_step_with_frozen_weights(noisy):
 
 
 @KINDS
-def test_the_fast_gear_draws_in_the_weights_layout(noisy):
+def test_the_fast_mode_draws_in_the_weights_layout(noisy):
     network, plain = digits(noisy)
-    gear = gears.Gear("test", dtype=torch.bfloat16, channels_last=True, threaded_draws=True, folding=True)
-    x = gear.place_images(torch.rand(2, *SHAPE))
-    with gears.running(gear), gears.autocast("cpu"):
-        gear.place(network)
+    mode = execution.ExecutionMode("test", dtype=torch.bfloat16, channels_last=True, threaded_draws=True, folding=True)
+    x = mode.place_images(torch.rand(2, *SHAPE))
+    with execution.running(mode), execution.autocast("cpu"):
+        mode.place(network)
         layer = network.block1.conv1
         assert layer.weight.is_contiguous(memory_format=torch.channels_last)
         assert layer.parametrizations.weight[0].draw(layer.weight).stride() == layer.weight.stride()
         logits = network(x)
         assert not torch.equal(logits, network(x))
         with noise_disabled(network):
-            assert torch.equal(network(x), gear.place(plain)(x))
+            assert torch.equal(network(x), mode.place(plain)(x))
 
 
 # --- state dicts, copies, descriptions

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from learn2perturb.data import ImageData
 from learn2perturb.defenses.learn2perturb import Learn2Perturb
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.errors import NonFiniteError
 from learn2perturb.progress import Reporter
 from learn2perturb.registry import DEFENSES
@@ -80,13 +80,13 @@ class Tape:
         return replay
 
 
-GEAR = gears.Gear("fast", folding=True, recording=True)
+RECORDED = execution.ExecutionMode("fast", folding=True, recording=True)
 STEADY = [entry.name for entry in DEFENSES if entry.facts.get("recordable")]
 
 
 @pytest.fixture
 def on_tape(monkeypatch):
-    monkeypatch.setattr(gears, "select", lambda *_, **__: GEAR)
+    monkeypatch.setattr(execution, "select", lambda *_, **__: RECORDED)
     monkeypatch.setattr(state, "CudaGraphs", lambda device: None)
     monkeypatch.setattr(recorded, "WARM_UPS", 1)
 
@@ -112,7 +112,7 @@ def trained(defense: str, *, recording: bool, epochs: int = 4, **settings) -> tu
     training.recorded.usable = recording
     usable = recording and recorded.prepare(training.optimizers, training.device)
     assert usable == recording
-    with gears.running(training.gear):
+    with execution.running(training.mode):
         for epoch in range(epochs):
             training.epoch = epoch
             for batch, (x, y) in enumerate(training.source.epoch(epoch)):
@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_freezes_the_weights_and_is_named(on_tape):
     training, _ = trained("pgd_at", recording=True, epochs=2)
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
     x, y = next(iter(training.source.epoch(0)))
-    with gears.running(training.gear):
+    with execution.running(training.mode):
         training.run_step(torch.full_like(x, float("nan")), y)
         training.run_step(x, y)
     for name, parameter in training.model.named_parameters():
@@ -200,9 +200,9 @@ def test_only_optimisers_with_a_fused_kernel_are_recorded():
     assert not recorded.prepare({"weights": torch.optim.RMSprop([weight], lr=0.1)}, device)
 
 
-def test_the_gear_of_a_cuda_device_records_and_the_others_do_not():
-    assert gears.CUDA.recording
-    assert gears.CUDA.compiled_training
-    assert not gears.FAST.recording
-    assert not gears.PLAIN.recording
-    assert dataclasses.replace(gears.CUDA, compiled_rows=8).name == "fast"
+def test_the_mode_of_a_cuda_device_records_and_the_others_do_not():
+    assert execution.CUDA.recording
+    assert execution.CUDA.compiled_training
+    assert not execution.FAST.recording
+    assert not execution.PLAIN.recording
+    assert dataclasses.replace(execution.CUDA, compiled_rows=8).name == "fast"

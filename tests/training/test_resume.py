@@ -14,8 +14,8 @@ import pytest
 import sklearn.datasets  # noqa: F401 - imported once here rather than in every child
 import torch
 
-from learn2perturb.engine import compiling, gears
-from learn2perturb.engine.gears import has_native_bfloat16
+from learn2perturb.engine import compiling, execution
+from learn2perturb.engine.execution import has_native_bfloat16
 from learn2perturb.models import build_model
 from learn2perturb.runs import load
 from learn2perturb.runs.checkpoint import checkpoints, read_model, read_resume
@@ -140,12 +140,12 @@ def test_killed_ten_times_at_random_moments_it_ends_bit_for_bit_as_if_never_stop
 @pytest.mark.skipif(not has_native_bfloat16(torch.device("cpu")), reason="needs bfloat16 in hardware")
 @pytest.mark.timeout(600)  # a slow machine compiles for minutes
 @pytest.mark.parametrize("compiled", [False, True])
-def test_in_the_fast_gear_a_stopped_run_ends_bit_for_bit_too(tmp_path, monkeypatch, compiled):
+def test_in_the_fast_mode_a_stopped_run_ends_bit_for_bit_too(tmp_path, monkeypatch, compiled):
     settings = config(engine="fast", epochs=2, limit=24, options={"noise_delay": 0}, adversarial_delay=0)
     if compiled:  # as a long training is: its attack and the passes that train
         torch._dynamo.reset()  # what another test compiled would serve here, too
-        monkeypatch.setattr(gears, "_COMPILED_PIXELS", 0)
-        monkeypatch.setattr(gears, "_COMPILED_TRAINING_PIXELS", 0)
+        monkeypatch.setattr(execution, "_COMPILED_PIXELS", 0)
+        monkeypatch.setattr(execution, "_COMPILED_TRAINING_PIXELS", 0)
         made = []
         compiler = compiling._compile
         monkeypatch.setattr(compiling, "_compile", lambda *given: made.append(1) or compiler(*given))

@@ -20,7 +20,7 @@ from learn2perturb.attacks.losses import LOSSES, Loss, margin
 from learn2perturb.attacks.probing import apart, passes_differ
 from learn2perturb.attacks.watch import Watch
 from learn2perturb.checks import check_count, check_size
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.answers import ask, check_answer, check_finite, check_weights, fitting, plain_logits
 from learn2perturb.engine.finite import Members, check_members, members_of
 from learn2perturb.engine.modes import in_mode, one_image_explained, own_modes
@@ -343,12 +343,12 @@ class Query:
     def broken(self, x: Tensor, y: Tensor, margins: Tensor) -> Tensor:
         """Return which images (N, bool) of a deterministic model are broken for good, from their ``margins``.
 
-        In a gear of low precision a pass in full precision confirms it: rounding alone must not end an attack.
+        At low precision a pass in full precision confirms it: rounding alone must not end an attack.
         """
         broken = margins > 0
-        if gears.current().dtype is None or not bool(broken.any()):
+        if execution.current().dtype is None or not bool(broken.any()):
             return broken
-        with gears.running(gears.PLAIN):
+        with execution.running(execution.PLAIN):
             confirmed = self.score(x[broken], y[broken], 1) > 0
         return broken.masked_scatter(broken, confirmed)
 
@@ -428,7 +428,7 @@ def _prepared(model: Model, mode: Mode, x: Tensor) -> Iterator[None]:
         try:
             for weight in weights:
                 weight.requires_grad_(False)
-            with gears.attacking(model, fitting(model, _plain(x)), mode == "eval"):
+            with execution.attacking(model, fitting(model, _plain(x)), mode == "eval"):
                 yield
         finally:
             for weight in weights:

@@ -14,7 +14,7 @@ from learn2perturb.attacks.base import Attack, Query
 from learn2perturb.attacks.losses import margin
 from learn2perturb.attacks.runs import per_image
 from learn2perturb.checks import check_count, check_flag, check_size
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError
 
 KEPT = ("mean", "single")
@@ -141,7 +141,7 @@ class _Search:
         self.c = torch.full_like(self.norm, attack.initial_c)
         self.lower, self.upper = torch.zeros_like(self.norm), torch.full_like(self.norm, torch.inf)
         if self.fixed:
-            self.window = 1 if gears.current().dtype is None else _CONFIRMATION
+            self.window = 1 if execution.current().dtype is None else _CONFIRMATION
         else:
             self.window = 1 if attack.keep == "single" else max(1, attack.steps // _JUDGEMENTS)
 
@@ -253,7 +253,7 @@ class _Search:
             margins = torch.stack([self.query.score(points, y, 1) for _ in range(draws)])
             # Less a standard error: among the many points judged, the nearest that pass are those with lucky draws.
             return margins.mean(dim=0) - margins.std(dim=0, correction=0) / math.sqrt(draws)
-        with contextlib.nullcontext() if gears.current().dtype is None else gears.running(gears.PLAIN):
+        with contextlib.nullcontext() if execution.current().dtype is None else execution.running(execution.PLAIN):
             return self.query.score(points, y, 1)
 
     def _write(self, state: _State) -> None:

@@ -13,7 +13,7 @@ from learn2perturb.attacks.base import Attack, Query
 from learn2perturb.attacks.gradients import Average, values_of
 from learn2perturb.attacks.losses import LOSSES
 from learn2perturb.checks import check_count
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError, InputError
 
 STRATEGIES = ("best1bin", "rand1")
@@ -179,7 +179,7 @@ class _Search:
 
     def paint(self, image: Tensor, genes: Tensor) -> Tensor:
         """Return the images (M, C, H, W) numbered ``image`` (M,), each with the pixels ``genes`` (M, k, 2 + C)."""
-        painted = gears.current().place_images(self.x.index_select(0, image))
+        painted = execution.current().place_images(self.x.index_select(0, image))
         height, width = painted.shape[2:]
         every = torch.arange(len(painted), device=painted.device)
         # Pixel after pixel: of two at one place the later one shows, on every device.

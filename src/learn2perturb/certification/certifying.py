@@ -16,7 +16,7 @@ from learn2perturb.certification.first_noise import check_draws, check_first_noi
 from learn2perturb.certification.record import Certification, largest_radius, lower_bound, radius_of
 from learn2perturb.configs import takes
 from learn2perturb.data import check_labels, warn_of_subset
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.random import seed_everything
 from learn2perturb.engine.ranks import current
 from learn2perturb.engine.rows import sharded
@@ -114,7 +114,7 @@ def certify(
         radii=tuple(float(radius) for radius in radii),
         num_classes=classes,
         seed=seed,
-        metadata=target.metadata(data, replace(config, method=method), gears.PLAIN, **more),
+        metadata=target.metadata(data, replace(config, method=method), execution.PLAIN, **more),
     )
 
 

@@ -19,7 +19,7 @@ from learn2perturb.certification.first_noise import first_noise
 from learn2perturb.certification.gap import RiskGap, bounds_of
 from learn2perturb.configs import takes
 from learn2perturb.data import check_labels, warn_of_subset
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.random import seed_everything
 from learn2perturb.errors import ConfigError, NoiseError
 from learn2perturb.evaluation.inputs import check_fixed
@@ -95,6 +95,6 @@ def risk_gap(
         votes=PackedIntegers.pack(votes.reshape(-1)),
         num_classes=classes,
         seed=seed,
-        metadata=target.metadata(data, config, gears.PLAIN, seconds=target.seconds, batch_size=batch_size),
+        metadata=target.metadata(data, config, execution.PLAIN, seconds=target.seconds, batch_size=batch_size),
         **bounds,
     )

@@ -35,7 +35,7 @@ VERBS = {
     "study": "any experiment by one file: networks, attacks, seeds, tables; resumable, on one core or a cluster",
     "reproduce": "compute a table of the paper on trained runs, its numbers beside ours",
     "list": "show networks, attacks, defenses, data sets and recipes, with their options",
-    "bench": "time training steps, attacks, data: gears against textbook code and the floor",
+    "bench": "time training steps, attacks, data: execution modes against a baseline and the roofline",
 }
 SHARED = ("train", "evaluate", "certify")  # what several processes of torchrun do together
 SUCCESS, FAILURE, BAD_INPUT = 0, 1, 2

@@ -72,7 +72,7 @@ class Losses:
 
 
 def forward(model: Model, x: Tensor) -> Tensor:
-    """Return logits of ``x`` in the current gear, float32 at least, finite where the model's are.
+    """Return logits of ``x`` in the current execution mode, float32 at least, finite where the model's are.
 
     Raises:
         InputError: the model gives no logits (N, classes), or works in place on the images.

@@ -113,7 +113,7 @@ def own_checks() -> list[Callable[..., Any]]:
 
 
 def gradient_passes(budget: Budget, *, stochastic: bool, sources: int) -> int:
-    """Return about how many forward-and-backward passes of an image a diagnosis makes; it decides the gear only."""
+    """Return about how many forward-and-backward passes of an image a diagnosis makes, to choose the execution mode."""
     eot = budget.eot if stochastic else 1
     shared = float(budget.images * budget.steps * eot * (1 + sources))  # the reported attack and transfers
     if stochastic:

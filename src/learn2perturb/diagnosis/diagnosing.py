@@ -35,7 +35,7 @@ from learn2perturb.diagnosis.measure import Bench, Subject
 from learn2perturb.diagnosis.record import Diagnosis
 from learn2perturb.diagnosis.running import run_checks
 from learn2perturb.diagnosis.verdict import conclude, judge
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.modes import live_dropouts
 from learn2perturb.engine.random import seed_everything
 from learn2perturb.errors import ConfigError, DataError, InputError
@@ -139,14 +139,14 @@ def diagnose(
             queries = value_queries(really_searched(plan), stochastic=draws_noise)
             tell_queries(told, target.model, queries)
             work = queries / 3  # as the bench counts passes without a gradient
-        gear = gears.select(config.engine, target.device, pixels=int(work) * x.shape[2] * x.shape[3])
+        mode = execution.select(config.engine, target.device, pixels=int(work) * x.shape[2] * x.shape[3])
         with torch.no_grad():
             num_classes = checked_logits(model, x[:1]).shape[1]
         check_labels(y, num_classes)
         findings += warn_of_subset(images, y, num_classes)
         subject = Subject(contained(model, x[:8], seed), draws_noise, gradient=not blind)
         bench = Bench(
-            subject, x, y, attack, plan, seed=seed, gear=gear, batch_size=batch_size, expected_passes=work,
+            subject, x, y, attack, plan, seed=seed, mode=mode, batch_size=batch_size, expected_passes=work,
             progress=told,
         )  # fmt: skip
         given = {key: _source(source, x, seed, classes) for key, source in (sources or {}).items()}
@@ -193,7 +193,7 @@ def diagnose(
         norm=attack.norm,
         seed=seed,
         budget=plain(bench.budget),
-        metadata=target.metadata(data, settled, gear, attacks=[attack], checks=own_checks(), **more),
+        metadata=target.metadata(data, settled, mode, attacks=[attack], checks=own_checks(), **more),
         claim=decided.claim,
         trial=decided.trial,
     )

@@ -17,7 +17,7 @@ from learn2perturb.attacks import PGD, SPSA, Attack
 from learn2perturb.attacks.losses import margin
 from learn2perturb.diagnosis.budget import Budget
 from learn2perturb.diagnosis.record import Measurement
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.halving import Halving
 from learn2perturb.engine.modes import dropouts_off
 from learn2perturb.engine.random import derive_seed, seed_everything
@@ -88,13 +88,13 @@ class Bench:
         budget: Budget,
         *,
         seed: int,
-        gear: gears.Gear,
+        mode: execution.ExecutionMode,
         batch_size: int,
         expected_passes: float,
         progress: Progress | None,
     ) -> None:
         self.subject, self.x, self.y, self.attack, self.budget = subject, x, y, attack, budget
-        self.seed, self.gear, self.batch_size, self.progress = seed, gear, batch_size, progress
+        self.seed, self.mode, self.batch_size, self.progress = seed, mode, batch_size, progress
         self._fits = Halving()
         self.measurements: list[Measurement] = []
         self.rivals: dict[str, float] = {}
@@ -123,9 +123,9 @@ class Bench:
         source, victim = source or self.subject, victim or self.subject
         attack = source.suited(attack if source.gradient or not attack.needs_gradient else self._descent(attack))
         parts, forwards, backwards, seconds = [], 0.0, 0.0, 0.0
-        with source.ready() as model, gears.running(self.gear):
+        with source.ready() as model, execution.running(self.mode):
             for batch, rows in enumerate(self.batches(n)):
-                x = self.gear.place_images(self.x[rows])
+                x = self.mode.place_images(self.x[rows])
                 y = self.y[rows] if targets is None else targets[rows]
                 own = dataclasses.replace(attack, seed=derive_seed(self.seed, "diagnose", name, batch))
                 result = attacked(own, model, x, y, self._fits)

@@ -1,4 +1,4 @@
-"""What a model answers: asked in its own type and the current gear, checked, -inf made a number."""
+"""What a model answers: asked in its own type and the current execution mode, checked, -inf made a number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.halving import Halving
 from learn2perturb.errors import InputError
 
@@ -34,10 +34,10 @@ def fitting(model: object, x: Tensor) -> Tensor:
 
 
 def ask(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return what ``model`` answers to ``x``, of any kind, in the current gear."""
+    """Return what ``model`` answers to ``x``, of any kind, in the current execution mode."""
     # Autograd lets nobody write into a leaf, and a model may normalise its images in place.
     images = x.clone() if x.requires_grad and x.is_leaf else x
-    with gears.autocast(x.device.type):
+    with execution.autocast(x.device.type):
         return model(fitting(model, images))
 
 

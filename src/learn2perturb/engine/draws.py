@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from learn2perturb.engine import gears, ranks
+from learn2perturb.engine import execution, ranks
 
 # Below this many numbers, waking threads costs more than it gains (measured on two cores).
 _THREADED_FROM = 1 << 16
@@ -47,7 +47,7 @@ def standard_normal(shape: Sequence[int], device: torch.device, *, channels_last
     layout = [shape[0], *shape[2:], shape[1]] if last else list(shape)
     numbers = torch.empty(layout, device=device)
     threads = torch.get_num_threads()
-    threaded = gears.current().threaded_draws and device.type == "cpu" and threads > 1
+    threaded = execution.current().threaded_draws and device.type == "cpu" and threads > 1
     # On a share of a batch the rows of all of it are drawn, from one stream.
     if threaded and math.prod(shape) >= _THREADED_FROM and ranks.current_share() is None:
         _threaded_normal(numbers.view(-1), threads)

@@ -19,7 +19,7 @@ from learn2perturb.attacks import Attack
 from learn2perturb.configs import takes
 from learn2perturb.data import BatchSource, check_labels, warn_of_subset
 from learn2perturb.data.loader import MemorySource
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.engine.ranks import current
 from learn2perturb.errors import ConfigError, DataError
@@ -96,17 +96,17 @@ def evaluate(
     table = [*([(CLEAN, None)] if config.clean else []), *_expand(attacks, config.eps)]
     if not table:
         raise ConfigError("clean is False and no attack is given, so nothing is left to score; give one of them")
-    gear = gears.select(config.engine, target.device)
+    mode = execution.select(config.engine, target.device)
     source = target.source(data, batch_size=config.batch_size, seed=config.seed, limit=config.limit)
     with target.judged(progress) as told:
-        work = _Work(target, source, table, config, gear, told)
+        work = _Work(target, source, table, config, mode, told)
         work.read()
         warn_of_subset(source, torch.from_numpy(work.truth), work.num_classes)
         rows = work.rows(keep)
     _warn_of_zero_gradients(rows)
     more: dict[str, Any] = {"batch_size": config.batch_size, "limit": config.limit, "findings": work.findings}
     used = [attack for _, attack in table]
-    return work.evaluation(rows, target.metadata(data, config, gear, attacks=used, **more))
+    return work.evaluation(rows, target.metadata(data, config, mode, attacks=used, **more))
 
 
 @final
@@ -124,11 +124,11 @@ class _Work:
         source: BatchSource,
         table: list[tuple[str, Attack | None]],
         config: EvaluateConfig,
-        gear: gears.Gear,
+        mode: execution.ExecutionMode,
         told: Progress,
     ) -> None:
         self.target, self.source, self.table, self.config = target, source, table, config
-        self.gear, self.told = gear, told
+        self.mode, self.told = mode, told
         self.model = target.model  # that is scored: with random generators of its own, where it seeds them
         self.runs: list[RowRun] = []
         self.findings: list[str] = []
@@ -173,7 +173,7 @@ class _Work:
         one_pass = (time.perf_counter() - start) / len(x)
         self.model = _contained(model, x, seed)
         self.findings = peculiarities(model, x, seed)
-        self.runs = _planned(self.model, x, self.table, self.config, self.gear)
+        self.runs = _planned(self.model, x, self.table, self.config, self.mode)
         if isinstance(model, BlackBox):
             tell_queries(self.told, model, self.expected * sum(run.queries(len(x)) for run in self.runs))
         else:
@@ -215,7 +215,7 @@ class _Work:
         """Return the rows that the same evaluation has finished before, run by run."""
         config, target = self.config, self.target
         model = f"{type(target.model)} {target.model}"
-        where = circumstances(target.device, self.gear)
+        where = circumstances(target.device, self.mode)
         identity = target.weights, target.seen.hexdigest(), model, config.seed, config.batch_size, where
         counts = [len(run.predictors) for run in self.runs]
         return taken(keep.open((__version__, identity, [run.identity for run in self.runs]), sum(counts)), counts)
@@ -258,7 +258,7 @@ def _planned(
     x: Tensor,
     table: list[tuple[str, Attack | None]],
     config: EvaluateConfig,
-    gear: gears.Gear,
+    mode: execution.ExecutionMode,
 ) -> list[RowRun]:
     """Return the rows to run: for each predictor clean and attacks, then the same with the noise switched off."""
     predictors, seed = config.predictors, config.seed
@@ -273,7 +273,7 @@ def _planned(
         )
     noise = not modules or any(module.enabled for module in modules)
     groups = [(one,) for one in predictors] if stochastic else [predictors]
-    settings: dict[str, Any] = {"draws": config.draws, "members": config.members, "seed": seed, "gear": gear}
+    settings: dict[str, Any] = {"draws": config.draws, "members": config.members, "seed": seed, "mode": mode}
     runs = [
         RowRun(row, attack, noise=noise, switched=False, stochastic=stochastic, predictors=group, **settings)
         for group in groups

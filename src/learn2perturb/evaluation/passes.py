@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from learn2perturb.attacks import probing
 from learn2perturb.engine.answers import logits_of
 from learn2perturb.engine.devices import checked_device
-from learn2perturb.engine.gears import Gear
+from learn2perturb.engine.execution import ExecutionMode
 from learn2perturb.errors import ConfigError
 
 Model = Callable[[Tensor], Tensor]
@@ -21,7 +21,7 @@ PROBABILITIES = (
     "the model's output looks like probabilities (rows >= 0 that sum to 1), but logits are expected: a softmax "
     "inside the model weakens gradients, so that attacks look too weak; return the logits before it"
 )
-# The gear is that which runs now: outside of an attack float32, since evaluations keep out the caller's autocast.
+# In the current execution mode: float32 outside of an attack, since evaluations keep out the caller's autocast.
 checked_logits = logits_of
 
 
@@ -51,13 +51,13 @@ def device_of(model: Model, device: str | torch.device | None) -> torch.device:
     return own
 
 
-def circumstances(device: torch.device, gear: Gear) -> dict[str, Any]:
-    """Return versions, device, gear and hardware, for the metadata of a record."""
+def circumstances(device: torch.device, mode: ExecutionMode) -> dict[str, Any]:
+    """Return versions, device, execution mode and hardware, for the metadata of a record."""
     threads = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": str(device),
-        "engine": gear.name,
+        "engine": mode.name,
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
     }

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from learn2perturb.attacks.gradients import mean_logits
 from learn2perturb.checks import check_count
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError, InputError
 from learn2perturb.evaluation.config import EvaluateConfig, check_predictor
 from learn2perturb.evaluation.passes import checked_logits
@@ -93,10 +93,10 @@ class Predictor(nn.Module):
         if not wanted or self.rule == "single":
             return scores(self.rule, self._logits, x, self.members)
 
-        gear = gears.current()  # an accelerator's backward pass has a thread, and so a context, of its own
+        mode = execution.current()  # an accelerator's backward pass has a thread, and so a context, of its own
 
         def one_pass(images: Tensor) -> Tensor:
-            with gears.running(gear):
+            with execution.running(mode):
                 return self._logits(images)
 
         def repeatable(images: Tensor) -> Tensor:

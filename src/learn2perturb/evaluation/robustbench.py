@@ -10,7 +10,7 @@ from typing import Any
 
 from learn2perturb.attacks import AutoAttack
 from learn2perturb.data.cifar import PUBLISHED
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.evaluation.result import CLEAN, Evaluation, Row, format_eps
 from learn2perturb.registry import DEFENSES, MODELS
 
@@ -90,8 +90,10 @@ def _to_attack(evaluation: Evaluation, row: Row, eps: float | None) -> list[str]
         wanted, used = getattr(published, item.name), row.parameters.get(item.name)
         if item.name not in _FREE and used != wanted:
             found.append(f"its {item.name} is {used!r}, not {wanted!r} as published")
-    if evaluation.metadata.get("engine") != gears.PLAIN.name:
-        found.append(f"it was crafted in gear {evaluation.metadata.get('engine')!r}, not in float32 ('plain')")
+    if evaluation.metadata.get("engine") != execution.PLAIN.name:
+        found.append(
+            f"it was crafted in execution mode {evaluation.metadata.get('engine')!r}, not in float32 ('plain')"
+        )
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from learn2perturb.attacks import Attack
 from learn2perturb.attacks.listening import passes_told_to
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.halving import Halving
 from learn2perturb.engine.identity import fingerprint_of_weights
 from learn2perturb.engine.random import derive_seed, seed_everything
@@ -68,9 +68,9 @@ class RowRun:
         draws: int,
         members: int,
         seed: int,
-        gear: gears.Gear,
+        mode: execution.ExecutionMode,
     ) -> None:
-        self.gear = gear
+        self.mode = mode
         self.name, self.noise, self.switched, self.stochastic, self.seed = name, noise, switched, stochastic, seed
         # Without noise all predictors are one and the same, so one run serves the rows of all.
         self.predictors = predictors
@@ -88,14 +88,14 @@ class RowRun:
         # Of a model without noise, images drop out of some attacks as they are broken, so batches have no one size.
         if self.stochastic:
             passes = math.prod(getattr(self.attack, name, 1) for name in ("steps", "eot", "restarts"))
-            self.gear = gears.with_compiled_attack(self.gear, pixels * passes, rows)
+            self.mode = execution.with_compiled_attack(self.mode, pixels * passes, rows)
 
     @property
     def identity(self) -> tuple[object, ...]:
         """All that the rows follow from, beside model, images and seed."""
         attack = None if self.attack is None else (type(self.attack).__name__, _settings(self.attack))
         switches = self.noise, self.switched, self.stochastic
-        return self.name, attack, switches, self.predictors, self.draws, self.members, repr(self.gear)
+        return self.name, attack, switches, self.predictors, self.draws, self.members, repr(self.mode)
 
     def queries(self, images: int) -> float:
         """Return about how many passes of an image the row takes, in batches of so many ``images``."""
@@ -137,8 +137,8 @@ class RowRun:
 
     def _attacked(self, attack: Attack, model: Model, x: Tensor, y: Tensor, batch: int, found: _Batch) -> Tensor:
         own = derive_seed(self.seed, "attack", self.name, repr(attack.eps), batch)
-        with gears.running(self.gear):
-            result = attacked(dataclasses.replace(attack, seed=own), model, self.gear.place_images(x), y, self.fits)
+        with execution.running(self.mode):
+            result = attacked(dataclasses.replace(attack, seed=own), model, self.mode.place_images(x), y, self.fits)
         if self.pace is not None:
             self.pace.took(result.forward_passes)
         found.sums = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from learn2perturb.attacks import Attack
 from learn2perturb.configs import Config
 from learn2perturb.data import BatchSource, make_source
-from learn2perturb.engine.gears import Gear
+from learn2perturb.engine.execution import ExecutionMode
 from learn2perturb.engine.identity import ImagesFingerprint
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import isolated_rng
@@ -108,7 +108,7 @@ class Target:
         self,
         data: Any,
         config: Config,
-        gear: Gear,
+        mode: ExecutionMode,
         *,
         attacks: Iterable[Attack | None] = (),
         checks: Iterable[Callable[..., Any]] = (),
@@ -122,7 +122,7 @@ class Target:
             "config": config.to_dict(),
             **more,
             **own_parts(self.model, dataset=dataset, attacks=attacks, checks=checks),
-            **circumstances(self.device, gear),
+            **circumstances(self.device, mode),
         }
 
 

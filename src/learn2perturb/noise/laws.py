@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from learn2perturb.engine import fused, gears, rows
+from learn2perturb.engine import execution, fused, rows
 from learn2perturb.errors import ConfigError, NoiseError
 from learn2perturb.noise.base import NoiseModule
 from learn2perturb.registry import NOISES
@@ -171,8 +171,8 @@ class Perturbation(NoiseModule):
         shared = self.sharing == "per_batch"
         if fused.can_inline(h):
             return fused.add_noise_inlined(h, self._size(h), self.distribution, shared=shared)
-        # Asked in this order: a compiler that looks into the pass cannot look into the current gear.
-        if fused.can_fuse(h) and not shared and gears.current().fused_noise:
+        # Asked in this order: a compiler that looks into the pass cannot look into the current execution mode.
+        if fused.can_fuse(h) and not shared and execution.current().fused_noise:
             return fused.add_noise(h, self._size(h), self.distribution)
         return None
 
@@ -183,7 +183,7 @@ class Perturbation(NoiseModule):
         """Return ``h + theta * eps``."""
         size = self._size(value)
         shared = self.where.of_features and self.sharing == "per_batch"
-        if shared and value.device.type == "cpu" and value.is_floating_point() and gears.current().fused_noise:
+        if shared and value.device.type == "cpu" and value.is_floating_point() and execution.current().fused_noise:
             return fused.add_shared_noise(value, size, eps)
         return torch.addcmul(value, size.to(value.dtype), eps.to(value.dtype))
 

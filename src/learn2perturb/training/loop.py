@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from learn2perturb.data import check_labels
-from learn2perturb.engine import compile_time, gears
+from learn2perturb.engine import compile_time, execution
 from learn2perturb.engine.identity import fingerprint_of_weights
 from learn2perturb.engine.modes import own_modes
 from learn2perturb.engine.random import isolated_rng
@@ -177,12 +177,12 @@ class _Loop:
     def run(self) -> list[dict[str, Any]]:
         """Train to the end; return the metrics of all epochs."""
         training = self.training
-        if training.gear.compiled_rows and _unfinished(training):
+        if training.mode.compiled_rows and _unfinished(training):
             training.reporter.line(
                 "compiling in the first steps: a minute or two, seconds once torch has it in its cache"
             )
         try:
-            with gears.running(training.gear), self.interrupt.listening():
+            with execution.running(training.mode), self.interrupt.listening():
                 while _unfinished(training):
                     self._epoch()
             if self.folder is not None and not checkpoints(self.folder):

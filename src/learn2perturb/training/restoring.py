@@ -58,7 +58,7 @@ def check_same(
     Args:
         out: the run folder.
         resume: of the checkpoint.
-        now: ``batches``, ``gear`` and ``compiled`` as they would be.
+        now: ``batches``, ``gear`` (the execution mode) and ``compiled`` as they would be.
         identity: of the data and the network that were given.
         finished: whether nothing is left to train.
         say: tells what will differ and is no reason to refuse.
@@ -72,7 +72,7 @@ def check_same(
         )
     if resume["gear"] != now["gear"]:
         raise CheckpointError(
-            f"{out} was trained in gear {resume['gear']!r} and this would be {now['gear']!r}; "
+            f"{out} was trained in execution mode {resume['gear']!r} and this would be {now['gear']!r}; "
             f"set engine={resume['gear']!r}, or another --out"
         )
     before = resume.get("identity")  # runs of before have none

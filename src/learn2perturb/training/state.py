@@ -19,7 +19,7 @@ from torch import nn
 
 from learn2perturb.data import BatchSource, check_labels, warn_of_subset
 from learn2perturb.defenses import Clock, Defense, Losses, Stage, build_defense, forward, training_adversary
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.devices import choose_device
 from learn2perturb.engine.frozen import left_in_eval, train_but
 from learn2perturb.engine.halving import Halving, out_of_memory
@@ -102,12 +102,12 @@ class Training:
         pixels = self.epochs * self.source.num_examples * math.prod((self.source.input_shape or (0,))[1:])
         settings = self.settings
         passes = settings.attack_steps * settings.attack_eot if settings.beta else 0
-        self.gear = gears.select(
+        self.mode = execution.select(
             config.engine, self.device, pixels=pixels, attacked_pixels=passes * pixels, rows=settings.batch_size
         )
         if not ranks.alone:
             # Neither a recorded nor a compiled pass can wait for other processes, or draw the rows of theirs.
-            self.gear = gears.eager(self.gear)
+            self.mode = execution.eager(self.mode)
         # None: data of the user's own, which no name brings back
         self.dataset = config.dataset if data is None else None
         self.identity: dict[str, str] = {}
@@ -118,11 +118,11 @@ class Training:
         self.batches = self.source.num_batches
         if out is not None:
             self.identity["data"] = identity_of_data(self.source)
-        self.gear.place(self.model)
+        self.mode.place(self.model)
         self._looked_at: set[str] = set()
         # Where steps are recorded nothing may wait for the device, so a flag there says whether a loss was NaN.
-        self.recorded = RecordedSteps(CudaGraphs(self.device)) if self.gear.recording else None
-        self.guard = NaNGuard(self.device) if self.gear.recording else None
+        self.recorded = RecordedSteps(CudaGraphs(self.device)) if self.mode.recording else None
+        self.guard = NaNGuard(self.device) if self.mode.recording else None
         # What is monitored, saved and returned in place of the last weights.
         self.average = WeightAverage(self.model, settings.weight_average) if settings.weight_average else None
         self.epoch, self.batch, self.stage = 0, 0, -1
@@ -235,8 +235,8 @@ class Training:
             "batch": self.batch,
             "stage": self.stage,
             "batches": self.batches,
-            "gear": self.gear.name,
-            "compiled": self.gear.compiled_rows,
+            "gear": self.mode.name,
+            "compiled": self.mode.compiled_rows,
             "identity": self.identity,
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "totals": self.totals.state(),
@@ -286,7 +286,7 @@ class Training:
         if found is None:
             return False
         checkpoint, resume, state = found
-        now = {"batches": self.batches, "gear": self.gear.name, "compiled": self.gear.compiled_rows}
+        now = {"batches": self.batches, "gear": self.mode.name, "compiled": self.mode.compiled_rows}
         assert self.folder is not None
         check_same(self.folder, resume, now, self.identity, finished=resume["epoch"] >= self.epochs, say=say)
         check_noise(checkpoint, self.model, state)
@@ -320,7 +320,7 @@ class Training:
         assert self.folder is not None
         if self.average is not None:
             self.average.restore(resume["average"])
-        self.gear.place(self.model)
+        self.mode.place(self.model)
         self.epoch, self.batch = resume["epoch"], resume["batch"]
         if resume["stage"] >= 0:
             self._build_optimizers(resume["stage"])
@@ -355,7 +355,7 @@ class Training:
         self.defense.begin_step(self.model, clock)
 
         images = len(y)
-        step, x = partial(self._iterate, clock), self.gear.place_images(x)
+        step, x = partial(self._iterate, clock), self.mode.place_images(x)
         if not self.ranks.alone:
             share = self.ranks.share(images)
             step = partial(self._iterate, clock, share=share, marked=mark(x, y))
@@ -383,7 +383,7 @@ class Training:
         loss: Callable[[], Losses] = partial(self.defense.loss, self.model, x, y, clock, self.settings)
         if share is not None and marked is not None:
             loss = partial(objective, loss, share, marked)
-        with gears.training(self.model), one_image_explained(len(x)):
+        with execution.training(self.model), one_image_explained(len(x)):
             return iterate(
                 self.defense, self.model, clock, self.optimizers, loss, partial(self._check_losses, clock), weight,
                 None if share is None else self.ranks.add_gradients,
@@ -447,7 +447,7 @@ class Training:
         for x, y in monitor.epoch(0):
             labels.append(y)
             share = self.ranks.share(len(y))
-            x, y = share.of(self.gear.place_images(x)), share.of(y)
+            x, y = share.of(self.mode.place_images(x)), share.of(y)
             with sharded(share):
                 adversarial = fits.map(partial(attack.craft, self.model), x, y)
                 answers = [fits.map(partial(forward, self.model), z) for z in (x, adversarial)]

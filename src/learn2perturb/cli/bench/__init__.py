@@ -1,4 +1,4 @@
-"""``learn2perturb bench``: how fast steps, attacks and data are here, beside textbook code and beside the floor."""
+"""``learn2perturb bench``: how fast steps, attacks and data are here, beside a baseline and the roofline."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from learn2perturb.cli.options import add_fields, add_json, print_json
 from learn2perturb.values import kinds_of
 
 DESCRIPTION = (
-    "Time the training step, attacks or data loading: textbook code (eager float32, whole backward passes in the\n"
-    "attack, one noise map a forward pass) and every gear of this package, taken in turn in one process; and the\n"
-    "floor, reckoned from FLOPs and bytes and from what this machine is measured to do."
+    "Time the training step, attacks or data loading. In turn, in one process: the baseline (eager float32, whole\n"
+    "backward passes in the attack, one noise map a forward pass) and every execution mode of this package. Beside\n"
+    "them the roofline, estimated from FLOPs, bytes and the measured rates of this machine."
 )
 EXAMPLE = "learn2perturb bench step --sharing per_batch --rounds 5 --json"
 
@@ -41,7 +41,7 @@ def build_settings(arguments: argparse.Namespace) -> BenchSettings:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure; print the table, or JSON with one object a gear."""
+    """Measure; print the table, or JSON with one object for each execution mode."""
     settings = build_settings(arguments)
     from learn2perturb.cli.bench.timing import threads
     from learn2perturb.progress import Reporter

@@ -1,4 +1,4 @@
-"""PGD and EOT-PGD on a network with random weights: textbook, each gear, and the floor."""
+"""PGD and EOT-PGD on a network with random weights: the baseline, each execution mode, and the roofline."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from learn2perturb.attacks import PGD
-from learn2perturb.cli.bench import textbook
-from learn2perturb.cli.bench.floor import Work, measure_rates, noise_numbers, one_pass
+from learn2perturb.cli.bench import baseline
+from learn2perturb.cli.bench.roofline import Work, measure_rates, noise_numbers, one_pass
 from learn2perturb.cli.bench.scene import Scene
 from learn2perturb.cli.bench.settings import BenchSettings
 from learn2perturb.cli.bench.timing import Timing, Worker, in_turn
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.random import seed_torch
 from learn2perturb.models import build_model
 from learn2perturb.noise import perturb
@@ -43,25 +43,25 @@ def _network(scene: Scene) -> nn.Module:
     return model.to(scene.device).eval()
 
 
-def _textbook(scene: Scene) -> Craft:
+def _baseline(scene: Scene) -> Craft:
     noisy = scene.settings.defense == "learn2perturb"
     seed_torch(scene.settings.seed, "weights")
-    model = textbook.network(scene.settings.model, scene.data, noise=noisy, device=scene.device).eval()
+    model = baseline.network(scene.settings.model, scene.data, noise=noisy, device=scene.device).eval()
 
     def craft(attack: PGD, x: Tensor, y: Tensor) -> Tensor:
-        return textbook.attack(
+        return baseline.attack(
             model, x, y, eps=attack.eps, step_size=attack.step_size, steps=attack.steps, eot=attack.eot
         )
 
     return craft
 
 
-def _geared(scene: Scene, gear: gears.Gear) -> Craft:
-    model = gear.place(_network(scene))
+def _package(scene: Scene, mode: execution.ExecutionMode) -> Craft:
+    model = mode.place(_network(scene))
 
     def craft(attack: PGD, x: Tensor, y: Tensor) -> Tensor:
-        with gears.running(gear):
-            return attack(model, gear.place_images(x), y)
+        with execution.running(mode):
+            return attack(model, mode.place_images(x), y)
 
     return craft
 
@@ -90,11 +90,11 @@ def needed(scene: Scene, attack: PGD, batches: Iterable[tuple[Tensor, Tensor]]) 
 
 
 def measure(settings: BenchSettings, reporter: Reporter) -> dict[str, dict[str, Any]]:
-    """Time the attacks; return an object a gear, in which each attack has its own, beside the sum of all of them."""
+    """Time the attacks; return an object for each execution mode: one object for each attack, and their sums."""
     scene = Scene.of(settings)
     batches, images = list(scene.batches()), len(scene.data)
     attacks = attacks_of(settings)
-    crafts = {"textbook": _textbook(scene)} | {name: _geared(scene, gear) for name, gear in scene.gears.items()}
+    crafts = {"baseline": _baseline(scene)} | {name: _package(scene, mode) for name, mode in scene.modes.items()}
     workers = {
         (name, label): _worker(craft, attack, batches)
         for label, attack in attacks.items()
@@ -102,14 +102,14 @@ def measure(settings: BenchSettings, reporter: Reporter) -> dict[str, dict[str, 
     }
     timings = in_turn(workers, settings.rounds or 1, scene.device, reporter, "attacks")
     rates = measure_rates(scene.device, scene.dtype)
-    floors = {label: rates.floor(needed(scene, attack, batches)) for label, attack in attacks.items()}
+    rooflines = {label: rates.roofline(needed(scene, attack, batches)) for label, attack in attacks.items()}
     shown = settings.shown("attack") | {"threads": scene.where()["torch_threads"], "device": str(scene.device)}
 
     def numbers(timing: Timing, label: str) -> dict[str, Any]:
         return {
             **timing.summary(images),
-            "textbook_ratio": timing.ratio_to(timings["textbook", label]),
-            "floor_share": floors[label]["seconds"] / timing.median,
+            "baseline_ratio": timing.ratio_to(timings["baseline", label]),
+            "roofline_share": rooflines[label]["seconds"] / timing.median,
         }
 
     result: dict[str, dict[str, Any]] = {}
@@ -118,9 +118,11 @@ def measure(settings: BenchSettings, reporter: Reporter) -> dict[str, dict[str, 
         each = {label: numbers(timings[name, label], label) for label in attacks}
         result[name] = {"seconds": seconds, "images_per_second": images / seconds, **each, "settings": shown}
     result |= {name: {"unavailable": reason} for name, reason in scene.refused.items()}
-    least = sum(floor["seconds"] for floor in floors.values())
-    each = {label: {**floor, "images_per_second": images / floor["seconds"]} for label, floor in floors.items()}
-    result["floor"] = {
+    least = sum(roofline["seconds"] for roofline in rooflines.values())
+    each = {
+        label: {**roofline, "images_per_second": images / roofline["seconds"]} for label, roofline in rooflines.items()
+    }
+    result["roofline"] = {
         "seconds": least,
         "images_per_second": images / least,
         **each,

@@ -1,4 +1,4 @@
-"""Loading with augmentation: a DataLoader of single images, our source in each gear's layout, and the floor."""
+"""Loading with augmentation: a DataLoader of single images, our source in each mode, and the roofline."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from learn2perturb.cli.bench import textbook
-from learn2perturb.cli.bench.floor import Work, measure_rates
+from learn2perturb.cli.bench import baseline
+from learn2perturb.cli.bench.roofline import Work, measure_rates
 from learn2perturb.cli.bench.scene import Scene
 from learn2perturb.cli.bench.settings import BenchSettings
 from learn2perturb.cli.bench.timing import Worker, in_turn
 from learn2perturb.data import make_source
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.progress import Reporter
 
 
 def _loader(scene: Scene) -> Worker:
     settings = scene.settings
     loader: Iterable[Any] = DataLoader(
-        textbook.OneByOne(scene.data), batch_size=settings.batch_size, shuffle=True, num_workers=settings.workers
+        baseline.OneByOne(scene.data), batch_size=settings.batch_size, shuffle=True, num_workers=settings.workers
     )
 
     def read() -> None:
@@ -31,7 +31,7 @@ def _loader(scene: Scene) -> Worker:
     return Worker(read)
 
 
-def _source(scene: Scene, gear: gears.Gear) -> Worker:
+def _source(scene: Scene, mode: execution.ExecutionMode) -> Worker:
     settings = scene.settings
     source = make_source(
         scene.data, batch_size=settings.batch_size, shuffle=True, augment=True, seed=settings.seed, device=scene.device
@@ -39,33 +39,33 @@ def _source(scene: Scene, gear: gears.Gear) -> Worker:
 
     def read() -> None:
         for x, _ in source.epoch(0):
-            gear.place_images(x)
+            mode.place_images(x)
 
     return Worker(read)
 
 
 def measure(settings: BenchSettings, reporter: Reporter) -> dict[str, dict[str, Any]]:
-    """Time an epoch of reading; return an object a gear, ``textbook`` (the DataLoader) and ``floor`` among them."""
+    """Time an epoch of reading; return an object for each mode, ``baseline`` (the DataLoader) and ``roofline``."""
     scene = Scene.of(settings)
     images = len(scene.data)
-    workers = {"textbook": _loader(scene)} | {name: _source(scene, gear) for name, gear in scene.gears.items()}
+    workers = {"baseline": _loader(scene)} | {name: _source(scene, mode) for name, mode in scene.modes.items()}
     timings = in_turn(workers, settings.rounds or 1, scene.device, reporter, "epochs of reading")
     # Every pixel is read as a byte and written as a float32, at least: five bytes.
-    floor = measure_rates(scene.device, torch.float32).floor(Work(values=scene.data.images.numel() * 5 / 4))
+    roofline = measure_rates(scene.device, torch.float32).roofline(Work(values=scene.data.images.numel() * 5 / 4))
     shown = settings.shown("data") | {"threads": scene.where()["torch_threads"], "device": str(scene.device)}
     result: dict[str, dict[str, Any]] = {
         name: {
             **timing.summary(images),
-            "textbook_ratio": timing.ratio_to(timings["textbook"]),
-            "floor_share": floor["seconds"] / timing.median,
+            "baseline_ratio": timing.ratio_to(timings["baseline"]),
+            "roofline_share": roofline["seconds"] / timing.median,
             "settings": shown,
         }
         for name, timing in timings.items()
     }
     result |= {name: {"unavailable": reason} for name, reason in scene.refused.items()}
-    result["floor"] = {
-        **floor,
-        "images_per_second": images / floor["seconds"],
+    result["roofline"] = {
+        **roofline,
+        "images_per_second": images / roofline["seconds"],
         "settings": shown,
         "environment": scene.where(),
     }

@@ -15,7 +15,7 @@ from learn2perturb.cli.bench.scene import Scene
 from learn2perturb.cli.bench.settings import BenchSettings
 from learn2perturb.cli.bench.step import config_of
 from learn2perturb.cli.bench.timing import Worker, in_turn
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.ranks import joined
 from learn2perturb.errors import TrainingError
 from learn2perturb.progress import Reporter
@@ -79,7 +79,7 @@ def _process(rank: int, count: int, port: int, settings: BenchSettings, answers:
         x, y = scene.first_batch()
 
         def call() -> None:
-            with gears.running(training.gear):
+            with execution.running(training.mode):
                 training.run_step(x, y)
 
         used = 0.0

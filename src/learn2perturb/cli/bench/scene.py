@@ -1,4 +1,4 @@
-"""What all measurements share: the device, the images, the gears that are to be had, the record of where it was."""
+"""What all measurements share: the device, the images, the available execution modes, the environment."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from learn2perturb.cli.bench.settings import BenchSettings
 from learn2perturb.configs import ENGINES
 from learn2perturb.data import ImageData, load_data, make_source
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.devices import choose_device
 from learn2perturb.engine.random import derive_seed
 from learn2perturb.errors import ConfigError
 from learn2perturb.runs.environment import environment
 
-GEARS = tuple(name for name in ENGINES if name != "auto")
+MODES = tuple(name for name in ENGINES if name != "auto")
 
 
 @dataclass(frozen=True)
@@ -29,32 +29,32 @@ class Scene:
         settings: those of the benchmark, closed.
         device: that everything runs on.
         data: the images, in memory.
-        gears: name to gear, of those to be had here.
+        modes: name to execution mode, of those available here.
         refused: name to reason, of the others.
     """
 
     settings: BenchSettings
     device: torch.device
     data: ImageData
-    gears: dict[str, gears.Gear]
+    modes: dict[str, execution.ExecutionMode]
     refused: dict[str, str]
 
     @classmethod
     def of(cls, settings: BenchSettings) -> Scene:
-        """Find device and gears, load or draw the images."""
+        """Find device and execution modes, load or draw the images."""
         device = choose_device(settings.device)
         found, refused = {}, {}
-        for name in GEARS:
+        for name in MODES:
             try:
-                found[name] = gears.select(name, device)
+                found[name] = execution.select(name, device)
             except ConfigError as error:
                 refused[name] = str(error)
         return cls(settings, device, _images(settings), found, refused)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the matrix products of the fastest gear; the floor is reckoned in it."""
-        return (self.gears.get("fast") or self.gears["plain"]).dtype or torch.float32
+        """The type of the matrix products of the fastest execution mode; the roofline is estimated in it."""
+        return (self.modes.get("fast") or self.modes["plain"]).dtype or torch.float32
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images batch by batch, in [0, 1], on the device."""

@@ -34,12 +34,12 @@ class BenchSettings:
     Args:
         defense: ``learn2perturb`` or ``pgd_at``; for attack also: a network with noise or without.
         model: registered name of the network; its weights are random.
-        sharing: noise ``per_example`` or ``per_batch`` in the gears; textbook code has one map a forward pass, always.
+        sharing: noise ``per_example`` or ``per_batch`` in our steps; the baseline always has one map a pass.
         batch_size: images in a batch.
         attack_steps: steps of PGD; 7 in step and scale, 20 in attack.
         eot: draws in each gradient of EOT-PGD.
         images: images in a round; 100 in attack, 5000 in data.
-        rounds: counted runs of each gear, taken in turn; 5 in step, 2 in attack, 3 in data and scale.
+        rounds: counted runs of each execution mode, taken in turn; 5 in step, 2 in attack, 3 in data and scale.
         threads: CPU threads; as torch has them if not given, in scale one for each process.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dataset: real images of this data set; random ones, 3 x 32 x 32, if not given.

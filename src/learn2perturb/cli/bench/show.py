@@ -25,19 +25,19 @@ def title(what: str, settings: BenchSettings) -> str:
 
 
 def show(what: str, settings: BenchSettings, measured: Rows) -> None:
-    """Print a table of the gears, for attacks one for each, and what the floor was reckoned from."""
+    """Print a table of the execution modes, one for each attack, and what the roofline was estimated from."""
     if what == "scale":
         _show_scale(settings, measured)
         return
-    where = measured["floor"]["environment"]
+    where = measured["roofline"]["environment"]
     place = where["gpu"] or f"{where['processor']}, {_some(where['torch_threads'], 'thread')}"
     print(f"{place}, torch {where['torch']}; {_some(settings.rounds, 'round')}, medians\n")
-    attacks = [key for key, value in measured["floor"].items() if isinstance(value, dict) and "seconds" in value]
+    attacks = [key for key, value in measured["roofline"].items() if isinstance(value, dict) and "seconds" in value]
     for attack in attacks or [""]:
         rows = {name: row.get(attack, row) for name, row in measured.items()}
         heading = f"{attack}: {title(what, settings)}" if attack else title(what, settings)
         _table(heading, rows, ("attack_share", "noise_share") if what == "step" else ())
-        print(_reckoned(rows["floor"]) + "\n")
+        print(_estimate(rows["roofline"]) + "\n")
     for name, row in measured.items():
         if "unavailable" in row:
             print(f"{name}: {row['unavailable']}")
@@ -64,33 +64,33 @@ def _some(count: int | None, what: str) -> str:
 
 
 def _table(heading: str, rows: Rows, shares: tuple[str, ...]) -> None:
-    head = ["", "ms", "fastest", "slowest", "images/s", "x textbook"]
-    head += [*(share.removesuffix("_share") for share in shares), "of floor", "peak MiB", "first call s"]
+    head = ["", "ms", "fastest", "slowest", "images/s", "x baseline"]
+    head += [*(share.removesuffix("_share") for share in shares), "of roofline", "peak MiB", "first call s"]
     lines: list[list[str]] = []
     for name, row in rows.items():
         if "unavailable" in row:
             continue
         line = [name, f"{1000 * row['seconds']:.1f}"]
-        if name == "floor":
+        if name == "roofline":
             line += ["", "", f"{row['images_per_second']:.1f}"]
         else:
             line += [f"{1000 * row['fastest']:.1f}", f"{1000 * row['slowest']:.1f}", f"{row['images_per_second']:.1f}"]
-            line += [f"{row['textbook_ratio']:.2f}", *(f"{row[share]:.0%}" for share in shares)]
-            line += [f"{row['floor_share']:.1%}", f"{row['peak_memory_bytes'] / 2**20:.0f}"]
+            line += [f"{row['baseline_ratio']:.2f}", *(f"{row[share]:.0%}" for share in shares)]
+            line += [f"{row['roofline_share']:.1%}", f"{row['peak_memory_bytes'] / 2**20:.0f}"]
             line += [f"{row['warmup_seconds']:.2f}"]
         lines.append(line + [""] * (len(head) - len(line)))
     print_table(head, lines, title=heading)
 
 
-def _reckoned(floor: dict[str, Any]) -> str:
-    """Return in words what the floor was reckoned from."""
+def _estimate(roofline: dict[str, Any]) -> str:
+    """Return in words what the roofline was estimated from."""
     parts = []
-    if floor["flops"]:
-        rate = f"{floor['flops_per_second'] / 1e9:.0f} GFLOP/s in {floor['dtype']}"
-        parts.append(f"{floor['flops'] / 1e9:.1f} GFLOP at {rate}: {1000 * floor['arithmetic_seconds']:.1f} ms")
-    if floor["draws"]:
-        rate = f"{floor['draws_per_second'] / 1e9:.2f} G/s"
-        parts.append(f"{floor['draws'] / 1e6:.1f} M draws at {rate}: {1000 * floor['noise_seconds']:.1f} ms")
-    rate = f"{floor['bytes_per_second'] / 1e9:.1f} GB/s"
-    parts.append(f"{floor['bytes'] / 1e6:.0f} MB at {rate}: {1000 * floor['traffic_seconds']:.1f} ms")
-    return f"floor: {'; '.join(parts)} (arithmetic and draws, or traffic, whichever is longer)"
+    if roofline["flops"]:
+        rate = f"{roofline['flops_per_second'] / 1e9:.0f} GFLOP/s in {roofline['dtype']}"
+        parts.append(f"{roofline['flops'] / 1e9:.1f} GFLOP at {rate}: {1000 * roofline['arithmetic_seconds']:.1f} ms")
+    if roofline["draws"]:
+        rate = f"{roofline['draws_per_second'] / 1e9:.2f} G/s"
+        parts.append(f"{roofline['draws'] / 1e6:.1f} M draws at {rate}: {1000 * roofline['noise_seconds']:.1f} ms")
+    rate = f"{roofline['bytes_per_second'] / 1e9:.1f} GB/s"
+    parts.append(f"{roofline['bytes'] / 1e6:.0f} MB at {rate}: {1000 * roofline['traffic_seconds']:.1f} ms")
+    return f"roofline: {'; '.join(parts)} (arithmetic and draws, or traffic, whichever is longer)"

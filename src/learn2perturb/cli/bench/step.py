@@ -1,4 +1,4 @@
-"""One step of adversarial training: textbook, each gear, and the floor."""
+"""One step of adversarial training: the baseline, each execution mode, and the roofline."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from learn2perturb.cli.bench import textbook
-from learn2perturb.cli.bench.floor import Work, measure_rates, noise_numbers, one_pass
+from learn2perturb.cli.bench import baseline
+from learn2perturb.cli.bench.roofline import Work, measure_rates, noise_numbers, one_pass
 from learn2perturb.cli.bench.scene import Scene
 from learn2perturb.cli.bench.settings import BenchSettings
 from learn2perturb.cli.bench.timing import Worker, in_turn
-from learn2perturb.engine import gears
+from learn2perturb.engine import execution
 from learn2perturb.engine.random import seed_torch
 from learn2perturb.models import build_model
 from learn2perturb.noise import perturb
@@ -21,7 +21,7 @@ from learn2perturb.training.recorded import WARM_UPS
 from learn2perturb.training.state import Training
 
 Call = Callable[[], object]
-# The step of a training so long that whatever the gear compiles is earned back; the first call shows what it costs.
+# The training is so long that compiling is worth its cost; the first call shows that cost.
 _EPOCHS = 100_000
 
 
@@ -35,21 +35,21 @@ def config_of(settings: BenchSettings, engine: str, device: str) -> TrainConfig:
     ).resolve()  # fmt: skip
 
 
-def textbook_call(scene: Scene, *, attack: bool = True, noise: bool = True) -> Call:
-    """Return the textbook step on the first batch, whole or without one of its parts."""
+def baseline_call(scene: Scene, *, attack: bool = True, noise: bool = True) -> Call:
+    """Return the baseline's step on the first batch, whole or without one of its parts."""
     settings = config_of(scene.settings, "plain", str(scene.device)).closed()
     settings = settings if attack else replace(settings, attack_steps=0)
     seed_torch(scene.settings.seed, "weights")
     noisy = noise and scene.settings.defense == "learn2perturb"
-    step = textbook.training_step(
-        textbook.network(scene.settings.model, scene.data, noise=noisy, device=scene.device), settings
+    step = baseline.training_step(
+        baseline.network(scene.settings.model, scene.data, noise=noisy, device=scene.device), settings
     )
     x, y = scene.first_batch()
     return lambda: step(x, y)
 
 
-def geared_call(scene: Scene, name: str, *, attack: bool = True, noise: bool = True) -> Call:
-    """Return the package's step in a gear on the first batch, whole or without one of its parts.
+def package_call(scene: Scene, name: str, *, attack: bool = True, noise: bool = True) -> Call:
+    """Return the package's step in an execution mode on the first batch, whole or without one of its parts.
 
     Without attack is a ball of radius 0, so clean and adversarial passes stay; without noise is PGD training.
     """
@@ -60,7 +60,7 @@ def geared_call(scene: Scene, name: str, *, attack: bool = True, noise: bool = T
     x, y = scene.first_batch()
 
     def call() -> None:
-        with gears.running(training.gear):
+        with execution.running(training.mode):
             training.run_step(x, y)
 
     return call
@@ -84,42 +84,42 @@ def needed(scene: Scene) -> Work:
 
 
 def measure(settings: BenchSettings, reporter: Reporter) -> dict[str, dict[str, Any]]:
-    """Time the steps; return an object a gear, ``textbook`` and ``floor`` among them.
+    """Time the steps; return an object for each execution mode, ``baseline`` and ``roofline`` among them.
 
     ``attack_share`` and ``noise_share`` are what the step costs more than the same step without attack, or without
     noise, timed in turn with it after the step itself has been: differences of medians, 0 where they are below it.
     """
     scene = Scene.of(settings)
     rounds, size = settings.rounds or 1, len(scene.data)
-    whole = {"textbook": Worker(textbook_call(scene))}
-    whole |= {name: _warmed(geared_call(scene, name), scene.gears[name]) for name in scene.gears}
+    whole = {"baseline": Worker(baseline_call(scene))}
+    whole |= {name: _warmed(package_call(scene, name), scene.modes[name]) for name in scene.modes}
     timings = in_turn(whole, rounds, scene.device, reporter, "training steps")
     shares = _shares(scene, whole, reporter)
     work = needed(scene)
-    floor = measure_rates(scene.device, scene.dtype).floor(work)
+    roofline = measure_rates(scene.device, scene.dtype).roofline(work)
     shown = settings.shown("step") | {"threads": scene.where()["torch_threads"], "device": str(scene.device)}
     result: dict[str, dict[str, Any]] = {}
     for name, timing in timings.items():
         result[name] = {
             **timing.summary(size),
-            "textbook_ratio": timing.ratio_to(timings["textbook"]),
-            "floor_share": floor["seconds"] / timing.median,
+            "baseline_ratio": timing.ratio_to(timings["baseline"]),
+            "roofline_share": roofline["seconds"] / timing.median,
             **shares[name],
             "settings": shown,
         }
     result |= {name: {"unavailable": reason} for name, reason in scene.refused.items()}
-    result["floor"] = {
-        **floor,
-        "images_per_second": size / floor["seconds"],
+    result["roofline"] = {
+        **roofline,
+        "images_per_second": size / roofline["seconds"],
         "settings": shown,
         "environment": scene.where(),
     }
     return result
 
 
-def _warmed(call: Call, gear: gears.Gear) -> Worker:
+def _warmed(call: Call, mode: execution.ExecutionMode) -> Worker:
     """Return a worker whose first call goes on until the step is replayed, where steps are recorded."""
-    calls = WARM_UPS + 2 if gear.recording else 1
+    calls = WARM_UPS + 2 if mode.recording else 1
 
     def warm() -> None:
         for _ in range(calls):
@@ -135,10 +135,10 @@ def _shares(scene: Scene, whole: dict[str, Worker], reporter: Reporter) -> dict[
         parts[name, "whole"] = Worker(worker.run)
         for part in ("attack", "noise") if noisy else ("attack",):
             left = {"attack": part != "attack", "noise": part != "noise"}
-            if name == "textbook":
-                parts[name, part] = Worker(textbook_call(scene, **left))
+            if name == "baseline":
+                parts[name, part] = Worker(baseline_call(scene, **left))
             else:
-                parts[name, part] = _warmed(geared_call(scene, name, **left), scene.gears[name])
+                parts[name, part] = _warmed(package_call(scene, name, **left), scene.modes[name])
     rounds = max(1, (scene.settings.rounds or 1) // 2)
     timings = in_turn(parts, rounds, scene.device, reporter, "steps without attack, without noise")
     shares: dict[str, dict[str, float]] = {}

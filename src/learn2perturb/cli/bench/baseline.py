@@ -1,4 +1,4 @@
-"""The step, the attack and the loading as research code writes them: what the gears are compared with.
+"""The baseline of the timings: step, attack and loading as research code writes them.
 
 Eager float32, NCHW; a whole ``loss.backward()`` in every step of the attack, so that gradients of all weights are
 computed and accumulated there for nothing; one noise map a forward pass, shared by the batch, as in the released

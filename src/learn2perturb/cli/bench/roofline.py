@@ -93,8 +93,8 @@ class Rates:
     bytes: float
     draws: float
 
-    def floor(self, work: Work) -> dict[str, Any]:
-        """Return the floor of ``work``, its parts, and what it was computed from."""
+    def roofline(self, work: Work) -> dict[str, Any]:
+        """Return the roofline of ``work``, its parts, and what it was computed from."""
         moved = work.values * self.dtype.itemsize
         arithmetic, noise, traffic = work.flops / self.flops, work.draws / self.draws, moved / self.bytes
         return {

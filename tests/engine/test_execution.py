@@ -1,11 +1,11 @@
-"""Which gear runs, and that the fast one computes what the plain one does."""
+"""Which execution mode runs, and that the fast one computes what the plain one does."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from learn2perturb.engine import FAST, PLAIN, autocast, current, gears, running, select
+from learn2perturb.engine import FAST, PLAIN, autocast, current, execution, running, select
 from learn2perturb.errors import ConfigError
 from learn2perturb.models import build_model
 from learn2perturb.noise import noise_disabled, perturb
@@ -13,7 +13,7 @@ from learn2perturb.noise import noise_disabled, perturb
 CPU = torch.device("cpu")
 
 
-def test_plain_is_the_default_and_a_gear_ends_with_its_body_also_on_failure():
+def test_plain_is_the_default_and_a_mode_ends_with_its_body_also_on_failure():
     assert current() is PLAIN
     with running(FAST):
         assert current() is FAST
@@ -25,7 +25,7 @@ def test_plain_is_the_default_and_a_gear_ends_with_its_body_also_on_failure():
     assert current() is PLAIN
 
 
-def test_autocast_follows_the_gear():
+def test_autocast_follows_the_mode():
     a = torch.rand(4, 4)
     with autocast("cpu"):
         assert (a @ a).dtype == torch.float32
@@ -35,7 +35,7 @@ def test_autocast_follows_the_gear():
 
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_is_fast_only_where_bfloat16_is_native(native, monkeypatch):
-    monkeypatch.setattr(gears, "has_native_bfloat16", lambda device: native)
+    monkeypatch.setattr(execution, "has_native_bfloat16", lambda device: native)
     assert select("auto", CPU) == (FAST if native else PLAIN)
     assert select("plain", CPU) is PLAIN
     if native:
@@ -46,7 +46,7 @@ def test_auto_is_fast_only_where_bfloat16_is_native(native, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["turbo", "", "FAST", None])
-def test_an_unknown_gear_lists_the_known(name):
+def test_an_unknown_mode_lists_the_known(name):
     with pytest.raises(ConfigError, match="allowed: auto, plain, fast"):
         select(name, CPU)
 
@@ -56,7 +56,7 @@ def test_a_device_without_an_answer_is_not_fast():
 
 
 @pytest.mark.parametrize("name", ["digits_cnn", "resnet20"])
-def test_with_noise_off_the_fast_gear_computes_what_the_plain_one_does(name):
+def test_with_noise_off_the_fast_mode_computes_what_the_plain_one_does(name):
     torch.manual_seed(0)
     network = perturb(build_model(name, input_shape=(3, 16, 16)).eval(), input_shape=(3, 16, 16))
     x = torch.rand(32, 3, 16, 16)
@@ -70,7 +70,7 @@ def test_with_noise_off_the_fast_gear_computes_what_the_plain_one_does(name):
     assert (fast.argmax(1) == plain.argmax(1)).double().mean() >= 0.9
 
 
-def test_with_noise_on_the_two_gears_agree_in_law():
+def test_with_noise_on_the_two_modes_agree_in_law():
     network = perturb(build_model("digits_cnn", input_shape=(1, 8, 8)).eval(), input_shape=(1, 8, 8), init=0.5)
     x = torch.rand(1, 1, 8, 8).expand(3000, -1, -1, -1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The gears of the engine: ``plain`` (eager float32, the reference) and ``fast``, held together by parity tests."""
+"""Execution modes: ``plain`` (eager float32, the reference) and ``fast``; parity tests compare them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from learn2perturb.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Gear:
-    """One way to run passes.
+class ExecutionMode:
+    """One way to run forward and backward passes.
 
     Attributes:
         name: ``plain`` or ``fast``.
@@ -54,50 +54,50 @@ class Gear:
     tuned_convolutions: bool = False
 
     def place(self, network: nn.Module) -> nn.Module:
-        """Lay the weights of ``network`` out as this gear wants them; values do not change."""
+        """Lay the weights of ``network`` out as this mode wants them; values do not change."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return network.to(memory_format=layout)  # type: ignore[call-overload]
 
     def place_images(self, x: Tensor) -> Tensor:
-        """Lay a batch of images, (N, C, H, W), out as this gear wants it."""
+        """Lay a batch of images, (N, C, H, W), out as this mode wants it."""
         return x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
 
-PLAIN = Gear("plain")
-FAST = Gear(
+PLAIN = ExecutionMode("plain")
+FAST = ExecutionMode(
     "fast", dtype=torch.bfloat16, channels_last=True, threaded_draws=True, fused_noise=True, kept_memory=True,
     folding=True,
 )  # fmt: skip
 # On a CUDA device small networks wait for launches and memory: everything in compiled kernels, a step in one launch.
-CUDA = Gear(
+CUDA = ExecutionMode(
     "fast", dtype=torch.bfloat16, channels_last=True, folding=True, folding_compiled=False, compiled_training=True,
     recording=True, tuned_convolutions=True,
 )  # fmt: skip
 
-_current: contextvars.ContextVar[Gear] = contextvars.ContextVar("gear", default=PLAIN)
+_current: contextvars.ContextVar[ExecutionMode] = contextvars.ContextVar("execution mode", default=PLAIN)
 
 
-def current() -> Gear:
-    """Return the gear that passes run in now."""
+def current() -> ExecutionMode:
+    """Return the execution mode that passes run in now."""
     return _current.get()
 
 
 @contextlib.contextmanager
-def running(gear: Gear) -> Iterator[Gear]:
-    """Run all passes of the body in ``gear``."""
-    token = _current.set(gear)
+def running(mode: ExecutionMode) -> Iterator[ExecutionMode]:
+    """Run all passes of the body in ``mode``."""
+    token = _current.set(mode)
     tuned = torch.backends.cudnn.benchmark
     try:
-        torch.backends.cudnn.benchmark = gear.tuned_convolutions or tuned
-        with memory.kept() if gear.kept_memory else contextlib.nullcontext():
-            yield gear
+        torch.backends.cudnn.benchmark = mode.tuned_convolutions or tuned
+        with memory.kept() if mode.kept_memory else contextlib.nullcontext():
+            yield mode
     finally:
         torch.backends.cudnn.benchmark = tuned
         _current.reset(token)
 
 
 def autocast(device_type: str) -> AbstractContextManager[None]:
-    """Return the autocast context of the current gear for passes on ``device_type``."""
+    """Return the autocast context of the current execution mode for passes on ``device_type``."""
     dtype = current().dtype
     if dtype is None:
         return contextlib.nullcontext()
@@ -111,25 +111,25 @@ def attacking(model: object, x: Tensor, in_eval_mode: bool) -> Iterator[int]:
 
     Yields how many layers are folded.
     """
-    gear = current()
-    if not (in_eval_mode and gear.folding and isinstance(model, nn.Module)):
+    mode = current()
+    if not (in_eval_mode and mode.folding and isinstance(model, nn.Module)):
         yield 0
         return
-    if len(x) == gear.compiled_rows and not gear.folding_compiled and compiling.compiles(model):
-        with compiling.compiled(model, gear.compiled_rows):
+    if len(x) == mode.compiled_rows and not mode.folding_compiled and compiling.compiles(model):
+        with compiling.compiled(model, mode.compiled_rows):
             yield 0
         return
     with running(PLAIN):  # the pass that is traced must not compile anything
         folding.pairs(model, x)
-    with folding.folded(model, x) as count, compiling.compiled(model, gear.compiled_rows):
+    with folding.folded(model, x) as count, compiling.compiled(model, mode.compiled_rows):
         yield count
 
 
 @contextlib.contextmanager
 def training(model: nn.Module) -> Iterator[None]:
     """Run the passes of a training step of the body, those of its attack among them."""
-    gear = current()
-    with compiling.compiled(model, gear.compiled_rows if gear.compiled_training else 0):
+    mode = current()
+    with compiling.compiled(model, mode.compiled_rows if mode.compiled_training else 0):
         yield
 
 
@@ -157,22 +157,22 @@ _COMPILED_PIXELS = 300_000 * 32 * 32
 _COMPILED_TRAINING_PIXELS = 3 * _COMPILED_PIXELS
 
 
-def with_compiled_attack(gear: Gear, attacked_pixels: float, rows: int) -> Gear:
-    """Return ``gear`` with attacks on batches of ``rows`` images compiled, if it folds them and the work is enough."""
+def with_compiled_attack(mode: ExecutionMode, attacked_pixels: float, rows: int) -> ExecutionMode:
+    """Return ``mode`` with attacks on batches of ``rows`` images compiled, if it folds them and the work is enough."""
     return (
-        dataclasses.replace(gear, compiled_rows=rows) if gear.folding and attacked_pixels >= _COMPILED_PIXELS else gear
+        dataclasses.replace(mode, compiled_rows=rows) if mode.folding and attacked_pixels >= _COMPILED_PIXELS else mode
     )
 
 
-def eager(gear: Gear) -> Gear:
-    """Return ``gear`` without what is recorded or compiled beforehand."""
-    return dataclasses.replace(gear, compiled_rows=0, compiled_training=False, recording=False)
+def eager(mode: ExecutionMode) -> ExecutionMode:
+    """Return ``mode`` without what is recorded or compiled beforehand."""
+    return dataclasses.replace(mode, compiled_rows=0, compiled_training=False, recording=False)
 
 
 def select(
     name: str, device: torch.device, *, pixels: float = math.inf, attacked_pixels: float = 0, rows: int = 0
-) -> Gear:
-    """Return the gear called ``name``; ``auto`` is ``fast`` where the hardware has bfloat16 and the work is enough.
+) -> ExecutionMode:
+    """Return the execution mode ``name``; ``auto`` is ``fast`` if the hardware has bfloat16 and the work is enough.
 
     Args:
         name: ``auto``, ``plain`` or ``fast``.
@@ -182,16 +182,16 @@ def select(
         rows: images in a batch of an attack, which its compiled passes are made for.
 
     Raises:
-        ConfigError: the name is not ``auto``, ``plain`` or ``fast``, or ``fast`` is not to be had on this device.
+        ConfigError: the name is not ``auto``, ``plain`` or ``fast``, or ``fast`` is not available on this device.
     """
     check_choice("engine", name, ENGINES)
     if name == "plain":
         return PLAIN
     native = has_native_bfloat16(device)
     if native and (name == "fast" or pixels >= _WORTHWHILE_PIXELS):
-        gear = with_compiled_attack(CUDA if device.type == "cuda" else FAST, attacked_pixels, rows)
-        enough = gear.compiled_rows > 0 and attacked_pixels >= _COMPILED_TRAINING_PIXELS
-        return dataclasses.replace(gear, compiled_training=gear.compiled_training or enough)
+        mode = with_compiled_attack(CUDA if device.type == "cuda" else FAST, attacked_pixels, rows)
+        enough = mode.compiled_rows > 0 and attacked_pixels >= _COMPILED_TRAINING_PIXELS
+        return dataclasses.replace(mode, compiled_training=mode.compiled_training or enough)
     if name == "fast":
         raise ConfigError(f"engine 'fast' needs bfloat16 in hardware, which {device} lacks; use 'auto' or 'plain'")
     return PLAIN
