@@ -96,6 +96,17 @@ def test_bat_draws_as_its_paper_and_barre_evenly():
         assert model.perturbation.probabilities == pytest.approx([1 / (stage + 1)] * (stage + 1) + [0] * (2 - stage))
 
 
+@pytest.mark.parametrize(("epoch", "batch"), [(0, 0), (0, 1), (1, 0)])
+def test_a_member_begins_from_the_one_before_once_in_its_stage(epoch, batch):
+    defense = build_defense("barre", {"count": 2})
+    model = defense.prepare(dense(), SHAPE)
+    trained = model.perturbation.others[0][1].weight
+    with torch.no_grad():
+        trained.fill_(7.0)
+    defense.begin_step(model, Clock(2 + epoch, batch, 4, stage=1, stage_epoch=epoch))
+    assert torch.equal(trained, model[1].weight if (epoch, batch) == (0, 0) else torch.full_like(trained, 7.0))
+
+
 def test_epochs_are_shared_out_and_each_member_has_the_whole_schedule():
     settings = TrainConfig(defense="barre", recipe="paper").resolve()
     stages = build_defense("barre").stages(settings)

@@ -152,9 +152,17 @@ def test_features_of_another_shape_are_refused_by_every_law():
             noisy(law, "output", granularity="element")(torch.rand(2, 1, 7, 7))
 
 
+@pytest.mark.parametrize("law", ["weight", "multiplicative"])
+def test_a_scale_may_begin_at_zero_and_is_no_noise_then(law):
+    x, network = images(), noisy(law, "output", init=0.0)
+    assert torch.equal(network(x), plain()(x))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
+        ({"law": "variational", "init": 0.0}, ConfigError, "above 0"),
+        ({"law": "variational", "prior": 0.0}, ConfigError, "above 0"),
         ({"law": "featur"}, UnknownNameError, "feature"),
         ({"law": "feature", "int": 0.2}, UnknownNameError, "init"),
         ({"law": "multiplicative", "minimum": 0.2}, UnknownNameError, "minimum"),
