@@ -16,7 +16,7 @@ MUTATE_ARGS ?=
 # Small tensors, and threads that spin: with other work on two cores, one thread took tests/compat from minutes to 20 s.
 test test-slow labs labs-sample studies-smoke: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-slow test-browser studies-smoke labs labs-sample mutate bench lint types imports format clean
+.PHONY: help setup demo test test-slow test-browser studies-smoke labs labs-sample mutate bench docs lint types imports format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,10 @@ studies-smoke: $(STAMP)  ## every study of the package at level smoke: the paper
 
 mutate: $(STAMP)  ## change one place of the source at a time: do the tests notice? (first time an hour)
 	@$(BIN)/python -m tests.laboratories.mutate $(MUTATE_ARGS)
+
+docs: $(STAMP)  ## the site, into build/site; strict: a dead link or anchor is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs: build/site/index.html"
 
 bench: $(STAMP)  ## time the pieces of a training step; the whole: learn2perturb bench step
 	@$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(PYTEST_ARGS)

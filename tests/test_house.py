@@ -129,8 +129,8 @@ def test_every_source_folder_is_a_package():
     assert (SOURCE / "py.typed").is_file()
 
 
-def test_the_tree_in_the_readme_names_every_source_folder():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_tree_of_contributing_names_every_source_folder():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     folders = sorted({path.parent.name for path in MODULES if path.parent != SOURCE})
     assert [name for name in folders if f"{name}/" not in text] == []
 
