@@ -8,11 +8,13 @@ import io
 import pathlib
 import re
 import shlex
+import sys
 
 import pytest
 
 from learn2perturb.defenses.settings import Settings
-from learn2perturb.registry import ATTACKS, DATASETS, DEFENSES, MODELS
+from learn2perturb.plugins import import_all, without_imports
+from learn2perturb.registry import ATTACKS, DATASETS, DEFENSES, MODELS, REGISTRIES
 from learn2perturb.training.config import load_recipe
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -59,10 +61,16 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_the_docs_parses(line):
+def test_a_command_of_the_docs_parses(line, monkeypatch):
     from learn2perturb.cli.options import Parser
 
-    words = shlex.split(line.partition("learn2perturb ")[2])
+    monkeypatch.chdir(ROOT)
+    for registry in REGISTRIES:  # a command may import parts of its own
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    modules, words = without_imports(shlex.split(line.partition("learn2perturb ")[2]))
+    for module in modules:
+        monkeypatch.delitem(sys.modules, pathlib.Path(module).stem, raising=False)
+    import_all(modules)
     verb = importlib.import_module(f"learn2perturb.cli.{words[0]}")
     parser = Parser(prog=words[0])
     verb.add_arguments(parser)

@@ -1,11 +1,12 @@
 """What the site adds to the pages of docs/: files of the repository that pages link to, as pages of their own.
 
-On disk and in a code forge a link such as ``../examples/own_attack.py`` leads to the file. The site has no such file, so
-every file that is linked to becomes a page under ``code/``, and links are turned there.
+On disk and in a code forge a link such as ``../examples/own_attack.py`` leads to the file. The site has no such file,
+so every file that is linked to becomes a page under ``code/``, and links are turned there.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[2]
 # Pages of the root that have a place in the navigation.
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "README.md": "index.md"}
-EXAMPLES = "examples.md"
+EXAMPLES, NOTEBOOK = "examples.md", "first-steps.md"
 _LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".sh": "bash"}
 
@@ -26,7 +27,7 @@ def on_files(files: Files, *, config: Any) -> Files:
     sources = {file.src_uri: Path(file.abs_src_path) for file in files if file.src_uri.endswith(".md")}
     texts = {uri: path.read_text(encoding="utf-8") for uri, path in sources.items()}
     added = {name: (ROOT / source).read_text(encoding="utf-8") for source, name in PAGES.items() if name not in texts}
-    added[EXAMPLES] = _examples()
+    added[EXAMPLES], added[NOTEBOOK] = _examples(), _notebook(ROOT / "examples" / "first_steps.ipynb")
     for uri, text in {**texts, **added}.items():
         base = "" if uri in added and uri != EXAMPLES else "docs"
         for link, _ in _LINK.findall(text):
@@ -83,8 +84,20 @@ def _examples() -> str:
     """Return the page that shows every file of examples/, each with the first sentence of what it says of itself."""
     lines = ["# Examples", "", "Each is one file, and is run by the tests.", ""]
     for path in sorted((ROOT / "examples").iterdir()):
-        if path.suffix in _LANGUAGES:
+        if path.suffix == ".ipynb":
+            lines += [f"- [{path.name}]({NOTEBOOK}): a notebook of first steps."]
+        elif path.suffix in _LANGUAGES:
             text = path.read_text(encoding="utf-8")
             first = text.lstrip('"# ').splitlines()[0]
             lines += [f"- [{path.name}](../examples/{path.name}): {first}"]
     return "\n".join(lines) + "\n"
+
+
+def _notebook(path: Path) -> str:
+    """Return a notebook as a page: its text, and its code as blocks."""
+    parts = [f"*As a notebook: `{path.relative_to(ROOT)}`. It is run by the tests.*"]
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"]).strip()
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+    parts[0], parts[1] = parts[1], parts[0]
+    return "\n\n".join(parts) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import re
 import runpy
@@ -25,7 +26,8 @@ def load(monkeypatch):
 
 
 def test_every_example_is_tested():
-    names = ["own_attack", "own_data", "own_defense", "own_network", "own_noise"]
+    # The first in tests/compat, the others here.
+    names = ["finetune_timm", "own_attack", "own_data", "own_defense", "own_network", "own_noise"]
     assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == names
 
 
@@ -51,6 +53,21 @@ def test_own_attack_and_own_data(load, monkeypatch, name, row, registry):
     assert ours.own()
     assert result.row("clean").accuracy > result.row(row).accuracy or name == "own_data"
     assert [part["module"] for part in result.metadata["parts"]] == [name]
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    notebook = json.loads((EXAMPLES / "first_steps.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    code = "\n".join(cells)
+    assert "EPOCHS, LIMIT = 2, 400" in code
+    (tmp_path / "notebook.py").write_text(code.replace("EPOCHS, LIMIT = 2, 400", "EPOCHS, LIMIT = 1, 64"))
+    runpy.run_path(str(tmp_path / "notebook.py"))
+    assert re.search(
+        r"^learn2perturb  clean [0-9.]+ %  pgd [0-9.]+ %  eot-pgd [0-9.]+ %$", capsys.readouterr().out, re.M
+    )
+    assert all(not cell.get("outputs") for cell in notebook["cells"])  # no results of one machine
 
 
 def test_own_noise_as_a_script(capsys, monkeypatch):
