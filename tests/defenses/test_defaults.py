@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from learn2perturb.defenses.objectives import Clock, Losses, TradesAdversary
-from learn2perturb.defenses.settings import OpenSettings, Settings
+from learn2perturb.defenses.settings import OpenSettings, Settings, later_settings
 from learn2perturb.errors import ConfigError
 from learn2perturb.registry import DEFENSES
 from learn2perturb.training import TrainConfig
@@ -24,7 +24,8 @@ OWN: dict[str, dict[str, Any]] = {
     "Learn2Perturb": {
         "gamma": 1e-4, "noise_from_loss": True, "noise_delay": 20, "theta_step": "combined", "weight_steps": 1,
         "noise_steps": 1, "theta_lr": 1.0, "noise_target": None, "gamma_through_optimizer": True, "tau": "harmonic",
-        "init": 0.25, "minimum": 0.01, "sharing": "per_example", "granularity": "element", "distribution": "gaussian",
+        "init": 0.25, "init_share": 0.25, "minimum": 0.01, "sharing": "per_example", "granularity": "element",
+        "distribution": "gaussian",
         "placement": "block_ends", "sites": None,
     },
     # He et al. 2019: PNI-W, one alpha a layer, from 0.25.
@@ -173,7 +174,11 @@ def test_settings_say_nothing_until_a_recipe_does():
 def test_what_a_recipe_closes_is_what_is_open():
     closed = {item.name: f"{item.type} | None" for item in dataclasses.fields(Settings)}
     assert closed == {item.name: item.type for item in dataclasses.fields(OpenSettings)}
-    assert not any(item.default is not dataclasses.MISSING for item in dataclasses.fields(Settings))
+    # What came later is off where nothing is said, so that a training of before is what it was.
+    assert later_settings() == {
+        "norm": "linf", "optimizer": "sgd", "optimizer_options": {}, "warmup_epochs": 0.0, "clip_norm": 0.0,
+        "accumulate": 1, "label_smoothing": 0.0,
+    }  # fmt: skip
     config = TrainConfig(recipe="common", lr=0.03).resolve()
     assert {item.name: getattr(config, item.name) for item in dataclasses.fields(Settings)} == dataclasses.asdict(
         config.closed()

@@ -69,7 +69,7 @@ def test_trades_adversary_of_settings(monkeypatch, batch):
     monkeypatch.setattr(objectives, "TradesAdversary", spy)
     with pytest.raises(Spy):
         trades_loss(*batch, Clock(0, 0, 1), settings(attack_eot=3))
-    assert made == [{"eps": EPS, "step_size": 0.04, "steps": 2, "eot": 3, "eot_draws": "fresh"}]
+    assert made == [{"eps": EPS, "step_size": 0.04, "steps": 2, "norm": "linf", "eot": 3, "eot_draws": "fresh"}]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -54,6 +54,7 @@ class AdvBNN(Defense):
     predictor: ClassVar[str] = "mean_probability"
     members: ClassVar[int] = 50
     objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
+    own_optimizer: ClassVar[bool] = True
 
     prior: float = 0.1
     init: float = 0.1

@@ -74,6 +74,10 @@ class BARRE(Defense):
             raise ConfigError(
                 f"adversarial_delay is {settings.adversarial_delay!r}, but BARRE has no clean loss to begin with; set 0"
             )
+        if settings.accumulate > 1:
+            raise ConfigError(
+                f"accumulate is {settings.accumulate!r}, but BARRE moves its chances once a batch; leave it out"
+            )
 
     def prepare(self, network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
         """Make the network the first member, in place."""
@@ -109,7 +113,7 @@ class BARRE(Defense):
     def _choose(self, model: nn.Module, x: Tensor, y: Tensor, settings: Settings, step: int) -> None:
         """Move the chances against the members' errors on images by ARC."""
         choice = choice_of(model)
-        x_adv = ARC(settings.eps, steps=self.arc_steps).craft(model, x, y)
+        x_adv = ARC(settings.eps, steps=self.arc_steps, norm=settings.norm).craft(model, x, y)
         with in_mode(model, False):
             right = answers_right(Members(choice.members_in(model), choice.probabilities), x_adv, y)
         errors = 1 - mean_of_rows(right.to(choice.chances.dtype))

@@ -7,13 +7,11 @@ one's own is one file (see ``examples/own_defense.py``).
 from __future__ import annotations
 
 import itertools
-import math
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from learn2perturb.checks import check_choice
@@ -27,9 +25,9 @@ from learn2perturb.defenses.objectives import (
     trades_loss,
     training_adversary,
 )
+from learn2perturb.defenses.optimizers import Optimizers, learning_rate_factor, sgd_optimizers, warmed
 from learn2perturb.defenses.settings import OBJECTIVES, Settings
 from learn2perturb.errors import ConfigError, UnknownNameError
-from learn2perturb.noise import noise_parameters
 from learn2perturb.registry import DEFENSES
 
 # What a defense of one's own needs is had from here, wherever it is made.
@@ -41,7 +39,6 @@ __all__ = [
 ]  # fmt: skip
 
 ALTERNATIONS = ("combined", "sequential", "released")
-Optimizers = dict[str, torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -81,50 +78,6 @@ class Alternation:
     regulariser_through_optimizer: bool = True
 
 
-def learning_rate_factor(settings: Settings, total_epochs: int) -> Callable[[Clock], float]:
-    """Return the schedule of ``settings`` over ``total_epochs``: a function of the clock alone, without state."""
-
-    def factor(clock: Clock) -> float:
-        if settings.schedule == "step":
-            passed = sum(clock.stage_epoch >= milestone for milestone in settings.milestones)
-            return float(settings.decay**passed)
-        done = (clock.stage_epoch + (clock.batch + 1) / clock.batches) / max(total_epochs, 1)
-        if settings.schedule == "one_cycle":
-            rise = 0.3
-            return max(min(done / rise, (1 - done) / (1 - rise)), 1e-3)
-        if settings.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-        return 1.0
-
-    return factor
-
-
-def sgd_optimizers(
-    settings: Settings, *, noise_lr: float = 1.0, noise_decay: float = 0.0
-) -> Callable[[nn.Module], Optimizers]:
-    """Return a builder of SGD for the weights and, where there is learned noise, for it: no weight decay on theta.
-
-    ``noise_lr`` is what the learning rate of the noise is multiplied by, ``noise_decay`` its weight decay.
-    """
-
-    def build(model: nn.Module) -> Optimizers:
-        noise = noise_parameters(model)
-        known = {id(parameter) for parameter in noise}
-        weights = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-        if not weights:
-            raise ConfigError("the network has no parameter that requires a gradient; there is nothing to train")
-        common: dict[str, Any] = {
-            "lr": settings.lr, "momentum": settings.momentum, "nesterov": settings.nesterov,
-        }  # fmt: skip
-        optimizers: Optimizers = {"weights": torch.optim.SGD(weights, weight_decay=settings.weight_decay, **common)}
-        if noise:
-            own = {**common, "lr": common["lr"] * noise_lr}
-            optimizers["noise"] = torch.optim.SGD(noise, weight_decay=noise_decay, **own)
-        return optimizers
-
-    return build
-
-
 def of_clean_images(settings: Settings) -> Settings:
     """Return ``settings`` without an adversary: the clean loss alone."""
     return replace(settings, alpha=1.0, beta=0.0)
@@ -156,7 +109,7 @@ def restarted_stages(settings: Settings, optimizers: Callable[[nn.Module], Optim
     decay = settings.decay
 
     def constant(value: float) -> Callable[[Clock], float]:
-        return lambda clock: value
+        return warmed(settings, lambda clock: value)
 
     lengths = [end - start for start, end in itertools.pairwise(edges)]
     return tuple(Stage(length, optimizers, constant(decay**passed)) for passed, length in enumerate(lengths))
@@ -171,11 +124,13 @@ class Defense(ABC):
         members: passes that make one prediction of a predictor other than ``single``.
         objectives: the values of the setting ``objective`` that :meth:`loss` follows. Empty, or not declared by a class
             that overrides :meth:`loss`: a loss of the defense's own, which takes neither that setting nor ``awp``.
+        own_optimizer: whether :meth:`stages` builds an optimiser of the defense's own, whatever the settings name.
     """
 
     predictor: ClassVar[str] = "single"
     members: ClassVar[int] = 10
     objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
+    own_optimizer: ClassVar[bool] = False
 
     def check(self, settings: Settings) -> None:
         """Refuse settings that make no sense with this defense, before any work.
@@ -200,6 +155,11 @@ class Defense(ABC):
             raise ConfigError(
                 f"loss is {settings.loss!r}, but {kind} has a loss of its own, of a single draw; leave it out"
             )
+        if self.own_optimizer and (settings.optimizer != "sgd" or settings.optimizer_options):
+            raise ConfigError(
+                f"optimizer is {settings.optimizer!r}, but {kind} has its own, as its paper says; leave it and its "
+                "options out"
+            )
         if settings.awp and settings.objective == "mixed" and not settings.beta:
             raise ConfigError(
                 f"awp is {settings.awp!r}, but beta is 0: there is no adversarial loss; set beta or drop awp"
@@ -208,6 +168,15 @@ class Defense(ABC):
     def prepare(self, network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
         """Insert what the defense needs into ``network``, in place, and return it."""
         return network
+
+    @property
+    def measures(self) -> bool:
+        """Whether :meth:`measure` has anything to set."""
+        return False
+
+    def measure(self, model: nn.Module, x: Tensor) -> None:
+        """Set what follows from images (N, C, H, W), once, before the first step; the model is in train mode."""
+        return
 
     def stages(self, settings: Settings) -> tuple[Stage, ...]:
         """Return the stages of a training; by default one, with SGD and the schedule of ``settings``."""

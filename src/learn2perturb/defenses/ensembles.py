@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from learn2perturb.defenses.base import Clock, Losses, Optimizers, Stage, forward, learning_rate_factor, sgd_optimizers
-from learn2perturb.defenses.objectives import mode_of_attack
+from learn2perturb.defenses.objectives import label_loss, mode_of_attack
 from learn2perturb.defenses.settings import Settings
 from learn2perturb.errors import ConfigError
 from learn2perturb.noise import RandomMember, insert, random_members
@@ -118,7 +117,7 @@ def adversarial_loss(
     """Return ``CE(member(x'), y)``, x' by ``attack`` on ``target``."""
     x_adv = attack.craft(target, x, y, mode=mode_of_attack(settings))
     logits = forward(member, x_adv)
-    loss = F.cross_entropy(logits, y)
+    loss = label_loss(logits, y, settings)
     return Losses(loss, adversarial=loss.detach(), adversarial_correct=logits.detach().argmax(1) == y)
 
 

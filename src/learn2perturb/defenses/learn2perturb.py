@@ -28,10 +28,11 @@ from learn2perturb.defenses.base import (
 )
 from learn2perturb.defenses.settings import Settings, number
 from learn2perturb.errors import ConfigError
-from learn2perturb.noise import Perturbation, noise_modules, noise_parameters, perturb, set_noise
+from learn2perturb.noise import Perturbation, feature_deviations, noise_modules, noise_parameters, perturb, set_noise
 
 PLACEMENTS = ("block_ends", "every_convolution")
 TAUS = ("harmonic", "released")
+RELATIVE = "relative"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,9 @@ class Learn2Perturb(Defense):
             False subtracts it as it is (algorithm 1 read literally).
         tau: ``harmonic`` is H_{e-s+1}; ``released`` is H_{e-s}, and 1 where that is 0 (the released code divides by
             it).
-        init: first value of every theta.
+        init: first value of every theta; ``relative`` is ``init_share`` of the standard deviation that the features of
+            a site have on the first batch, for networks whose features are of other sizes than the paper's.
+        init_share: that share.
         minimum: lower bound of theta.
         sharing: ``per_example`` draws, or ``per_batch`` as the released code.
         granularity: theta per ``element``, ``channel`` or ``layer``.
@@ -77,7 +80,8 @@ class Learn2Perturb(Defense):
     noise_target: float | None = None
     gamma_through_optimizer: bool = True
     tau: str = "harmonic"
-    init: float = 0.25
+    init: float | str = 0.25
+    init_share: float = 0.25
     minimum: float = 0.01
     sharing: str = "per_example"
     granularity: str = "element"
@@ -94,10 +98,13 @@ class Learn2Perturb(Defense):
         number("noise_target", self.noise_target, 0.0, math.inf, optional=True)
         for name, low in (("noise_delay", 0), ("weight_steps", 1), ("noise_steps", 1)):
             check_count(name, getattr(self, name), low)
+        number("init_share", self.init_share, 0.0, math.inf)
+        if isinstance(self.init, str) and self.init != RELATIVE:
+            raise ConfigError(f"init is {self.init!r}; give a number such as 0.25, or {RELATIVE!r}")
         # The noise module knows which of its own values are allowed; ask it before any work is done.
         Perturbation(
             (1,), site="", granularity=self.granularity, sharing=self.sharing, distribution=self.distribution,
-            init=self.init, minimum=self.minimum,
+            init=self._first, minimum=self.minimum,
         )  # fmt: skip
         if self.gamma > 0 and not self.minimum > 0:
             raise ConfigError(
@@ -122,6 +129,22 @@ class Learn2Perturb(Defense):
         if self.tau != "harmonic":
             raise ConfigError(f"{told} tau is {self.tau!r}, which only the paper's regulariser has; leave tau out")
 
+    @property
+    def _first(self) -> float:
+        """First value of theta, until the features are measured."""
+        return max(0.25, self.minimum) if isinstance(self.init, str) else self.init
+
+    @property
+    def measures(self) -> bool:
+        """Whether theta's first value follows from the features."""
+        return self.init == RELATIVE
+
+    def measure(self, model: nn.Module, x: Tensor) -> None:
+        """Set theta's first value by the features of a batch, where ``init`` is ``relative``."""
+        for noise, deviation in feature_deviations(model, x).items():
+            with torch.no_grad():
+                noise.theta.fill_(max(self.init_share * deviation, self.minimum))  # type: ignore[operator]
+
     def prepare(self, network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
         """Insert the noise, in place."""
         sites = self.sites
@@ -129,7 +152,7 @@ class Learn2Perturb(Defense):
             sites = "@convolutions"
         return perturb(
             network, input_shape=input_shape, sites=sites, granularity=self.granularity,
-            distribution=self.distribution, sharing=self.sharing, init=self.init, minimum=self.minimum,
+            distribution=self.distribution, sharing=self.sharing, init=self._first, minimum=self.minimum,
         )  # fmt: skip
 
     def stages(self, settings: Settings) -> tuple[Stage, ...]:
@@ -185,15 +208,22 @@ class Learn2Perturb(Defense):
         for module in noise_modules(model):
             module.project()
 
-    def schedule_only(self, settings: Settings, batches: int) -> Iterator[float]:
+    def schedule_only(self, settings: Settings, batches: int) -> Iterator[float] | None:
         """Yield theta after each step if the regulariser alone moved it: Learn2Perturb-R.
+
+        None where theta does not begin as one number, or its optimiser is not SGD.
 
         All thetas start equal and see equal gradients, so they stay one number; to first order
         ``theta^{3/2} = init^{3/2} + (3/4) sum lr gamma / ((1 - mu) tau)``, and with ``noise_target`` theta approaches
         that exponentially. Here the optimiser's own recurrence is run.
         """
+        if self.measures or settings.optimizer != "sgd" or settings.optimizer_options:
+            return None
+        return self._scheduled(settings, batches, float(self.init))
+
+    def _scheduled(self, settings: Settings, batches: int, theta: float) -> Iterator[float]:
         factor = self.stages(settings)[0].factor
-        theta, velocity, started = self.init, 0.0, False
+        velocity, started = 0.0, False
         base, mu = self.theta_lr * settings.lr, settings.momentum
         target = self.noise_target
         # The share of the regulariser's gradient in each step of theta's optimiser within one iteration.

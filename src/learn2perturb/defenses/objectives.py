@@ -125,6 +125,7 @@ def training_adversary(settings: Settings) -> PGD:
         step_size=settings.attack_step_size,
         steps=settings.attack_steps,
         random_start=settings.attack_random_start,
+        norm=settings.norm,
         **_draws_of_adversary(settings),
     )
 
@@ -134,9 +135,14 @@ def objective_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, setting
     return (trades_loss if settings.objective == "trades" else mixed_loss)(model, x, y, clock, settings)
 
 
+def label_loss(logits: Tensor, y: Tensor, settings: Settings) -> Tensor:
+    """Return the cross-entropy with the labels, smoothed as ``settings`` say."""
+    return F.cross_entropy(logits, y, label_smoothing=settings.label_smoothing)
+
+
 def _clean_loss(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Losses:
     logits = prediction(model, x, settings)
-    loss = F.cross_entropy(logits, y)
+    loss = label_loss(logits, y, settings)
     return Losses(loss, clean=loss.detach(), clean_correct=logits.detach().argmax(1) == y)
 
 
@@ -162,11 +168,13 @@ def mixed_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: S
     x_adv = training_adversary(settings).craft(model, x, labels, mode=mode_of_attack(settings))
     network: Model = model
     if settings.awp:
-        network = against_weights(model, settings.awp, lambda f: F.cross_entropy(prediction(f, x_adv, settings), y))
+        network = against_weights(
+            model, settings.awp, lambda f: label_loss(prediction(f, x_adv, settings), y, settings)
+        )
         logits = prediction(network, x, settings) if settings.alpha else logits
     adv_logits = prediction(network, x_adv, settings)
-    adversarial = F.cross_entropy(adv_logits, y)
-    clean = None if logits is None else F.cross_entropy(logits, y)
+    adversarial = label_loss(adv_logits, y, settings)
+    clean = None if logits is None else label_loss(logits, y, settings)
     total = settings.beta * adversarial
     return Losses(
         settings.alpha * clean + total if settings.alpha and clean is not None else total,
@@ -237,6 +245,7 @@ def trades_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: 
         eps=settings.eps,
         step_size=settings.attack_step_size,
         steps=settings.attack_steps,
+        norm=settings.norm,
         **_draws_of_adversary(settings),
     )
     x_adv = adversary.craft(model, x, y, mode=mode_of_attack(settings))
@@ -244,7 +253,7 @@ def trades_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: 
     def parts(network: Model) -> tuple[Tensor, Tensor, Tensor]:
         logits, adv_logits = prediction(network, x, settings), prediction(network, x_adv, settings)
         divergence = kl_divergence(adv_logits, logits).mean()
-        return F.cross_entropy(logits, y) + settings.trades_beta * divergence, logits, adv_logits
+        return label_loss(logits, y, settings) + settings.trades_beta * divergence, logits, adv_logits
 
     network: Model = against_weights(model, settings.awp, lambda f: parts(f)[0]) if settings.awp else model
     total, logits, adv_logits = parts(network)

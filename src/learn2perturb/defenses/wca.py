@@ -49,6 +49,7 @@ class WCA(Defense):
     """
 
     objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
+    own_optimizer: ClassVar[bool] = True
 
     variance: str = "anisotropic"
     adversarial: bool = False

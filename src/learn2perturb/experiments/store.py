@@ -53,7 +53,7 @@ def address(**facts: Any) -> str:
 
 def run_address(config: TrainConfig, data: str) -> str:
     """Return the address of a training: of its resolved config, and the fingerprint of its data."""
-    settings = {key: value for key, value in config.to_dict().items() if key not in _FREE}
+    settings = {key: value for key, value in config.deciding().items() if key not in _FREE}
     return address(kind="run", config=settings, data=data)
 
 

@@ -2,6 +2,7 @@
 
 from learn2perturb.noise.base import NoiseModule
 from learn2perturb.noise.correlated import CorrelatedNoise
+from learn2perturb.noise.deviations import feature_deviations
 from learn2perturb.noise.distributions import DISTRIBUTIONS, register_distribution
 from learn2perturb.noise.gain import RandomGain
 from learn2perturb.noise.inject import (
@@ -49,6 +50,7 @@ __all__ = [
     "VariationalWeight",
     "WeightPerturbation",
     "add_noise",
+    "feature_deviations",
     "fixed_noise",
     "insert",
     "is_stochastic",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -54,15 +54,40 @@ def _subtract(noise: list[nn.Parameter], slopes: list[Tensor]) -> None:
         parameter.sub_(slope)
 
 
+def _joined(found: list[tuple[Losses, float]]) -> Losses:
+    """Return the losses of a batch from those of its parts, each with its share of the images."""
+
+    def mean(values: list[Tensor | None]) -> Tensor | None:
+        known = [value.detach() * share for value, (_, share) in zip(values, found, strict=True) if value is not None]
+        return torch.stack(known).sum() if len(known) == len(found) else None
+
+    def rows(values: list[Tensor | None]) -> Tensor | None:
+        known = [value for value in values if value is not None]
+        return torch.cat(known) if len(known) == len(found) else None
+
+    each = [losses for losses, _ in found]
+    extra = {key: mean([losses.extra.get(key) for losses in each]) for key in each[0].extra}
+    total = mean([losses.total for losses in each])
+    assert total is not None
+    return replace(
+        each[0], total=total, clean=mean([losses.clean for losses in each]),
+        adversarial=mean([losses.adversarial for losses in each]),
+        clean_correct=rows([losses.clean_correct for losses in each]),
+        adversarial_correct=rows([losses.adversarial_correct for losses in each]),
+        extra={key: value for key, value in extra.items() if value is not None},
+    )  # fmt: skip
+
+
 def iterate(
     defense: Defense,
     model: nn.Module,
     clock: Clock,
     optimizers: Optimizers,
-    objective: Callable[[], Losses],
+    objective: Callable[[], Losses] | Sequence[tuple[Callable[[], Losses], float]],
     check: Callable[[Losses], None],
     weight: Tensor | float | None = None,
     complete: Callable[[Iterable[nn.Parameter]], None] | None = None,
+    clip_norm: float = 0.0,
 ) -> Iteration:
     """Run one iteration of training on one batch.
 
@@ -71,11 +96,14 @@ def iterate(
         model: in train mode.
         clock: where the training stands.
         optimizers: ``weights`` and, with learned noise, ``noise``.
-        objective: evaluates the loss on the batch, anew at each call (fresh noise, fresh adversarial examples).
+        objective: evaluates the loss on the batch, anew at each call (fresh noise, fresh adversarial examples); of a
+            batch in parts, that of each with its share of the images.
         check: called with the losses before anything is updated; raises to stop.
         weight: of the regulariser; by default what the defense says, and in a recorded step the tensor that has it.
         complete: makes the gradients of a part of the batch those of all of it, where other processes have the rest.
+        clip_norm: largest norm of the gradient of all weights, noise left out; 0 is without.
     """
+    parts = [(objective, 1.0)] if callable(objective) else list(objective)
     plan = defense.alternation()
     weight = defense.regulariser_weight(clock) if weight is None else weight
     noise = [parameter for parameter in noise_parameters(model) if parameter.requires_grad]
@@ -89,12 +117,18 @@ def iterate(
     def backward() -> Losses:
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        losses = objective()
-        check(losses)
-        losses.total.backward()
+        found = []
+        for part, share in parts:
+            losses = part()
+            check(losses)
+            (losses.total if len(parts) == 1 else losses.total * share).backward()
+            found.append((losses, share))
         if complete is not None:
             complete(trained)
-        return losses
+        if clip_norm:
+            own = [p for group in optimizers["weights"].param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(own, clip_norm)
+        return found[0][0] if len(found) == 1 else _joined(found)
 
     if noise and plan.kind == "released":
         # The released code first steps theta on the regulariser alone; its momentum then decays a second time below.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -11,12 +11,15 @@ from typing import Any
 
 from learn2perturb.checks import check_choice, check_count, fitting_step, fraction
 from learn2perturb.configs import ENGINES, Config
-from learn2perturb.defenses.settings import OpenSettings
+from learn2perturb.defenses.settings import OpenSettings, later_settings
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.naming import network_name
 from learn2perturb.reading import MOST_SETTINGS, parse_yaml, read_bytes, reading
 from learn2perturb.registry import DATASETS, DEFENSES
+from learn2perturb.sizes import usual_eps, usual_step
 
+OTHER_LR = 1e-3  # of an optimiser that the recipe was not made for
+LATER = ("init_from", "freeze", "keep_best", "early_stopping", "dataset_options")
 RECIPES = ("paper", "released", "common", "fast", "laptop")
 
 
@@ -46,6 +49,14 @@ class TrainConfig(OpenSettings, Config):
         log_every: steps between lines of ``metrics.jsonl``.
         checkpoint_minutes: most minutes between checkpoints; there is one after every epoch in any case.
         tensorboard: whether to write TensorBoard events.
+        init_from: run folder or file of weights (``.safetensors``, ``.pt``, ``.pth``) that the network begins with; a
+            last layer of other classes starts anew, noise is taken over where it is the same.
+        freeze: globs of submodules or parameters whose weights stay as they are, such as ``["layer1", "bn*"]``;
+            frozen submodules stay in eval mode.
+        keep_best: keep the weights of the epoch with the best accuracy under the training adversary on the images of
+            ``validation``, in place of the last ones.
+        early_stopping: epochs without a better such accuracy after which the training ends; 0 is never.
+        dataset_options: options of the data set, such as ``{"size": 64}``.
     """
 
     defense: str = "learn2perturb"
@@ -66,6 +77,12 @@ class TrainConfig(OpenSettings, Config):
     log_every: int = 50
     checkpoint_minutes: float = 10.0
     tensorboard: bool = True
+    # What came later: at its default a training is what it was before, and so is its address.
+    init_from: str | None = None
+    freeze: list[str] = field(default_factory=list)
+    keep_best: bool = False
+    early_stopping: int = 0
+    dataset_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         DEFENSES.entry(self.defense)
@@ -82,13 +99,23 @@ class TrainConfig(OpenSettings, Config):
             value = getattr(self, name)
             real = isinstance(value, (int, float)) and not isinstance(value, bool)
             _check(real, name, self, "in [0, 1)" if name == "validation" else "a number > 0")
-        for name in ("download", "tensorboard"):
+        for name in ("download", "tensorboard", "keep_best"):
             _check(isinstance(getattr(self, name), bool), name, self, "true or false")
         _check(self.augment is None or isinstance(self.augment, bool), "augment", self, "true, false or None")
         _check(0 <= self.validation < 1, "validation", self, "a share of the training set, in [0, 1)")
         _check(self.checkpoint_minutes > 0, "checkpoint_minutes", self, "> 0")
         _check(isinstance(self.options, dict), "options", self, "a mapping such as {'gamma': 1e-4}")
-        _check(isinstance(self.model_options, dict), "model_options", self, "a mapping")
+        for name in ("model_options", "dataset_options"):
+            _check(isinstance(getattr(self, name), dict), name, self, "a mapping")
+        _check(isinstance(self.init_from, str | None), "init_from", self, "the path of a run or a file of weights")
+        globs = isinstance(self.freeze, list) and all(isinstance(glob, str) and glob for glob in self.freeze)
+        _check(globs, "freeze", self, "a list of globs such as ['layer1', 'bn*']")
+        check_count("early_stopping", self.early_stopping, 0)
+        if (self.keep_best or self.early_stopping) and not (self.validation and self.monitor):
+            raise ConfigError(
+                "keep_best and early_stopping go by images that are held out, never by the test set; set validation, "
+                "such as 0.1, and monitor above 0"
+            )
         self.check()
 
     def resolve(self) -> TrainConfig:
@@ -100,12 +127,18 @@ class TrainConfig(OpenSettings, Config):
         name = DEFENSES.entry(self.defense).name
         recipe = load_recipe(self.recipe)
         special = recipe.get("defenses", {}).get(name, {})
-        defaults = {**recipe["settings"], **special.get("settings", {})}
+        defaults = {**later_settings(), **recipe["settings"], **special.get("settings", {})}
         defaults |= {key: fraction(defaults[key]) for key in ("eps", "attack_step_size")}
-        if self.eps is not None:
+        if (norm := self.norm or defaults["norm"]) != "linf":
+            # The recipe's radius and step are of l_inf.
+            eps = usual_eps(norm) if self.eps is None else self.eps
+            defaults["attack_step_size"] = usual_step(norm, eps)
+        elif self.eps is not None:
             # The recipe's step was made for the recipe's radius.
             step = fitting_step(defaults["attack_step_size"], defaults["eps"], self.eps)
             defaults["attack_step_size"] = step
+        if self.optimizer not in (None, defaults["optimizer"]):
+            defaults["lr"] = OTHER_LR
         filled = {key: value for key, value in defaults.items() if getattr(self, key) is None}
         options = {**special.get("options", {}), **self.options}
         model_options = {**special.get("model_options", {}), **self.model_options}
@@ -118,9 +151,18 @@ class TrainConfig(OpenSettings, Config):
         """Return the config as plain values."""
         return asdict(self)
 
+    def deciding(self) -> dict[str, Any]:
+        """Return the settings as plain values, those that came later only where they change the training."""
+        neutral = later_settings() | {item.name: _default(item) for item in fields(self) if item.name in LATER}
+        return {key: value for key, value in self.to_dict().items() if key not in neutral or value != neutral[key]}
+
     def describe(self) -> str:
         """Return one line: what is trained on what, and by which recipe."""
         return f"{self.defense} | {self.model} | {self.dataset} | recipe {self.recipe} | seed {self.seed}"
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def _check(holds: bool, name: str, config: TrainConfig, allowed: str) -> None:

@@ -54,6 +54,11 @@ def _left_behind(path: Path) -> bool:
     return path.name == lock.NAME or (path.name.startswith(".config.yaml.") and path.suffix == ".tmp")
 
 
+def _more(before: object, now: int | None) -> bool:
+    """Tell whether a run is given more epochs than it was planned for, which it goes on to."""
+    return isinstance(before, int) and now is not None and before < now
+
+
 def check_folder(out: Path, config: TrainConfig) -> None:
     """Refuse to train into a folder that holds something else.
 
@@ -70,6 +75,8 @@ def check_folder(out: Path, config: TrainConfig) -> None:
         # A setting that did not exist when the run was made was what its recipe leaves it at.
         before = {**_read_back(TrainConfig(defense=config.defense, recipe=config.recipe).resolve()), **before}
         differing = [key for key in now if key not in _FREE and now[key] != before.get(key)]
+        if differing == ["epochs"] and _more(before.get("epochs"), config.epochs):
+            return
         if differing:
             shown = ", ".join(f"{key} ({before.get(key)!r} there, {now[key]!r} now)" for key in differing[:4])
             raise ConfigError(f"{out} holds another run: {shown} differ; give another --out, or the same settings")

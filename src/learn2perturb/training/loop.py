@@ -34,6 +34,7 @@ from learn2perturb.training.config import TrainConfig
 from learn2perturb.training.folder import METRICS, SETTINGS, check_folder, settings_text, write_settings
 from learn2perturb.training.interrupt import Interrupt
 from learn2perturb.training.metrics import MetricsFile, Totals, noise_report, noise_scales, read_metrics
+from learn2perturb.training.restoring import UNPLANNED
 from learn2perturb.training.state import Training, check_network
 
 
@@ -163,6 +164,8 @@ class _Loop:
         self.board = _tensorboard(training) if wanted else None
         # What the regulariser alone would have made of the noise after the last step.
         self.schedule = training.defense.schedule_only(training.settings, training.batches)
+        if training.extended and training.settings.schedule not in UNPLANNED:
+            self.schedule = None  # the epochs before had another learning rate
         self.expected = None
         if self.schedule is not None and training.step:
             self.expected = next(islice(self.schedule, training.step - 1, None))
@@ -248,6 +251,10 @@ class _Loop:
         training = self.training
         self.interrupt.after = "the scores of this epoch"
         line = self._epoch_values()
+        if training.best is not None:
+            with training.averaged():
+                training.best.look(training.model, line[f"{training.monitored}_pgd"], training.epoch, training.step)
+            line["best_epoch"] = training.best.epoch
         line["images_per_second"] = seen / (time.perf_counter() - start)
         if (spent := compile_time.seconds_spent() - self.compiled) > 0:
             line["compile_seconds"] = spent
@@ -262,6 +269,8 @@ class _Loop:
             self.ranks.agree("weights", fingerprint_of_weights(training.model))
         training.save(self.file)
         training.reporter.line(_epoch_line(training, line))
+        if training.ended and training.epoch < training.epochs and training.best is not None:
+            training.reporter.line(f"stopped early: no epoch was better than epoch {training.best.epoch + 1}")
         self.interrupt.asked()
         self.interrupt.check()
         self.interrupt.after = "this step"
@@ -278,7 +287,7 @@ class _Loop:
 
 
 def _unfinished(training: Training) -> bool:
-    return training.epoch < training.epochs
+    return not training.ended
 
 
 def _clean(values: dict[str, float]) -> dict[str, float]:

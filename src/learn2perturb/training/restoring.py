@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from learn2perturb.errors import CheckpointError
+from learn2perturb.defenses import Stage
+from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.runs.checkpoint import MODEL, DamagedError, read_model, read_resume, set_aside
 from learn2perturb.training.folder import METRICS
 from learn2perturb.training.metrics import parse_metrics
 
+# Schedules that do not depend on how many epochs there are to be.
+UNPLANNED = ("step", "constant")
 Say = Callable[[str], object]
 # A checkpoint, its resume state and its state dict.
 Whole = tuple[Path, dict[str, Any], dict[str, Any]]
@@ -30,10 +33,12 @@ def newest_whole(out: Path, found: list[Path], say: Say) -> Whole:
     damaged: list[tuple[Path, str]] = []
     for checkpoint in reversed(found):
         try:
-            resume, (state, _) = read_resume(checkpoint), read_model(checkpoint / MODEL)
+            resume, (state, header) = read_resume(checkpoint), read_model(checkpoint / MODEL)
         except DamagedError as error:
             damaged.append((checkpoint, str(error).split(";")[0]))
             continue
+        # Runs of before say it in the header only.
+        resume.setdefault("epochs", (header.get("config") or {}).get("epochs"))
         for place, line in damaged:
             set_aside(place)
             say(f"{line}; going on from the one before, {checkpoint}")
@@ -95,6 +100,18 @@ def check_same(
     if compiled != now["compiled"] and not finished:
         first, then = ("compiled", "uncompiled") if compiled else ("uncompiled", "compiled")
         say(f"{out} was trained {first} and goes on {then}: its draws are others from here on")
+
+
+def check_stages(before: Sequence[Stage], now: Sequence[Stage]) -> None:
+    """Refuse more epochs where a defense shares them out among stages that have been trained already.
+
+    Raises:
+        ConfigError: a stage before the last one would have been of another length.
+    """
+    if [stage.epochs for stage in before[:-1]] != [stage.epochs for stage in now[: len(before) - 1]]:
+        raise ConfigError(
+            "the defense shares its epochs out among stages, so more of them make another training; give another --out"
+        )
 
 
 def metrics_text(out: Path, resume: Mapping[str, Any], say: Say) -> bytes:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,15 @@ from learn2perturb.runs.checkpoint import (
 from learn2perturb.runs.extra import check_extra_state
 from learn2perturb.training.alternating import Iteration, Optimizers, iterate
 from learn2perturb.training.average import WeightAverage
+from learn2perturb.training.beginning import begin_from, freeze, take_noise
+from learn2perturb.training.best import BestEpoch
 from learn2perturb.training.config import TrainConfig
 from learn2perturb.training.folder import SETTINGS, write_settings
 from learn2perturb.training.identity import identity_of_data, identity_of_network
 from learn2perturb.training.metrics import MetricsFile, Totals
 from learn2perturb.training.network import check_trainable, materialise, named_network
 from learn2perturb.training.recorded import NaNGuard, RecordedSteps, prepare, set_rate
-from learn2perturb.training.restoring import Say, Whole, check_same, metrics_text, newest_whole
+from learn2perturb.training.restoring import UNPLANNED, Say, Whole, check_same, check_stages, metrics_text, newest_whole
 from learn2perturb.training.shares import mark, objective
 from learn2perturb.training.sources import joined, sources
 
@@ -106,6 +109,10 @@ class Training:
             config.engine, self.device, pixels=pixels, attacked_pixels=passes * pixels, rows=settings.batch_size
         )
         if not ranks.alone:
+            if settings.accumulate > 1:
+                raise ConfigError(
+                    f"accumulate is {settings.accumulate}, and several processes share out a batch anyway; leave it out"
+                )
             # Neither a recorded nor a compiled pass can wait for other processes, or draw the rows of theirs.
             self.mode = execution.eager(self.mode)
         # None: data of the user's own, which no name brings back
@@ -119,12 +126,17 @@ class Training:
         if out is not None:
             self.identity["data"] = identity_of_data(self.source)
         self.mode.place(self.model)
+        self._measure()
         self._looked_at: set[str] = set()
         # Where steps are recorded nothing may wait for the device, so a flag there says whether a loss was NaN.
         self.recorded = RecordedSteps(CudaGraphs(self.device)) if self.mode.recording else None
         self.guard = NaNGuard(self.device) if self.mode.recording else None
         # What is monitored, saved and returned in place of the last weights.
         self.average = WeightAverage(self.model, settings.weight_average) if settings.weight_average else None
+        chooses = config.keep_best or config.early_stopping
+        self.best = BestEpoch(keeps=config.keep_best, patience=config.early_stopping) if chooses else None
+        # Of a run that was given more epochs: at which epoch, and how many there were to be.
+        self.extended: list[dict[str, int]] = []
         self.epoch, self.batch, self.stage = 0, 0, -1
         self.optimizers: Optimizers = {}
         self.totals = Totals(self.device)
@@ -138,9 +150,13 @@ class Training:
             raise DataError("the training data do not say their image shape; give at least one batch (N, C, H, W)")
         self.input_shape = shape
         seed_torch(config.seed, "weights")
-        own = model is None and not network_name(config.model).foreign
+        own = model is None and config.init_from is None and not network_name(config.model).foreign
         if model is None:
             model = named_network(config, self.source.num_classes, shape)
+        noise: Mapping[str, Any] = {}
+        if config.init_from is not None:
+            fit, noise = begin_from(model, config.init_from)
+            self.reporter.line(str(fit))
         if not own:
             materialise(model, shape)
             check_trainable(model)
@@ -150,7 +166,24 @@ class Training:
         self.frozen = left_in_eval(model)
         if self.frozen and model.training:
             self.reporter.line(f"{len(self.frozen)} submodules were given in eval mode and stay in it")
-        return self.defense.prepare(model, shape)
+        if config.freeze:
+            self.frozen += freeze(model, config.freeze)
+            still = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+            self.reporter.line(f"frozen: {still:,} of {sum(p.numel() for p in model.parameters()):,} weights")
+        prepared = self.defense.prepare(model, shape)
+        if taken := take_noise(prepared, noise):
+            self.reporter.line(f"{config.init_from}: its noise is taken over, {taken} tensors")
+        self.measured = bool(taken)
+        return prepared
+
+    def _measure(self) -> None:
+        """Let the defense set what follows from the first batch, if it has anything of that kind."""
+        if self.measured or not self.defense.measures:
+            return
+        with isolated_rng():
+            x, _ = next(iter(self.source.epoch(0)))
+            train_but(self.model, self.frozen)
+            self.defense.measure(self.model, self.mode.place_images(x))
 
     # -- position ---------------------------------------------------------------------------------------------------
 
@@ -208,8 +241,9 @@ class Training:
             "members": self.defense.members,
             "dataset": self.dataset,
             "classes": None if self.classes is None else list(self.classes),
-            "epoch": self.epoch,
-            "step": self.step,
+            "epoch": self.epoch if self.chosen is None else self.chosen.epoch + 1,
+            "step": self.step if self.chosen is None else self.chosen.step,
+            **({"extended": self.extended} if self.extended else {}),
             **own_parts(self.model, dataset=self.dataset, defense=self.config.defense),
         }
 
@@ -241,17 +275,23 @@ class Training:
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "totals": self.totals.state(),
             "seconds": self.seconds,
+            "epochs": self.epochs,
+            "extended": self.extended,
             "metrics_bytes": len(text),
             "metrics": torch.frombuffer(bytearray(zlib.compress(text)), dtype=torch.uint8),
         }
-        if self.average is not None:
-            # The file of the network holds the average, which is what anyone wants; the training goes on from these.
+        if self.best is not None:
+            resume["best"] = self.best.state()
+        if self.average is not None or self.chosen is not None:
+            # The file of the network holds what anyone wants, the average or the best; the training goes on from these.
             weights = {
                 key: value.detach().cpu().contiguous().clone() if isinstance(value, torch.Tensor) else value
                 for key, value in self.model.state_dict().items()
             }
-            resume |= {"weights": weights, "average": self.average.state()}
-        with self.averaged():
+            resume["weights"] = weights
+        if self.average is not None:
+            resume["average"] = self.average.state()
+        with self.averaged() if self.chosen is None else self.chosen.installed(self.model):
             model = model_bytes(self.model, self.metadata())
         self._hold_folder(metrics)
         self.last_good = write_checkpoint(self.out, self.step, model, resume)
@@ -268,9 +308,21 @@ class Training:
         """Return the context in which the network has its averaged weights, if there is an average."""
         return contextlib.nullcontext() if self.average is None else self.average.installed(self.model)
 
+    @property
+    def chosen(self) -> BestEpoch | None:
+        """The best epoch, where its weights are kept in place of the last ones."""
+        return self.best if self.best is not None and self.best.values else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to train: all epochs are done, or no better one has come for long enough."""
+        return self.epoch >= self.epochs or (self.best is not None and self.best.ended(self.epoch))
+
     def finish(self) -> None:
-        """Leave the network as it is to be used: with its averaged weights, if there is an average, in eval mode."""
-        if self.average is not None:
+        """Leave the network as it is to be used, in eval mode: its best or averaged weights, where there are such."""
+        if self.chosen is not None:
+            self.chosen.install(self.model)
+        elif self.average is not None:
             self.average.install(self.model)
         self.model.eval()
         settle(self.model)
@@ -288,10 +340,16 @@ class Training:
         checkpoint, resume, state = found
         now = {"batches": self.batches, "gear": self.mode.name, "compiled": self.mode.compiled_rows}
         assert self.folder is not None
-        check_same(self.folder, resume, now, self.identity, finished=resume["epoch"] >= self.epochs, say=say)
+        if self.best is not None and "best" in resume:
+            self.best.restore(resume["best"])
+        ended = resume["epoch"] >= self.epochs or (self.best is not None and self.best.ended(resume["epoch"]))
+        check_same(self.folder, resume, now, self.identity, finished=ended, say=say)
         check_noise(checkpoint, self.model, state)
+        if (planned := resume["epochs"]) not in (None, self.epochs):
+            before = self.defense.stages(replace(self.settings, epochs=planned))
+            check_stages(before, self.plan)
         try:
-            self.model.load_state_dict(state if self.average is None else resume["weights"])
+            self.model.load_state_dict(resume.get("weights", state))
         except (RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
@@ -305,6 +363,8 @@ class Training:
                 f"{checkpoint} does not fit ({reason}); delete this folder, or give another --out"
             ) from None
         self.last_good = checkpoint
+        if planned not in (None, self.epochs):
+            self._extend(planned)
         # Interrupted between the last step of an epoch and its scores: what the step had switched must be so again.
         self.defense.begin_step(self.model, self.clock())
         return True
@@ -322,6 +382,7 @@ class Training:
             self.average.restore(resume["average"])
         self.mode.place(self.model)
         self.epoch, self.batch = resume["epoch"], resume["batch"]
+        self.extended += [dict(one) for one in resume.get("extended", ())]
         if resume["stage"] >= 0:
             self._build_optimizers(resume["stage"])
             for name, optimizer in self.optimizers.items():
@@ -331,6 +392,16 @@ class Training:
         self.seconds = resume["seconds"]
         if self.out is not None:
             self.metrics = metrics_text(self.out, resume, partial(self.reporter.line, always=True))
+
+    def _extend(self, planned: int) -> None:
+        """Note that a run of ``planned`` epochs goes on to more."""
+        self.extended.append({"epoch": self.epoch, "planned": planned})
+        how = "as if all had been asked for at once"
+        if self.settings.schedule not in UNPLANNED:
+            how = f"at the learning rate that schedule {self.settings.schedule!r} has there over {self.epochs} epochs"
+        self.reporter.line(
+            f"{self.folder}: {planned} epochs were planned; going on to {self.epochs}, {how}", always=True
+        )
 
     def _mend(self) -> str:
         kept = f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint yet"
@@ -383,10 +454,16 @@ class Training:
         loss: Callable[[], Losses] = partial(self.defense.loss, self.model, x, y, clock, self.settings)
         if share is not None and marked is not None:
             loss = partial(objective, loss, share, marked)
+        pieces = min(self.settings.accumulate, max(len(x) // 2, 1))
+        parts = [
+            (partial(self.defense.loss, self.model, own, labels, clock, self.settings), len(labels) / len(y))
+            for own, labels in zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True)
+        ]
         with execution.training(self.model), one_image_explained(len(x)):
             return iterate(
-                self.defense, self.model, clock, self.optimizers, loss, partial(self._check_losses, clock), weight,
-                None if share is None else self.ranks.add_gradients,
+                self.defense, self.model, clock, self.optimizers, loss if pieces == 1 else parts,
+                partial(self._check_losses, clock), weight, None if share is None else self.ranks.add_gradients,
+                self.settings.clip_norm,
             )  # fmt: skip
 
     def _check_losses(self, clock: Clock, losses: Losses) -> None:
