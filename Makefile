@@ -81,7 +81,7 @@ types: $(STAMP)  ## mypy
 imports: $(STAMP)  ## import-linter: the layers of the package
 	@$(BIN)/lint-imports --no-logo
 
-format: $(STAMP)  ## ruff: format and mend what it can
+format: $(STAMP)  ## ruff: format and fix what it can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 

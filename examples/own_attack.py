@@ -1,4 +1,4 @@
-"""An attack of one's own: PGD that forgets no direction, in one class, and its row beside those of the package.
+"""A custom attack: PGD that forgets no direction, in one class, and its row beside those of the package.
 
     python examples/own_attack.py
     learn2perturb evaluate RUN --import examples/own_attack.py --attacks pgd20 --attack momentum:eps=0.1,mu=0.75
@@ -36,7 +36,7 @@ class Momentum(Attack):
     mu: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense, with the mend."""
+        """Refuse what makes no sense, and say how to fix it."""
         super().__post_init__()
         if not 0 <= self.mu <= 1:
             raise ConfigError(f"mu is {self.mu!r}; it must be in [0, 1]")

@@ -1,4 +1,4 @@
-"""A data set of one's own by a name: bars in clutter, drawn from a seed, for every verb.
+"""A custom data set with a name: bars in clutter, drawn from a seed, for every verb.
 
     python examples/own_data.py
     learn2perturb train --import examples/own_data.py --dataset bars --model digits_cnn --recipe fast --epochs 3 \

@@ -1,4 +1,4 @@
-"""A defense of one's own: adversarial training on softened labels and on noisy images, in one class.
+"""A custom defense: adversarial training on softened labels and on noisy images, in one class.
 
     python examples/own_defense.py
     learn2perturb train --import examples/own_defense.py --defense soft_at --options.smoothing 0.05 \
@@ -32,7 +32,7 @@ class SoftAdversarialTraining(Defense):
     noise: float = 0.05
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense, with the mend."""
+        """Refuse what makes no sense, and say how to fix it."""
         if not 0 <= self.smoothing < 1:
             raise ConfigError(f"smoothing is {self.smoothing!r}; it must be in [0, 1)")
 

@@ -1,4 +1,4 @@
-"""A network and data of one's own, hardened in two calls: train it with learned noise, attack it.
+"""A custom network and custom data, hardened in two calls: train it with learned noise, attack it.
 
     python examples/own_network.py
 

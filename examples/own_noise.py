@@ -1,4 +1,4 @@
-"""A noise law of one's own: noise that grows with the size of each feature, learned, in one class.
+"""A custom noise law: noise that grows with the size of each feature, learned, in one class.
 
     python examples/own_noise.py
     learn2perturb list noises own/affine --import examples/own_noise.py

@@ -1,4 +1,4 @@
-"""Bad input at every public entry: one line that names the value and the mend, and nothing on disk is lost."""
+"""Bad input at every public entry: one line that names the value and the fix, and nothing on disk is lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LONGEST = 400  # characters of a message: what a terminal shows in a few lines
 
 
 class Case(NamedTuple):
-    """One bad call: ``call`` gets an empty folder; ``words`` must be in the message (the value, the mend)."""
+    """One bad call: ``call`` gets an empty folder; ``words`` must be in the message (the value, the fix)."""
 
     label: str
     error: type[Learn2PerturbError]
@@ -495,7 +495,10 @@ CONFIG = [
     case("settings as a list", ConfigError, "list|mapping", lambda _: l2p.TrainConfig.from_dict(["epochs"])),
     case("no config file", ConfigError, "none.yaml|YAML", lambda f: read_config(f / "none.yaml")),
     case(
-        "config is no YAML", ConfigError, "bad.yaml|mend", lambda f: read_config(written(f / "bad.yaml", "a: [1\nb: }"))
+        "config is no YAML",
+        ConfigError,
+        "bad.yaml|fix",
+        lambda f: read_config(written(f / "bad.yaml", "a: [1\nb: }")),
     ),
     case("config holds a list", ConfigError, "list|settings", lambda f: read_config(written(f / "bad.yaml", "- 1"))),
 ]
@@ -565,7 +568,7 @@ TRAIN = [
     case("training data by name", InputError, "str|load_data", lambda _: train(data="digits")),
     case("classes unknown", DataError, "classes|model", lambda _: train(data=(images(), labels()))),
     case(
-        "validation of one's own data",
+        "custom validation data",
         DataError,
         "validation|data=",
         lambda _: train(model=linear(), data=(images(), labels()), validation=0.5),
@@ -655,7 +658,7 @@ LOAD = [
         "weights without a name", CheckpointError, "which network|model=network", lambda f: l2p.load(plain_weights(f))
     ),
     case("a newer version", CheckpointError, "99|update", lambda f: l2p.load(newer_weights(f))),
-    case("one's own network, not given", CheckpointError, "your own|model=network", lambda f: l2p.load(own_run(f))),
+    case("custom network, not given", CheckpointError, "your own|model=network", lambda f: l2p.load(own_run(f))),
     case(
         "another network",
         CheckpointError,
@@ -773,7 +776,7 @@ def test_the_table_is_as_long_as_it_should_be():
 
 @pytest.mark.filterwarnings("ignore")  # what torch says on the way is not what is tested
 @pytest.mark.parametrize("bad", CASES, ids=[one.label.replace(" ", "-") for one in CASES])
-def test_bad_input_is_one_line_that_names_the_value_and_the_mend(bad: Case, tmp_path, monkeypatch):
+def test_bad_input_is_one_line_that_names_the_value_and_the_fix(bad: Case, tmp_path, monkeypatch):
     monkeypatch.delenv("LEARN2PERTURB_DATA_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "given"

@@ -86,7 +86,7 @@ LIST = {"defense": "defenses", "attack": "attacks", "noise": "noises", "data set
 
 @pytest.fixture(autouse=True)
 def own(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
-    """Work in a folder of one's own; registries and modules are put back."""
+    """Work in an empty folder; registries and modules are put back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(plugins.VARIABLE, raising=False)
     modules, checks = set(sys.modules), dict(CHECKS)

@@ -49,7 +49,7 @@ def test_yaml_of_any_content_is_a_typed_line_and_quick(case, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(text)
     start = time.process_time()
-    with pytest.raises(ConfigError, match="config '.*config.yaml' .*; (mend the file|give a YAML file)") as error:
+    with pytest.raises(ConfigError, match="config '.*config.yaml' .*; (fix the file|give a YAML file)") as error:
         read_config(path)
     assert reason in str(error.value)
     assert time.process_time() - start < 5

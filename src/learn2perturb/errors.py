@@ -1,4 +1,4 @@
-"""The one family of errors: every message names the value received, what is allowed, and the mend."""
+"""The one family of errors: every message names the value received, what is allowed, and the fix."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TrainingError(Learn2PerturbError, RuntimeError):
 
 
 class MemoryLimitError(TrainingError):
-    """Memory ran out, and no smaller part of the work is possible here; the message names the mend."""
+    """Memory ran out, and no smaller part of the work is possible here; the message names the fix."""
 
 
 class NonFiniteError(TrainingError):

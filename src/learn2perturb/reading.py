@@ -28,8 +28,8 @@ _KINDS = (
 
 
 @contextmanager
-def reading(what: str, mend: str, error: type[Learn2PerturbError]) -> Iterator[None]:
-    """Turn whatever goes wrong in the body into ``error``: what is read, the reason, the mend; nothing else gets out.
+def reading(what: str, fix: str, error: type[Learn2PerturbError]) -> Iterator[None]:
+    """Turn whatever goes wrong in the body into ``error``: what is read, the reason, the fix; nothing else gets out.
 
     Errors of this package pass, as do signals. Deep nesting (RecursionError) and sizes beyond the memory are faults of
     the file, not of the program.
@@ -39,7 +39,7 @@ def reading(what: str, mend: str, error: type[Learn2PerturbError]) -> Iterator[N
     except Learn2PerturbError:
         raise
     except Exception as fault:
-        raise error(f"{what}: {_reason(fault)}; {mend}") from None
+        raise error(f"{what}: {_reason(fault)}; {fix}") from None
 
 
 def _reason(fault: Exception) -> str:

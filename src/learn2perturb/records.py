@@ -130,7 +130,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Check, before work whose result goes there, that ``path`` can be written: a small file beside it is, and goes.
 
     Raises:
-        CheckpointError: it cannot; the reason and the mend.
+        CheckpointError: it cannot; the reason and the fix.
     """
     _check_path(path)
     target = Path(os.path.realpath(path))
@@ -343,11 +343,11 @@ def from_json(text: str | bytes, cls: type[R], *, source: str = "record") -> R:
     Raises:
         CheckpointError: not JSON, another format, a newer version, or a field missing, unknown or of the wrong type.
     """
-    mend = "restore it from a copy or write it anew"
+    fix = "restore it from a copy or write it anew"
     try:
         payload = parse_json(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source} is damaged: not valid JSON ({error}); {mend}") from error
+        raise CheckpointError(f"{source} is damaged: not valid JSON ({error}); {fix}") from error
     if not isinstance(payload, dict) or payload.get("format") != cls.FORMAT:
         found = _short(payload.get("format")) if isinstance(payload, dict) else repr(type(payload).__name__)
         raise CheckpointError(f"{source} has format {found}, not {cls.FORMAT!r}; give a file of that format")
@@ -358,17 +358,17 @@ def from_json(text: str | bytes, cls: type[R], *, source: str = "record") -> R:
             "upgrade it: pip install --upgrade learn2perturb"
         )
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{source} is damaged: version {_short(version)} is no positive integer; {mend}")
+        raise CheckpointError(f"{source} is damaged: version {_short(version)} is no positive integer; {fix}")
     fields = {key: value for key, value in payload.items() if key not in ("format", "version", _SUM)}
     upgraded = getattr(cls, "upgraded", None)
     try:
         fields = fields if upgraded is None else upgraded(fields, version)
         record = typing.cast(R, _decode(fields, cls, "record"))
     except Exception as error:  # also what the classes of the fields raise for values that they never write
-        raise CheckpointError(f"{source} is damaged: {_short(error)}; {mend}") from error
+        raise CheckpointError(f"{source} is damaged: {_short(error)}; {fix}") from error
     # Records of before have none. It tells what recomputing the numbers cannot: a name, a setting, a sentence.
     if _SUM in payload and payload[_SUM] != _checksum(payload):
-        raise CheckpointError(f"{source} is damaged: its values are not those that were written; {mend}")
+        raise CheckpointError(f"{source} is damaged: its values are not those that were written; {fix}")
     return record
 
 

@@ -193,7 +193,7 @@ def test_training_does_not_depend_on_the_callers_modes(mode):
     assert torch.equal(networks[0][1].weight, networks[1][1].weight)
 
 
-def test_weights_made_in_inference_mode_are_refused_with_the_mend():
+def test_weights_made_in_inference_mode_are_refused_with_the_fix():
     with torch.inference_mode():
         network = mlp()
     with pytest.raises(InputError, match=r"made inside torch.inference_mode\(\).* copy.deepcopy"):

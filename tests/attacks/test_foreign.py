@@ -151,7 +151,7 @@ def test_it_stands_in_an_evaluation_beside_ours(x, y):
     assert result.row("theirs", eps=0.1).attack_type == "FunctionAttack"
 
 
-def test_bad_input_is_refused_with_the_mend(x, y):
+def test_bad_input_is_refused_with_the_fix(x, y):
     with pytest.raises(ConfigError, match="the library's class, or a function"):
         from_torchattacks("PGD")
     with pytest.raises(ConfigError, match="give an object"):

@@ -38,6 +38,6 @@ def test_dlr_ignores_shift_and_scale_of_the_logits(batch):
     torch.testing.assert_close(LOSSES["dlr"](7 * logits + 3, y), LOSSES["dlr"](logits, y))
 
 
-def test_dlr_of_two_classes_names_the_mend():
+def test_dlr_of_two_classes_names_the_fix():
     with pytest.raises(InputError, match=r"at least 3 classes, got 2; use loss='margin'"):
         LOSSES["dlr"](torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))

@@ -215,7 +215,7 @@ def test_a_scale_of_zero_and_batch_statistics_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("settings", "mend"),
+    ("settings", "fix"),
     [
         ({"method": "cohen"}, "allowed: auto"),
         ({"method": "smoothing"}, "needs one above 0"),
@@ -227,8 +227,8 @@ def test_a_scale_of_zero_and_batch_statistics_are_refused():
         ({"limit": 0}, "whole number"),
     ],
 )
-def test_bad_settings_are_refused(settings, mend):
-    with pytest.raises(ConfigError, match=mend):
+def test_bad_settings_are_refused(settings, fix):
+    with pytest.raises(ConfigError, match=fix):
         certify(network(), images(), **settings)
 
 

@@ -292,7 +292,7 @@ def test_threads_of_the_command_are_used_and_given_back(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "mend"),
+    ("words", "fix"),
     [
         ([], "WHAT"),
         (["stpe"], "did you mean 'step'"),
@@ -310,9 +310,9 @@ def test_threads_of_the_command_are_used_and_given_back(capsys):
         (["step", "--device", "cuda:99"], "use cpu or cuda"),
     ],
 )
-def test_bad_input_is_one_line_that_names_the_mend(words, mend, capsys, tmp_path, monkeypatch):
+def test_bad_input_is_one_line_that_names_the_fix(words, fix, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["bench", *words]) == 2
     error = capsys.readouterr().err.splitlines()
     assert error[-1].startswith("learn2perturb: error: ")
-    assert mend in error[-1]
+    assert fix in error[-1]

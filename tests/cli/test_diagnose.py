@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """A budget of a second, in a working folder of one's own."""
+    """A budget of a second, in an empty working folder."""
     monkeypatch.setitem(budget.BUDGETS, "quick", TINY)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -246,11 +246,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", list(BAD))
-def test_bad_input_is_one_line_that_names_the_mend(case, trained, quick, capsys):
+def test_bad_input_is_one_line_that_names_the_fix(case, trained, quick, capsys):
     (quick / "file.txt").write_text("mine")
-    words, mend = BAD[case]
+    words, fix = BAD[case]
     assert main([str(trained) if word == "RUN" else word for word in words]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert mend in error
+    assert fix in error
     assert (quick / "file.txt").read_text() == "mine"

@@ -119,7 +119,7 @@ BAD = {
     "wrong option of the defense": (["train", *TINY, "--options.gamma", "abc"], "options.gamma: 'abc' is not a number"),
     "unknown option of the network": (["train", *TINY, "--model_options.foo", "1"], "its options"),
     "no config": (["train", "--config", "nowhere.yaml"], "give a YAML file"),
-    "config is no YAML": (["train", "--config", "broken.yaml"], "mend the file"),
+    "config is no YAML": (["train", "--config", "broken.yaml"], "fix the file"),
     "config is a list": (["train", "--config", "list.yaml"], "must hold settings"),
     "config with a wrong value": (["train", "--config", "word.yaml"], "epochs: 'soon' is not a whole number"),
     "config with an unknown key": (["train", "--config", "unknown.yaml"], "did you mean 'epochs'"),
@@ -156,14 +156,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", list(BAD))
-def test_bad_input_is_one_line_that_names_the_mend_and_changes_nothing(case, here, trained, capsys):
-    words, mend = BAD[case]
+def test_bad_input_is_one_line_that_names_the_fix_and_changes_nothing(case, here, trained, capsys):
+    words, fix = BAD[case]
     before, run_before = contents(here), contents(trained)
     assert main([word.replace(RUN, str(trained)) for word in words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("learn2perturb: error: ")
     assert error.count("\n") == 1, error
-    assert any(text in error for text in mend.split("|")), error
+    assert any(text in error for text in fix.split("|")), error
     assert contents(here) == before
     assert contents(trained) == run_before
 

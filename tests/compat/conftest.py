@@ -23,7 +23,7 @@ def import_or_skip(name: str) -> types.ModuleType:
     try:
         library("torchvision")  # timm and adv_lib import it too
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old names that they import: not ours to mend
+            warnings.simplefilter("ignore")  # of old names that they import: not ours to fix
             return importlib.import_module(name)
     except ImportError as error:
         pytest.skip(f"{name} cannot be imported ({error}): make setup")

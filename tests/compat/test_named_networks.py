@@ -1,4 +1,4 @@
-"""Networks of timm and torchvision by name: built, trained, saved, loaded; what is not to be had is one typed line."""
+"""Networks of timm and torchvision by name: built, trained, saved, loaded; what is not available is one typed line."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def test_grey_test_images_of_a_colour_training_set_are_rgb(tmp_path: Path) -> No
     assert data.input_shape == (3, 8, 8) and torch.equal(data.images, torch.full((1, 3, 8, 8), 9, dtype=torch.uint8))
 
 
-def test_sizes_that_differ_between_the_splits_are_mended_by_size(tmp_path: Path) -> None:
+def test_sizes_that_differ_between_the_splits_are_fixed_by_size(tmp_path: Path) -> None:
     root = folder_of(tmp_path, train=[(8, 8)], test=[(9, 8)])
     with pytest.raises(DataError, match="give size="):
         load_data("folder", "test", root=root)

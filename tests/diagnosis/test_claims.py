@@ -49,7 +49,7 @@ def test_a_claim_is_read(text, expected):
 
 
 @pytest.mark.parametrize(
-    ("text", "error", "mend"),
+    ("text", "error", "fix"),
     [
         ("51 % under pdg20", UnknownNameError, "did you mean 'pgd20'"),
         ("51", ConfigError, "write '51 %' or 0.51"),
@@ -75,8 +75,8 @@ def test_a_claim_is_read(text, expected):
         (None, ConfigError, "give a text"),
     ],
 )
-def test_what_is_no_claim_is_refused_with_the_mend(text, error, mend):
-    with pytest.raises(error, match=mend) as caught:
+def test_what_is_no_claim_is_refused_with_the_fix(text, error, fix):
+    with pytest.raises(error, match=fix) as caught:
         Claim.of(text)
     assert "\n" not in str(caught.value)
 
@@ -337,7 +337,7 @@ def test_what_the_claim_says_is_taken_where_nothing_else_is_given(settings, clai
 
 
 @pytest.mark.parametrize(
-    ("settings", "claim", "mend"),
+    ("settings", "claim", "fix"),
     [
         ({}, "51 % with 0.05", "of eps 0.05 and 0.1 is to be diagnosed; give one"),
         ({"attack": PGD(EPS, steps=3)}, "51 % with 0.05", "of eps 0.05 and 0.1 is"),
@@ -348,8 +348,8 @@ def test_what_the_claim_says_is_taken_where_nothing_else_is_given(settings, clai
         ({}, "51 % of 500 images", "of 500 images and the data hold 200"),
     ],
 )
-def test_what_contradicts_the_claim_is_refused(settings, claim, mend, images):
-    with pytest.raises(ConfigError, match=mend):
+def test_what_contradicts_the_claim_is_refused(settings, claim, fix, images):
+    with pytest.raises(ConfigError, match=fix):
         examined(plain, images, claim, **settings)
 
 

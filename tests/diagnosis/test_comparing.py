@@ -135,7 +135,7 @@ def test_at_the_command_line(tmp_path, capsys):
     assert main(["compare", *paths, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["accuracies"][2]["sentence"].startswith("more of the first is left")
-    for words, mend in (
+    for words, fix in (
         ([*paths, "--out", str(tmp_path / "c.json")], "so that nothing is lost"),
         ([paths[0], str(tmp_path / "c.json")], "give two of diagnose or two of evaluate"),
         ([str(tmp_path), paths[1]], "give two of diagnose or two of evaluate"),
@@ -144,5 +144,5 @@ def test_at_the_command_line(tmp_path, capsys):
     ):
         assert main(["compare", *words]) == 2
         error = capsys.readouterr().err
-        assert mend in error
+        assert fix in error
         assert error.count("\n") == 1

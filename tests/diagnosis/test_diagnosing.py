@@ -385,13 +385,13 @@ def test_noise_of_any_model_is_switched_off_by_its_twin(networks, digits):
 
 def test_a_twin_that_is_none_is_refused(networks, digits):
     model = shared_by_hand(networks)
-    for twin, error, mend in (
+    for twin, error, fix in (
         (3, ConfigError, "must be callable"),
         (model, InputError, "still draws noise"),
         (lambda x: networks["pgd_at"](x)[:, :5], InputError, "5 classes and the model 10"),
         (seeded(networks["pgd_at"], "globally"), InputError, "seeds the random"),
     ):
-        with pytest.raises(error, match=mend):
+        with pytest.raises(error, match=fix):
             diagnose(model, digits, budget=FEW, eps=EPS, engine="plain", noise_off=twin)
 
 
@@ -578,7 +578,7 @@ def test_an_answer_that_changes_with_the_batch_is_refused(kind, digits):
 
 def test_what_cannot_be_said_is_refused(networks, digits):
     model = networks["undefended"]
-    for settings, error, mend in (
+    for settings, error, fix in (
         ({"budget": "quik"}, UnknownNameError, "did you mean 'quick'"),
         ({"budget": 3}, ConfigError, "give 'quick'"),
         ({"eps": 8}, ConfigError, "write 8/255"),
@@ -589,7 +589,7 @@ def test_what_cannot_be_said_is_refused(networks, digits):
         ({"seed": -1}, ConfigError, "whole number"),
         ({"limit": 0}, ConfigError, "whole number"),
     ):
-        with pytest.raises(error, match=mend):
+        with pytest.raises(error, match=fix):
             diagnose(model, digits, **settings)
     with pytest.raises(ConfigError, match="must be callable"):
         diagnose(3, digits)

@@ -200,7 +200,7 @@ def test_a_black_box_is_evaluated():
 
 
 @pytest.mark.parametrize(
-    ("answer", "classes", "mend"),
+    ("answer", "classes", "fix"),
     [
         (lambda x: np.zeros(len(x)), None, "one float an image"),
         (lambda x: np.zeros((len(x), 1)), None, "one float an image"),
@@ -219,13 +219,13 @@ def test_a_black_box_is_evaluated():
         (lambda x: 1 / 0, None, "ZeroDivisionError: division by zero; retries"),
     ],
 )
-def test_an_answer_that_is_none_is_refused(answer, classes, mend):
-    with pytest.raises(InputError, match=mend):
+def test_an_answer_that_is_none_is_refused(answer, classes, fix):
+    with pytest.raises(InputError, match=fix):
         l2p.black_box(answer, num_classes=classes)(X)
 
 
 @pytest.mark.parametrize(
-    ("settings", "mend"),
+    ("settings", "fix"),
     [
         ({"function": 3}, "must be callable"),
         ({"num_classes": 1}, "at least 2"),
@@ -237,8 +237,8 @@ def test_an_answer_that_is_none_is_refused(answer, classes, mend):
         ({"channels_last": "yes"}, "True or False"),
     ],
 )
-def test_a_black_box_that_cannot_be_is_refused(settings, mend):
-    with pytest.raises(ConfigError, match=mend):
+def test_a_black_box_that_cannot_be_is_refused(settings, fix):
+    with pytest.raises(ConfigError, match=fix):
         l2p.black_box(**{"function": scored, **settings})
 
 

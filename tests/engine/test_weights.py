@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from learn2perturb.engine.weights import copied, maker, mend, settle, slots
+from learn2perturb.engine.weights import advice, copied, maker, settle, slots
 
 
 def pruned() -> nn.Module:
@@ -39,7 +39,7 @@ def frozen() -> nn.Module:
 def test_what_computes_a_weight_is_named_with_what_makes_it_a_parameter_again(build, made):
     layer = build()
     assert maker(layer, "weight") == made
-    text = mend(layer, "weight")
+    text = advice(layer, "weight")
     assert bool(text) == (made is not None)
     if made in ("a parametrization", "a buffer"):
         names = {"layer": layer, "torch": torch}

@@ -1,4 +1,4 @@
-"""Every noise law at every place: its moments, switch, replay, description, copies; and a law of one's own."""
+"""Every noise law at every place: its moments, switch, replay, description, copies; and a custom law."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_what_is_not_allowed_is_refused_and_nothing_inserted(arguments, error, t
     assert not noise_modules(network)
 
 
-# --- a law of one's own
+# --- a custom law
 
 
 @pytest.fixture

@@ -329,7 +329,7 @@ def test_noise_on_weights_and_on_features_live_together():
 # --- refusals
 
 
-def test_what_cannot_be_perturbed_is_refused_with_the_mend_and_nothing_is_inserted():
+def test_what_cannot_be_perturbed_is_refused_with_the_fix_and_nothing_is_inserted():
     network, _ = digits(perturb_weights)
     with pytest.raises(SiteError, match=r"'conv1'.*remove_noise"):
         perturb_weights(network)

@@ -160,7 +160,7 @@ def test_a_forward_that_training_cannot_use_is_refused(answer, message, defense)
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-def test_weights_in_half_precision_are_refused_with_the_mend(kind):
+def test_weights_in_half_precision_are_refused_with_the_fix(kind):
     with pytest.raises(InputError, match=r"small updates of a weight are lost.*network\.float\(\)"):
         run(with_stem().to(kind))
 

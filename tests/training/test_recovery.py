@@ -62,7 +62,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(ru
     assert newest.with_name(f"{newest.name}.damaged").is_dir()
 
 
-def test_without_a_whole_checkpoint_one_line_says_the_mend_and_nothing_changes(run):
+def test_without_a_whole_checkpoint_one_line_says_the_fix_and_nothing_changes(run):
     for checkpoint in checkpoints(run):
         damage(checkpoint, "momentum")
     before = snapshot(run / "checkpoints")

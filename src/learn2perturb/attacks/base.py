@@ -458,8 +458,8 @@ def check_pixels(model: Any, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise InputError(f"x must be a torch.Tensor, got {type(x).__name__}; use torch.as_tensor(x)")
     if x.dtype not in (torch.float32, torch.float64):
-        mend = "x.float() / 255 makes bytes into images in [0, 1]" if x.dtype == torch.uint8 else "use x.float()"
-        raise InputError(f"x must be float32 or float64, got {x.dtype}; {mend} (the model may cast it)")
+        fix = "x.float() / 255 makes bytes into images in [0, 1]" if x.dtype == torch.uint8 else "use x.float()"
+        raise InputError(f"x must be float32 or float64, got {x.dtype}; {fix} (the model may cast it)")
     if x.ndim != 4:
         raise InputError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}; one image is x.unsqueeze(0)")
     if x.numel() == 0:

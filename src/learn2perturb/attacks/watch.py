@@ -79,7 +79,7 @@ class Watch:
         if self._bad_gradient is not None and bool(self._bad_gradient):
             raise InputError(
                 "the attack met a NaN gradient, or an infinite one, with which it stands still: the logits or their "
-                "derivatives are not finite near x; mend the model (a root or a log at 0, a division by 0)"
+                "derivatives are not finite near x; fix the model (a root or a log at 0, a division by 0)"
             )
         if self._bad_logits is not None and bool(self._bad_logits):
             raise InputError(

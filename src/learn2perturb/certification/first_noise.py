@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.engine.random import isolated_rng, seed_everything
-from learn2perturb.engine.weights import copied, maker, mend
+from learn2perturb.engine.weights import advice, copied, maker
 from learn2perturb.errors import NoiseError
 from learn2perturb.noise import Perturbation, named_noise
 
@@ -257,7 +257,7 @@ def _bound(
                 if made := maker(module, "weight"):
                     raise NoiseError(
                         f"S cannot be bounded: the weight of {name!r} is computed by {made}, and an image has more "
-                        f"than {EXACT_PIXELS} numbers; make it a parameter first: {mend(module, 'weight')}"
+                        f"than {EXACT_PIXELS} numbers; make it a parameter first: {advice(module, 'weight')}"
                     )
                 module.weight.abs_()
     absolute = _features(positive, _enabled(positive)[site])

@@ -151,19 +151,19 @@ class RiskGap(records.Saved):
 
     def _check(self) -> None:
         """Check that the bounds are what the votes give."""
-        mend = "restore the file or certify again"
+        fix = "restore the file or certify again"
         if self.n < 1 or not 0 < self.alpha < 1 or not self.constant > 0 or self.num_classes < 2:
-            raise CheckpointError(f"n, alpha, constant or classes are none that a bound can have; {mend}")
+            raise CheckpointError(f"n, alpha, constant or classes are none that a bound can have; {fix}")
         counts, labels = self.votes.unpack(), self.labels.unpack()
         if not len(labels) or len(counts) != len(labels) * self.num_classes:
-            raise CheckpointError(f"labels and votes are not one row for each image; {mend}")
+            raise CheckpointError(f"labels and votes are not one row for each image; {fix}")
         if labels.min() < 0 or labels.max() >= self.num_classes or counts.min() < 0:
-            raise CheckpointError(f"a label or a number of votes lies outside of what there is; {mend}")
+            raise CheckpointError(f"a label or a number of votes lies outside of what there is; {fix}")
         if bool((self.counts().sum(axis=1) != self.n).any()):
-            raise CheckpointError(f"the votes of an image are not {self.n}; {mend}")
+            raise CheckpointError(f"the votes of an image are not {self.n}; {fix}")
         for name, value in bounds_of(self.counts(), self.alpha, self.constant, self.distance).items():
             if not math.isclose(getattr(self, name), value, abs_tol=1e-6):
-                raise CheckpointError(f"{name} is {getattr(self, name):.6g} and the votes give {value:.6g}; {mend}")
+                raise CheckpointError(f"{name} is {getattr(self, name):.6g} and the votes give {value:.6g}; {fix}")
 
     def __str__(self) -> str:
         interval = bootstrap_mean(self.accuracies, seed=self.seed).interval

@@ -122,36 +122,36 @@ class Certification(records.Saved):
 
     def _check(self) -> None:
         """Check that every radius and every abstention is what the votes give."""
-        mend = "restore the file or certify again"
+        fix = "restore the file or certify again"
         labels, predictions, votes = (one.unpack() for one in (self.labels, self.predictions, self.votes))
         radii = np.asarray(self.radii, dtype=np.float64)
         if not labels.shape == predictions.shape == votes.shape == radii.shape or not len(radii):
-            raise CheckpointError(f"labels, predictions, votes and radii are not one for each image; {mend}")
+            raise CheckpointError(f"labels, predictions, votes and radii are not one for each image; {fix}")
         if self.method not in METHODS or self.n < 1 or not 0 < self.alpha < 1 or not self.constant > 0:
-            raise CheckpointError(f"n, alpha, constant or method are none that a certificate can have; {mend}")
+            raise CheckpointError(f"n, alpha, constant or method are none that a certificate can have; {fix}")
         if self.method == "smoothing" and not (self.sigma and math.isclose(self.constant * self.sigma, 1)):
-            raise CheckpointError(f"the constant is {self.constant:.6g}, and that of sigma is one through it; {mend}")
+            raise CheckpointError(f"the constant is {self.constant:.6g}, and that of sigma is one through it; {fix}")
         for what, values, first, last in (
             ("label", labels, 0, self.num_classes - 1),
             ("prediction", predictions, ABSTAINED, self.num_classes - 1),
             ("number of votes", votes, 0, self.n),
         ):
             if values.min() < first or values.max() > last:
-                raise CheckpointError(f"a {what} lies outside of {first} to {last}; {mend}")
+                raise CheckpointError(f"a {what} lies outside of {first} to {last}; {fix}")
         least, most, largest = self._radii_of(votes)
         wrong = np.flatnonzero(~((radii >= least - _ROUNDING) & (radii <= most + _ROUNDING)))
         if len(wrong):
             image = int(wrong[0])
             raise CheckpointError(
                 f"image {image} has radius {radii[image]:.6g}, and its {votes[image]} of {self.n} votes give "
-                f"{most[image]:.6g}; {mend}"
+                f"{most[image]:.6g}; {fix}"
             )
         if not math.isclose(self.largest, largest, abs_tol=_ROUNDING):
             raise CheckpointError(
-                f"the largest radius is {self.largest:.6g}, and {self.n} votes give {largest:.6g}; {mend}"
+                f"the largest radius is {self.largest:.6g}, and {self.n} votes give {largest:.6g}; {fix}"
             )
         if not np.array_equal(predictions == ABSTAINED, radii <= 0):
-            raise CheckpointError(f"an image without a radius has a certified class, or the other way round; {mend}")
+            raise CheckpointError(f"an image without a radius has a certified class, or the other way round; {fix}")
 
     def _radii_of(self, votes: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
         """Return the least and the largest radius that ``votes`` (N) for the chosen class allow, and that of all n.

@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def guarded() -> int:
         with warnings.catch_warnings(), _ending_on_signals(), contextlib.ExitStack() as stack:
             warnings.showwarning = one_line_warning
-            if number_among()[0]:  # the first of several processes speaks; errors are each one's own
+            if number_among()[0]:  # the first of several processes speaks; each prints its own errors
                 stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
                 warnings.simplefilter("ignore")
             return _run(words)

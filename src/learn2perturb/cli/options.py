@@ -1,4 +1,4 @@
-"""Typed options: made from the fields of a dataclass, read from text or YAML, every refusal one line with the mend.
+"""Typed options: made from the fields of a dataclass, read from text or YAML, every refusal one line with a fix.
 
 Plain argparse: the same options from jsonargparse would cost more start-up than everything else that ``--help`` needs.
 """
@@ -36,8 +36,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
-        mend = "" if ";" in message or "did you mean" in message else f"; see {self.prog} --help"
-        raise ConfigError(message + mend)
+        fix = "" if ";" in message or "did you mean" in message else f"; see {self.prog} --help"
+        raise ConfigError(message + fix)
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """Parse ``words``; option names may have ``_`` for ``-``, and mappings dotted keys: ``--options.gamma 1e-3``.

@@ -110,12 +110,12 @@ def _load(
         parts.append(_read(layout.read, folder / file))
         highest = int(parts[-1][1].max(initial=0))
         if highest >= classes:
-            raise DataError(f"{folder / file} has a label {highest}; {name} has classes 0 to {classes - 1}{_MEND}")
+            raise DataError(f"{folder / file} has a label {highest}; {name} has classes 0 to {classes - 1}{_FIX}")
     images = np.concatenate([images for images, _ in parts])
     labels = np.concatenate([labels for _, labels in parts])
     names = _read(layout.read_names, folder / layout.names_file)
     if len(names) != classes:
-        raise DataError(f"{folder / layout.names_file} names {len(names)} classes; {name} has {classes}{_MEND}")
+        raise DataError(f"{folder / layout.names_file} names {len(names)} classes; {name} has {classes}{_FIX}")
     return _Loaded(images, labels, names, _is_published(name, split, folder, images, labels))
 
 
@@ -139,7 +139,7 @@ def _is_published(name: str, split: str, folder: Path, images: np.ndarray, label
 
 
 _T = TypeVar("_T")
-_MEND = "; remove the folder and fetch it again (download=True)"
+_FIX = "; remove the folder and fetch it again (download=True)"
 
 
 def _read(read: Callable[[Path], _T], path: Path) -> _T:
@@ -153,7 +153,7 @@ def _read(read: Callable[[Path], _T], path: Path) -> _T:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"cannot read {path}: {reason_of(error)}{_MEND}") from error
+        raise DataError(f"cannot read {path}: {reason_of(error)}{_FIX}") from error
 
 
 def _locate(name: str, layouts: tuple[_Layout, ...], root: Path, url: tuple[str, str] | None) -> tuple[_Layout, Path]:
@@ -207,7 +207,7 @@ def _binary_reader(label_bytes: int) -> Callable[[Path], tuple[np.ndarray, np.nd
         size = label_bytes + _PIXELS
         content = np.frombuffer(bytearray(read_whole(path)), dtype=np.uint8)
         if len(content) == 0 or len(content) % size:
-            raise DataError(f"{path} has {len(content)} bytes, no multiple of {size}{_MEND}")
+            raise DataError(f"{path} has {len(content)} bytes, no multiple of {size}{_FIX}")
         records = content.reshape(-1, size)
         # The last label byte is the fine one: CIFAR-100 has the coarse label before it.
         return records[:, label_bytes:].reshape(-1, *_SHAPE), records[:, label_bytes - 1].astype(np.int64)

@@ -313,7 +313,7 @@ def _length(sized: Any) -> int | None:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Turn torch's complaints about items that make no batch into one line with the mend."""
+    """Turn torch's complaints about items that make no batch into one line that says how to fix it."""
     try:
         yield
     except (TypeError, RuntimeError) as error:

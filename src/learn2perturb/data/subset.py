@@ -1,6 +1,6 @@
 """Parts of a set that stand for the whole: in a fixed random order, balanced over the classes where labels are known.
 
-A part of what is held here is always taken by :func:`balanced_rows`. The order of a user's loader is his own, so a part
+A part of what is held here is always taken by :func:`balanced_rows`. The order of a loader is up to the user, so a part
 of that is looked at instead: :func:`warn_of_subset` says when its classes cannot be those of the set.
 """
 

@@ -1,7 +1,7 @@
 """The protocol of a defense: prepare the network, stages, loss, regulariser, what follows a step, how to predict.
 
-A defense is a frozen dataclass whose fields are its options. It knows no network's class and no data set; a defense of
-one's own is one file (see ``examples/own_defense.py``).
+A defense is a frozen dataclass whose fields are its options. It knows no network's class and no data set; a custom
+defense is one file (see ``examples/own_defense.py``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from learn2perturb.defenses.settings import OBJECTIVES, Settings
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.registry import DEFENSES
 
-# What a defense of one's own needs is had from here, wherever it is made.
+# A custom defense imports all that it needs from this module.
 __all__ = [
     "ALTERNATIONS", "Alternation", "Clock", "Defense", "Losses", "Optimizers", "Stage", "build_defense", "check_choice",
     "check_without_adversary", "of_clean_images",
@@ -139,7 +139,7 @@ class Defense(ABC):
             ConfigError: they do not.
         """
         kind = type(self).__name__
-        # Who overrides the loss and says nothing has one of his own: better refused than silently left out.
+        # A subclass that overrides loss() without declaring objectives has its own loss: refuse what it would ignore.
         speaker = next(one for one in type(self).__mro__ if "loss" in vars(one) or "objectives" in vars(one))
         known = self.objectives if "objectives" in vars(speaker) else ()
         if settings.objective not in (known or OBJECTIVES[:1]):

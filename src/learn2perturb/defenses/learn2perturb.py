@@ -196,7 +196,7 @@ class Learn2Perturb(Defense):
         return 1.0 if self.noise_target is not None else self.gamma / self.tau_at(clock.epoch)
 
     def tau_at(self, epoch: int) -> float:
-        """Return tau at an epoch: a harmonic number, so that the regulariser fades (eq. 9, mended).
+        """Return tau at an epoch: a harmonic number, so that the regulariser fades (eq. 9, corrected).
 
         As printed, eq. 9 sums 1 / (i - s - 1) from i = 1: terms are negative before s and infinite at i = s + 1.
         """

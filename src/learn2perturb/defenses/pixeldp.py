@@ -27,7 +27,7 @@ from learn2perturb.defenses.base import (
     sgd_optimizers,
 )
 from learn2perturb.defenses.settings import Settings, number
-from learn2perturb.engine.weights import maker, mend
+from learn2perturb.engine.weights import advice, maker
 from learn2perturb.errors import ConfigError, SiteError
 from learn2perturb.noise import Perturbation, noise_modules, noise_sites, perturb
 from learn2perturb.noise.sensitivity import checked_convolution, overlap, sensitivity
@@ -136,7 +136,7 @@ class PixelDP(Defense):
         if made := maker(first, "weight"):
             raise SiteError(
                 f"the first convolution, {names[0]!r}, gets its weight from {made}, and PixelDP must set it; make it a "
-                f"parameter first: {mend(first, 'weight')}"
+                f"parameter first: {advice(first, 'weight')}"
             )
         if not first.weight.requires_grad:
             raise SiteError(

@@ -34,7 +34,7 @@ _TRAINED: Option = ("--train-sources", 'sources={"undefended": network, "pgd_at"
 # Checks that fail where gradients mislead: a larger budget of attacks without them is all that can be added here.
 _ADAPTIVE = (
     "an attack made for this defense, since gradients mislead here: name the submodules that hide them (--bpda, "
-    "bpda=), give one as attack=, or mend the model's gradients"
+    "bpda=), give one as attack=, or fix the model's gradients"
 )
 
 

@@ -141,19 +141,19 @@ def _check_comparable(first: Diagnosis, second: Diagnosis) -> None:
         raise InputError(
             f"the first is of {balls[0]}, the second of {balls[1]}; diagnose both in one ball (--eps, --norm)"
         )
-    mend = "; diagnose both on the same images (--dataset, --split, --limit, --seed)"
+    fix = "; diagnose both on the same images (--dataset, --split, --limit, --seed)"
     one, other = first.labels.unpack(), second.labels.unpack()
     data = [str(found.metadata.get("data")) for found in (first, second)]
     if len(one) != len(other):
-        raise InputError(f"the first is of {len(one)} images, the second of {len(other)}{mend}")
+        raise InputError(f"the first is of {len(one)} images, the second of {len(other)}{fix}")
     if data[0] != data[1] or first.num_classes != second.num_classes:
         raise InputError(
             f"the first is of {data[0]}, {first.num_classes} classes, the second of {data[1]}, {second.num_classes} "
-            f"classes{mend}"
+            f"classes{fix}"
         )
     hashes = [found.metadata.get("images") for found in (first, second)]
     if not np.array_equal(one, other) or (None not in hashes and hashes[0] != hashes[1]):
-        raise InputError(f"the images of the two are not the same{mend}")
+        raise InputError(f"the images of the two are not the same{fix}")
 
 
 def _statuses(number: int, first: Diagnosis, second: Diagnosis) -> Statuses:

@@ -63,7 +63,7 @@ class DiagnoseConfig(Config):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build a config from plain values; a budget of one's own is a mapping of all its numbers.
+        """Build a config from plain values; a custom budget is a mapping of all its numbers.
 
         Raises:
             UnknownNameError: a key is no field.

@@ -13,7 +13,7 @@ from learn2perturb.evaluation.intervals import follows
 from learn2perturb.evaluation.significance import TWO_SIGMA, exceeds, holm
 
 _ROUNDING = 1e-9  # of an accuracy
-_MEND = "restore the file or diagnose again"
+_FIX = "restore the file or diagnose again"
 
 
 def check_consistency(found: Diagnosis) -> None:
@@ -24,13 +24,13 @@ def check_consistency(found: Diagnosis) -> None:
     """
     labels = found.labels.unpack()
     if labels.ndim != 1 or not len(labels) or labels.min() < 0 or labels.max() >= found.num_classes:
-        raise CheckpointError(f"the labels are none of {found.num_classes} classes; {_MEND}")
+        raise CheckpointError(f"the labels are none of {found.num_classes} classes; {_FIX}")
     for one in found.measurements:
         _check_measurement(one, len(labels), found)
     numbers = [check.number for check in found.checks]
     ours = [number for number in numbers if number in CHECKS]  # others are checks that were registered elsewhere
     if ours != list(CHECKS)[: len(ours)] or numbers != sorted({*numbers}):
-        raise CheckpointError(f"the checks are {', '.join(str(check.number) for check in found.checks)}; {_MEND}")
+        raise CheckpointError(f"the checks are {', '.join(str(check.number) for check in found.checks)}; {_FIX}")
     _check_statements(found)
     for check in found.checks:
         _check_status(check)
@@ -42,30 +42,30 @@ def check_consistency(found: Diagnosis) -> None:
         trial=found.trial, measured={one.name: one for one in found.measurements},
     )  # fmt: skip
     if verdict != found.verdict:
-        raise CheckpointError(f"the verdict is {found.verdict!r}, and its checks give {verdict!r}; {_MEND}")
+        raise CheckpointError(f"the verdict is {found.verdict!r}, and its checks give {verdict!r}; {_FIX}")
 
 
 def _check_measurement(one: Measurement, images: int, found: Diagnosis) -> None:
     correct = one.correct.unpack()
     if correct.ndim != 2 or correct.shape[1] != one.n or not 0 < one.n <= images or not len(correct):
-        raise CheckpointError(f"measurement {one.name!r} is of {one.n} images, and its bits are of others; {_MEND}")
+        raise CheckpointError(f"measurement {one.name!r} is of {one.n} images, and its bits are of others; {_FIX}")
     true = float(correct.mean())
     if not _close(one.accuracy, true):
         raise CheckpointError(
-            f"measurement {one.name!r} has accuracy {one.accuracy:.6g}, but its bits give {true:.6g}; {_MEND}"
+            f"measurement {one.name!r} has accuracy {one.accuracy:.6g}, but its bits give {true:.6g}; {_FIX}"
         )
     if not follows(one.interval, found.scores(one), seed=found.seed):
-        raise CheckpointError(f"the interval of measurement {one.name!r} is not that of its bits; {_MEND}")
+        raise CheckpointError(f"the interval of measurement {one.name!r} is not that of its bits; {_FIX}")
 
 
 def _check_statements(found: Diagnosis) -> None:
     statements = [one for check in found.checks for one in check.claims]
     for one in statements:
         if not any(_close(one.p_value, p) for p in _p_values(one)):
-            raise CheckpointError(f"the p-value of the statement {one.text!r} is not that of its difference; {_MEND}")
+            raise CheckpointError(f"the p-value of the statement {one.text!r} is not that of its difference; {_FIX}")
     for one, adjusted in zip(statements, holm([one.p_value for one in statements]), strict=True):
         if not _close(one.adjusted, adjusted) or one.holds != (one.adjusted > TWO_SIGMA):
-            raise CheckpointError(f"the statement {one.text!r} is not judged as its p-value says; {_MEND}")
+            raise CheckpointError(f"the statement {one.text!r} is not judged as its p-value says; {_FIX}")
 
 
 def _p_values(one: Judged) -> tuple[float, float]:
@@ -77,7 +77,7 @@ def _p_values(one: Judged) -> tuple[float, float]:
 def _check_status(check: Check) -> None:
     """Check what the statements decide; what else fails a check is in its sentence only."""
     if any(not one.holds for one in check.claims) and check.status != "failed":
-        raise CheckpointError(f"check {check.number} {check.status!r}, though a statement of it does not hold; {_MEND}")
+        raise CheckpointError(f"check {check.number} {check.status!r}, though a statement of it does not hold; {_FIX}")
 
 
 def _check_trial(found: Diagnosis) -> None:
@@ -85,22 +85,22 @@ def _check_trial(found: Diagnosis) -> None:
     claim, trial = found.claim, found.trial
     if claim is None or trial is None:
         if claim is not None or trial is not None:
-            raise CheckpointError(f"there is a claim without its trial, or a trial without its claim; {_MEND}")
+            raise CheckpointError(f"there is a claim without its trial, or a trial without its claim; {_FIX}")
         return
     if (claim.norm, claim.eps) != (found.norm, found.eps):
-        raise CheckpointError(f"the claim is of another ball than the diagnosis; {_MEND}")
+        raise CheckpointError(f"the claim is of another ball than the diagnosis; {_FIX}")
     if trial.found not in trial.p_values or len(trial.tried) < len(trial.p_values):
-        raise CheckpointError(f"the trial of the claim lacks {trial.found!r}; {_MEND}")
+        raise CheckpointError(f"the trial of the claim lacks {trial.found!r}; {_FIX}")
     for name, value in trial.p_values.items():
         if not _close(value, p_value(found.measurement(name), claim.accuracy)):
-            raise CheckpointError(f"the p-value of {name!r} is not that of its accuracy and the claim; {_MEND}")
+            raise CheckpointError(f"the p-value of {name!r} is not that of its accuracy and the claim; {_FIX}")
 
 
 def _check_curves(found: Diagnosis) -> None:
     for curve in found.curves:
         for point in curve.points:
             if not point.interval.low - _ROUNDING <= point.accuracy <= point.interval.high + _ROUNDING:
-                raise CheckpointError(f"a point of the curve over {curve.axis} lies outside of its interval; {_MEND}")
+                raise CheckpointError(f"a point of the curve over {curve.axis} lies outside of its interval; {_FIX}")
 
 
 def _close(one: float, other: float) -> bool:

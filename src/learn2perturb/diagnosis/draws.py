@@ -259,7 +259,7 @@ def _fitted(variances: NDArray[np.float64]) -> NDArray[np.float64] | None:
     varying = variances[:, variances[0] > 0]
     if varying.shape[1] == 0:
         return None
-    # The floor is for draws that run in a circle, whose average may be constant.
+    # The minimum is for draws that run in a circle, whose average may be constant.
     logs = np.log(np.maximum(varying, _NOTHING * varying[0]))
     slopes: NDArray[np.float64] = np.polyfit(np.log(COUNTS), logs, 1)[0]
     return slopes

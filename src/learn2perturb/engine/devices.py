@@ -19,7 +19,7 @@ def checked_device(name: str | torch.device) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ConfigError(f"device is {name!r}, which is not to be had here ({reason}); use cpu or cuda") from None
+        raise ConfigError(f"device is {name!r}, which is not available here ({reason}); use cpu or cuda") from None
     return device
 
 

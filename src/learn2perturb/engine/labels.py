@@ -59,7 +59,7 @@ def _tensor(labels: Any) -> Tensor:
 
 
 def _error(y: Tensor, n: int) -> InputError:
-    mend = "; y.argmax(dim=1) makes them so if they are one-hot" if y.ndim == 2 and len(y) == n else ""
+    fix = "; y.argmax(dim=1) makes them so if they are one-hot" if y.ndim == 2 and len(y) == n else ""
     return InputError(
-        f"labels are {y.dtype} of shape {tuple(y.shape)}; they must be whole numbers of shape ({n},){mend}"
+        f"labels are {y.dtype} of shape {tuple(y.shape)}; they must be whole numbers of shape ({n},){fix}"
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 # How a tensor that is computed becomes a parameter again, by what computes it.
-_MENDS = {
+_FIXES = {
     "a parametrization": "torch.nn.utils.parametrize.remove_parametrizations(layer, {tensor!r})",
     "a forward pre-hook": (
         "torch.nn.utils.remove_weight_norm(layer), remove_spectral_norm(layer) or prune.remove(layer, {tensor!r})"
@@ -32,10 +32,10 @@ def maker(layer: nn.Module, tensor: str) -> str | None:
     return "a forward pre-hook" if isinstance(layer.__dict__.get(tensor), Tensor) else None
 
 
-def mend(layer: nn.Module, tensor: str) -> str:
+def advice(layer: nn.Module, tensor: str) -> str:
     """Return the call that makes ``tensor`` of ``layer`` a parameter again."""
     made = maker(layer, tensor)
-    return "" if made is None else _MENDS[made].format(tensor=tensor)
+    return "" if made is None else _FIXES[made].format(tensor=tensor)
 
 
 def slots(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -184,18 +184,18 @@ def check_same_images(first: Evaluation, second: Evaluation) -> None:
     """
     one, other = first.labels.unpack(), second.labels.unpack()
     names = [str(evaluation.metadata.get("data")) for evaluation in (first, second)]
-    mend = "; evaluate both on the same images (--dataset, --split, --limit)"
+    fix = "; evaluate both on the same images (--dataset, --split, --limit)"
     if len(one) != len(other):
-        raise InputError(f"the first is of {len(one)} images, the second of {len(other)}{mend}")
+        raise InputError(f"the first is of {len(one)} images, the second of {len(other)}{fix}")
     if names[0] != names[1] or first.num_classes != second.num_classes:
         raise InputError(f"the first is of {names[0]}, {first.num_classes} classes, the second of {names[1]}, "
-                         f"{second.num_classes} classes{mend}")  # fmt: skip
+                         f"{second.num_classes} classes{fix}")  # fmt: skip
     if not np.array_equal(one, other):
         differing = int((one != other).sum())
-        raise InputError(f"the labels of {differing} of {len(one)} images differ, so these are not the same{mend}")
+        raise InputError(f"the labels of {differing} of {len(one)} images differ, so these are not the same{fix}")
     hashes = [evaluation.metadata.get("images") for evaluation in (first, second)]
     if None not in hashes and hashes[0] != hashes[1]:
-        raise InputError(f"the labels agree, but the images differ (hashes {hashes[0]} and {hashes[1]}){mend}")
+        raise InputError(f"the labels agree, but the images differ (hashes {hashes[0]} and {hashes[1]}){fix}")
 
 
 def _rows(first: Evaluation, second: Evaluation, pairs: tuple[tuple[str, str], ...]) -> list[tuple[Row, Row]]:

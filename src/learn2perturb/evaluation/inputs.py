@@ -1,4 +1,4 @@
-"""What is wrong with a model before any check is run: found, named, with the mend."""
+"""What is wrong with a model before any check is run: found, named, with a fix."""
 
 from __future__ import annotations
 

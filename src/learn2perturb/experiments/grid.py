@@ -81,7 +81,7 @@ def grid(plan: ViewPlan, study: Study) -> Grid:
     value, kind = _value(plan, chosen)
     chosen = [pair for pair in chosen if pair.cell.kind == kind]
     if not chosen:
-        raise ConfigError(f"it shows {value}, and no {kind} has the labels that its where asks for; mend where")
+        raise ConfigError(f"it shows {value}, and no {kind} has the labels that its where asks for; fix where")
     curve = plan.kind == "curve"
     row_keys, column_keys = (plan.series, ()) if curve else (plan.rows, plan.columns)
     places: dict[Place, list[Pair]] = {}
@@ -121,7 +121,7 @@ def lines(plan: ViewPlan, study: Study) -> dict[Labels, list[RunPlan]]:
         if run.config is not None and matches(run, plan.where):
             found.setdefault(texts(run, plan.series), []).append(run)
     if not found:
-        raise ConfigError("it shows the history of no run; mend where (networks that are found have none)")
+        raise ConfigError("it shows the history of no run; fix where (networks that are found have none)")
     for row, runs in found.items():
         _check_same(", ".join(row), [_of_run(run) for run in runs])
     return found
@@ -199,7 +199,7 @@ def _partners(
         raise ConfigError(f"it shows {value} against a baseline, and only accuracy is compared; leave baseline out")
     if not any(matches(pair.run, plan.baseline) for pair in everything):
         wanted = ", ".join(f"{key} {item}" for key, item in plan.baseline.items())
-        raise ConfigError(f"its baseline is a run of {wanted}, and the study has none; add one to runs or mend it")
+        raise ConfigError(f"its baseline is a run of {wanted}, and the study has none; add one to runs or fix it")
     found = {}
     for pairs in places.values():
         for pair in pairs:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from learn2perturb.checks import check_choice
 from learn2perturb.engine.random import derive_seed
-from learn2perturb.engine.weights import maker, mend
+from learn2perturb.engine.weights import advice, maker
 from learn2perturb.errors import NoiseError, SiteError, UnknownNameError
 from learn2perturb.noise import sites as site_rules
 from learn2perturb.noise.base import NoiseModule
@@ -289,7 +289,7 @@ def _check_own(name: str, layer: nn.Module, tensors: tuple[str, ...]) -> None:
         if made:
             raise SiteError(
                 f"{who} gets its {tensor} from {made}, which weight noise does not go with; make it a parameter first: "
-                f"{mend(layer, tensor)}, or name other sites"
+                f"{advice(layer, tensor)}, or name other sites"
             )
     own = _own(layer, tensors)
     if not own:

@@ -171,7 +171,7 @@ class WeightPlace(Place):
             return f"({type(parent).__name__}) has no parameter {self.tensor!r} of its own; choose a layer that has"
         if tuple(own.shape) != noise.shape:
             return (
-                f"has a {self.tensor} of shape {tuple(own.shape)}, the noise was made for {noise.shape}; mend the spec"
+                f"has a {self.tensor} of shape {tuple(own.shape)}, the noise was made for {noise.shape}; fix the spec"
             )
         return None
 

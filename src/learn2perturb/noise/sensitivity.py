@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.engine.modes import in_mode
-from learn2perturb.engine.weights import maker, mend
+from learn2perturb.engine.weights import advice, maker
 from learn2perturb.errors import SiteError
 from learn2perturb.noise.inject import noise_disabled
 
@@ -101,7 +101,7 @@ def checked_convolution(module: nn.Module, name: str) -> nn.Conv2d:
     if maker(module, "weight") == "a forward pre-hook":  # it may be out of date when it is looked at
         raise SiteError(
             f"the first convolution, {name!r}, gets its weight from a forward pre-hook; make it a parameter first: "
-            f"{mend(module, 'weight')}"
+            f"{advice(module, 'weight')}"
         )
     return module
 

@@ -250,11 +250,11 @@ def read_resume(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: it is damaged.
     """
     path = checkpoint / RESUME
-    mend = f"delete the folder {checkpoint} to resume from the checkpoint before it"
+    fix = f"delete the folder {checkpoint} to resume from the checkpoint before it"
     try:
         state = _loaded(read_bytes(path, os.stat(path).st_size))
         if state.get("format") != RESUME_FORMAT:
-            raise DamagedError(f"{path} is no resume state; {mend}")
+            raise DamagedError(f"{path} is no resume state; {fix}")
         if state["version"] > RESUME_VERSION:
             raise CheckpointError(
                 f"{path} is of version {state['version']}, newer than {RESUME_VERSION}; update learn2perturb"
@@ -271,7 +271,7 @@ def read_resume(checkpoint: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # a damaged file may fail in any way
         reason = str(error) if type(error) is ValueError else type(error).__name__
-        raise DamagedError(f"{path} is damaged ({reason}); {mend}") from None
+        raise DamagedError(f"{path} is damaged ({reason}); {fix}") from None
     return state
 
 

@@ -143,8 +143,8 @@ def _of_timm(source: str) -> nn.Module:
         CheckpointError: the repository is of another library.
     """
     path = _from_hub(source.removeprefix(HUB), "config.json")
-    mend = f"give a function that builds it: --model module:function --weights {MODEL}"
-    with reading(f"{source} says not of which network it is", mend, CheckpointError):
+    fix = f"give a function that builds it: --model module:function --weights {MODEL}"
+    with reading(f"{source} says not of which network it is", fix, CheckpointError):
         config = parse_json(read_bytes(path, MOST_SETTINGS))
         facts = config.get("pretrained_cfg") or config
         name, size = config["architecture"], facts["input_size"]

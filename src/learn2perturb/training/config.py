@@ -215,7 +215,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     with reading(f"config {str(path)!r} cannot be read", "give a YAML file", ConfigError):
         text = read_bytes(path, MOST_SETTINGS).decode()
-    with reading(f"config {str(path)!r} is no YAML of plain values", "mend the file", ConfigError):
+    with reading(f"config {str(path)!r} is no YAML of plain values", "fix the file", ConfigError):
         values = parse_yaml(text)
     if not isinstance(values, dict):
         raise ConfigError(f"config {str(path)!r} holds a {type(values).__name__}; it must hold settings, one a line")

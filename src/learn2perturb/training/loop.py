@@ -67,7 +67,7 @@ def train(
 
     Args:
         config: see :class:`TrainConfig`; a recipe fills what it leaves open.
-        model: a network of one's own, trained in place, in place of the registered one. It maps images in [0, 1] to
+        model: a custom network, trained in place, in place of the registered one. It maps images in [0, 1] to
             logits.
         data: in place of the registered data set: a training set, or a pair (training set, set to monitor), each an
             ImageData, Dataset, DataLoader or pair of tensors.

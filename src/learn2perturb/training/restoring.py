@@ -21,7 +21,7 @@ Say = Callable[[str], object]
 Whole = tuple[Path, dict[str, Any], dict[str, Any]]
 # What a run must have in common with the checkpoint that it goes on from, and what it is called if it has not.
 _SAME = {"data": "other data, or the same made into others by a transform", "structure": "a network of other layers"}
-_MEND = "give the same again, or another --out"
+_FIX = "give the same again, or another --out"
 
 
 def newest_whole(out: Path, found: list[Path], say: Say) -> Whole:
@@ -73,7 +73,7 @@ def check_same(
     """
     if resume["batches"] != now["batches"]:
         raise CheckpointError(
-            f"{out} was trained with {resume['batches']} batches an epoch, these data give {now['batches']}; {_MEND}"
+            f"{out} was trained with {resume['batches']} batches an epoch, these data give {now['batches']}; {_FIX}"
         )
     if resume["gear"] != now["gear"]:
         raise CheckpointError(
@@ -85,16 +85,16 @@ def check_same(
         if ("structure" in before) != ("structure" in identity):
             kinds = ("one of this package's", "one that was given")
             there, here = kinds if "structure" in identity else kinds[::-1]
-            raise CheckpointError(f"{out} holds a run of another network ({there} there, {here} now); {_MEND}")
+            raise CheckpointError(f"{out} holds a run of another network ({there} there, {here} now); {_FIX}")
         for part, what in _SAME.items():
             if part in before and part in identity and before[part] != identity[part]:
                 prints = f"fingerprint {before[part]} there, {identity[part]} now"
-                raise CheckpointError(f"{out} was trained on {what} ({prints}); {_MEND}")
+                raise CheckpointError(f"{out} was trained on {what} ({prints}); {_FIX}")
         if before.get("start") != identity.get("start"):
             began = f"{out} began from other weights than those of the network given"
             if finished:
-                mend = f"learn2perturb.load({str(out)!r}) gives its network, another --out trains yours"
-                raise CheckpointError(f"{began}, and is finished; {mend}")
+                fix = f"learn2perturb.load({str(out)!r}) gives its network, another --out trains yours"
+                raise CheckpointError(f"{began}, and is finished; {fix}")
             say(f"{began}, which its checkpoint replaces")
     compiled = resume.get("compiled", now["compiled"])
     if compiled != now["compiled"] and not finished:

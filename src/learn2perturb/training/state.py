@@ -262,7 +262,7 @@ class Training:
                 and tensor.is_floating_point()
                 and not bool(torch.isfinite(tensor).all())
             ):
-                raise NonFiniteError(f"weight {name!r} is not finite after step {self.step}; {self._mend()}")
+                raise NonFiniteError(f"weight {name!r} is not finite after step {self.step}; {self._advice()}")
         text = metrics.sync()
         resume = {
             "epoch": self.epoch,
@@ -403,7 +403,7 @@ class Training:
             f"{self.folder}: {planned} epochs were planned; going on to {self.epochs}, {how}", always=True
         )
 
-    def _mend(self) -> str:
+    def _advice(self) -> str:
         kept = f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint yet"
         return f"{kept}; lower lr (it is {self.settings.lr:g}), or use engine 'plain'"
 
@@ -474,7 +474,7 @@ class Training:
             # Waits for the device in every step; on the CPU that is free, and nothing spreads the NaN.
             raise NonFiniteError(
                 f"the loss is {losses.total.item()} at step {clock.step} (epoch {clock.epoch}, batch {clock.batch}); "
-                f"{self._mend()}"
+                f"{self._advice()}"
             )
 
     def _capture_key(self, clock: Clock) -> Hashable | None:
@@ -504,7 +504,7 @@ class Training:
         if self.guard is not None and self.guard.raised():
             raise NonFiniteError(
                 f"the loss was not finite at or before step {self.step} (epoch {self.epoch}, batch {self.batch}), and "
-                f"nothing has been updated since; {self._mend()}"
+                f"nothing has been updated since; {self._advice()}"
             )
 
     @torch.no_grad()
@@ -537,7 +537,7 @@ class Training:
         *right, bad = self.ranks.sum(hits).tolist()
         if bad:
             raise NonFiniteError(
-                f"a gradient or logit of the monitored images was not finite after step {self.step}; {self._mend()}"
+                f"a gradient or logit of the monitored images was not finite after step {self.step}; {self._advice()}"
             )
         self.look_at("monitor", monitor, labels, classes)
         count = sum(map(len, labels))
