@@ -143,6 +143,13 @@ def test_few_images_confirm_nothing_but_may_refute():
     assert verdict(0.9, 38, n=99)[0] == "refuted"
 
 
+@pytest.mark.parametrize(("claimed", "n", "said"), [(0.3, 200, "points less than claimed is seen in 80 %"),
+                                                    (0.02, 100, "no attack is sure to be seen")])  # fmt: skip
+def test_what_would_be_seen_of_so_many_images_is_said(claimed, n, said):
+    text = verdict(claimed, 76 if n == 200 else 5, n=n)[1]
+    assert f"Power: on {n} images" in text and said in text
+
+
 def test_a_claim_of_an_accuracy_that_is_hit_exactly():
     assert verdict(1.0, 200)[0] == "not refuted"
     assert verdict(0.02, 0)[0] == "refuted"  # nothing is left of 200: up to 1.9 %

@@ -1,0 +1,113 @@
+"""What the checks attack with: the reported attack of a call, the whole box, the variants of check 8."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from learn2perturb.attacks import ARC, FGSM, PGD
+from learn2perturb.diagnosis import QUICK, whitebox
+from learn2perturb.diagnosis.diagnosing import _reported
+from learn2perturb.errors import ConfigError
+from learn2perturb.evaluation.intervals import Scores
+from tests.problems import Linear
+
+PLAN = dataclasses.replace(QUICK, unbounded_eot=3, restarts=2)
+
+
+def test_the_reported_attack_is_pgd_of_a_quarter_of_eps():
+    assert _reported(None, None, None, QUICK) == PGD(8 / 255, 2 / 255, QUICK.steps, eot=QUICK.eot)
+    assert _reported(None, 0.1, "l2", QUICK) == PGD(0.1, 0.025, QUICK.steps, norm="l2", eot=QUICK.eot)
+    own = PGD(0.1, 0.02, 7, norm="l2")
+    for eps, norm in ((None, None), (0.1, None), (None, "l2"), (0.1, "l2")):
+        assert _reported(own, eps, norm, QUICK) is own
+
+
+@pytest.mark.parametrize(
+    ("attack", "eps", "norm", "words"),
+    [
+        (None, None, "l3", "norm"),
+        (None, True, None, "eps is True"),
+        (None, 0, None, "eps is 0"),
+        (None, -0.1, None, "eps is -0.1"),
+        (None, float("inf"), None, "eps is inf"),
+        (None, "8/255", None, "write 8/255"),
+        (FGSM(0.1), None, None, "attack is a FGSM"),
+        (PGD, None, None, "attack is a PGD"),
+        (PGD(0.1), 0.2, None, "eps is 0.2 and that of the attack 0.1"),
+        (PGD(0.1), None, "l2", "norm is 'l2' and that of the attack 'linf'"),
+        (PGD(0.1, targeted=True), None, None, "untargeted one with eps > 0"),
+        (PGD(0.0), None, None, "untargeted one with eps > 0"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused(attack, eps, norm, words):
+    with pytest.raises(ConfigError, match=words):
+        _reported(attack, eps, norm, QUICK)
+
+
+def bench(attack: PGD, right: float = 0.0, **facts: object) -> SimpleNamespace:
+    """A bench on which every attack leaves the same, and which keeps them."""
+    made: dict[str, object] = {}
+
+    def attacked(name, one, n, **settings):
+        made[name] = one, n, settings
+        scores = Scores(np.arange(1000)[None] < 1000 * right)
+        return SimpleNamespace(scores=scores, accuracy=scores.mean())
+
+    x = torch.zeros(100, 3, 4, 4)
+    return SimpleNamespace(attack=attack, budget=PLAN, x=x, attacked=attacked, made=made, **facts)
+
+
+@pytest.mark.parametrize(("steps", "share"), [(1, 1.0), (2, 1.0), (3, 2.5 / 3), (200, 0.0125)])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 1.0), ("l2", 48**0.5)])
+def test_the_whole_box_is_crossed_more_than_twice_without_a_random_start(norm, eps, steps, share):
+    found = bench(PGD(0.1, norm=norm, restarts=4, eot=9))
+    found.budget = dataclasses.replace(PLAN, unbounded_steps=steps)
+    whitebox.unbounded(found)
+    attack, n, settings = found.made["unbounded"]
+    assert (attack.eps, attack.step_size) == pytest.approx((eps, share * eps))
+    assert (attack.steps, attack.random_start, attack.restarts, attack.eot) == (steps, False, 1, 3)
+    assert (n, settings) == (PLAN.some, {"rival": False})
+
+
+def variants(model: object, classes: int, *, stochastic: bool, base: PGD) -> dict[str, object]:
+    subject = SimpleNamespace(model=model, stochastic=stochastic)
+    return whitebox._variants(SimpleNamespace(num_classes=classes, subject=subject, budget=PLAN), base)
+
+
+@pytest.mark.parametrize(
+    ("classes", "stochastic", "eot", "names"),
+    [
+        (2, False, 1, {"loss margin"}),
+        (3, False, 1, {"loss margin", "loss dlr"}),
+        (3, True, 1, {"loss margin", "loss dlr", "held draws"}),
+        (2, True, 4, {"loss margin", "average probability", "average logits", "held draws"}),
+    ],
+)
+def test_the_variants_differ_from_the_base_in_one_thing(classes, stochastic, eot, names):
+    base = PGD(0.1, eot=eot)
+    found = variants(Linear((1, 2, 2)), classes, stochastic=stochastic, base=base)
+    assert set(found) == names | {"2 restarts"}
+    for attack in found.values():
+        changed = [x.name for x in dataclasses.fields(base) if getattr(attack, x.name) != getattr(base, x.name)]
+        assert len(changed) == 1
+    assert not any(isinstance(attack, ARC) for attack in found.values())
+    assert found["2 restarts"].restarts == 2
+
+
+def test_attacks_at_another_size_take_steps_of_the_same_share():
+    attack = PGD(0.1, 0.025)
+    found = whitebox.with_eps(attack, 0.2)
+    assert (found.eps, found.step_size) == (0.2, pytest.approx(0.05))
+    assert whitebox.with_eps(PGD(0.1, 0.1), 0.05).step_size <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("stochastic", "eot", "name"), [(True, 10, "EOT-PGD-7"), (True, 1, "PGD-7"), (False, 10, "PGD-7")]
+)
+def test_the_name_of_the_reported_attack(stochastic, eot, name):
+    assert whitebox.title(PGD(0.1, 0.02, 7, eot=eot), stochastic=stochastic) == name
