@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learn2perturb.checks import check_count
+from learn2perturb.cli.images import add_kept_images, check_images_asked, keeper, saved_images
 from learn2perturb.cli.networks import add_network
 from learn2perturb.cli.options import add_config, add_json, config_of, print_json, typed, words
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
@@ -23,6 +24,7 @@ from learn2perturb.cli.subject import (
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.presets import AVERAGES, DEFAULT_ATTACKS, EOT_DRAWS, PRESETS, parse_attack, preset
+from learn2perturb.records import check_writable
 from learn2perturb.registry import ATTACKS
 from learn2perturb.runs.trained import own_predictor
 
@@ -70,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         },
     )  # fmt: skip
     add_images(parser)
+    add_kept_images(parser)
     add("--out", metavar="FILE", help="the record (default RUN/evaluation/SPLIT-seedN.json)")
     add_json(parser)
 
@@ -79,11 +82,11 @@ def run(arguments: argparse.Namespace) -> int:
     specs = attack_specs(arguments)
     asked = config_of(EvaluateConfig, arguments)
     check_subject(arguments)
+    check_images_asked(arguments)
 
     from learn2perturb.attacks.spec import attacks_of_size
     from learn2perturb.engine.devices import choose_device
     from learn2perturb.evaluation import Unfinished, evaluate
-    from learn2perturb.records import check_writable
 
     device = choose_device(arguments.device)
     out = record_path(arguments)
@@ -98,12 +101,14 @@ def run(arguments: argparse.Namespace) -> int:
     config, told = with_predictors(asked, arguments, subject.header)
     notes += told
     check_writable(out)
-    keep = Unfinished(out.parent)
-    result = evaluate(model, data, attacks, config, device=device, name=subject.name, keep=keep)
+    keep, images = Unfinished(out.parent), keeper(arguments)
+    result = evaluate(model, data, attacks, config, device=device, name=subject.name, keep=keep, images=images)
+    result = replace(result, metadata=result.metadata | {"command": ["learn2perturb", *arguments.command]})
     notes += unconverged(result)
     record = saved(lambda: save_record(result, arguments, records_of(arguments.run), "evaluation"))
-    code = FAILURE if record is None else SUCCESS
-    if record is not None:
+    files = [] if images is None or images.found is None else saved_images(images.found, arguments, record)
+    code = FAILURE if record is None or None in files else SUCCESS
+    if code == SUCCESS:
         keep.clear()
     if arguments.json:
         print_json(
@@ -113,6 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "data": data.name,
                 "rows": summary(result),
                 "notes": notes,
+                "images": [place_of(path) for path in files],
             }
         )
         return code
@@ -122,6 +128,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"note: {note}")
     if record is not None:
         print(f"\nrecord: {record}")
+    for path in filter(None, files):
+        print(f"images: {path}")
     return code
 
 

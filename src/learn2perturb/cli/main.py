@@ -64,12 +64,13 @@ def _say(text: str) -> None:
 
 
 def _run(words: Sequence[str]) -> int:
-    modules, words = without_imports(words)
+    modules, rest = without_imports(words)
     with imported(modules):
-        return _verb(words)
+        return _verb(rest, words)
 
 
-def _verb(words: Sequence[str]) -> int:
+def _verb(words: Sequence[str], command: Sequence[str]) -> int:
+    """Run a verb; ``command`` is all that was typed, which records keep."""
     if not words:
         raise UnknownNameError(f"no verb given; choose one of {', '.join(VERBS)} (see learn2perturb --help)")
     verb, *rest = words
@@ -100,7 +101,9 @@ def _verb(words: Sequence[str]) -> int:
     )
     if {"--help", "-h"} & {*rest}:
         parser.epilog = f"{parser.epilog}{own_parts_told()}"
-    code: int = module.run(parser.parse(rest))
+    arguments = parser.parse(rest)
+    arguments.command = [*command]
+    code: int = module.run(arguments)
     return code
 
 

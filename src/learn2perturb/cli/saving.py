@@ -12,7 +12,7 @@ from learn2perturb.terminal import number_among, one_line, say
 SUCCESS, FAILURE = 0, 1
 
 
-def saved(save: Callable[[], Path]) -> Path | None:
+def saved(save: Callable[[], Path], lost: str = "the record is not saved, its table follows") -> Path | None:
     """Return where ``save`` has put a record; None, after one line of the reason, where it could not be written.
 
     Of several processes the first writes it.
@@ -22,7 +22,7 @@ def saved(save: Callable[[], Path]) -> Path | None:
     try:
         return save()
     except (CheckpointError, OSError) as error:
-        say(f"learn2perturb: error: {one_line(error)}; the record is not saved, its table follows")
+        say(f"learn2perturb: error: {one_line(error)}; {lost}")
         return None
 
 

@@ -8,10 +8,12 @@ from learn2perturb.lazy import lazily
 
 if TYPE_CHECKING:
     from learn2perturb.evaluation.arrays import black_box
+    from learn2perturb.evaluation.attacked import AttackedImages
     from learn2perturb.evaluation.comparing import Comparison, Difference, compare
     from learn2perturb.evaluation.config import PREDICTORS, EvaluateConfig
     from learn2perturb.evaluation.evaluating import evaluate
     from learn2perturb.evaluation.exact import exact_accuracy
+    from learn2perturb.evaluation.image_keeper import ImageKeeper
     from learn2perturb.evaluation.intervals import Estimate, Interval, bootstrap_mean, paired_bootstrap, wilson
     from learn2perturb.evaluation.keeping import Unfinished
     from learn2perturb.evaluation.predictors import Predictor
@@ -19,11 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PREDICTORS",
+    "AttackedImages",
     "Comparison",
     "Difference",
     "Estimate",
     "EvaluateConfig",
     "Evaluation",
+    "ImageKeeper",
     "Interval",
     "PooledScore",
     "Predictor",
@@ -46,6 +50,8 @@ __getattr__ = lazily(
         "PREDICTORS": "config",
         "EvaluateConfig": "config",
         "Predictor": "predictors",
+        "AttackedImages": "attacked",
+        "ImageKeeper": "image_keeper",
         "Unfinished": "keeping",
         "black_box": "arrays",
         "evaluate": "evaluating",

@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, final
 
 import numpy as np
@@ -24,7 +25,9 @@ from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.engine.ranks import current
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation.arrays import BlackBox, tell_queries
+from learn2perturb.evaluation.attacked import AttackedImages, AttackedRow, Numbers, Pixels
 from learn2perturb.evaluation.config import EvaluateConfig
+from learn2perturb.evaluation.image_keeper import ImageKeeper, arrays_of
 from learn2perturb.evaluation.inputs import peculiarities
 from learn2perturb.evaluation.keeping import Unfinished, taken
 from learn2perturb.evaluation.pace import tell_seconds
@@ -60,6 +63,7 @@ def evaluate(
     name: str | None = None,
     progress: Progress | bool | None = True,
     keep: Unfinished | None = None,
+    images: ImageKeeper | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Score ``model`` on clean and attacked images, each scored ``draws`` times with fresh draws of its noise.
@@ -80,6 +84,7 @@ def evaluate(
             of the row), where an image counts once in each row.
         keep: where finished rows are kept, so that the same call goes on with them. Of images that are held here only;
             of a loader's all rows are computed on each batch, and nothing is kept.
+        images: asks for attacked images, which it then has.
 
     Raises:
         ConfigError: a setting is not allowed.
@@ -99,14 +104,17 @@ def evaluate(
     mode = execution.select(config.engine, target.device)
     source = target.source(data, batch_size=config.batch_size, seed=config.seed, limit=config.limit)
     with target.judged(progress) as told:
-        work = _Work(target, source, table, config, mode, told)
+        work = _Work(target, source, table, config, mode, told, images)
         work.read()
         warn_of_subset(source, torch.from_numpy(work.truth), work.num_classes)
         rows = work.rows(keep)
     _warn_of_zero_gradients(rows)
     more: dict[str, Any] = {"batch_size": config.batch_size, "limit": config.limit, "findings": work.findings}
     used = [attack for _, attack in table]
-    return work.evaluation(rows, target.metadata(data, config, mode, attacks=used, **more))
+    found = work.evaluation(rows, target.metadata(data, config, mode, attacks=used, **more))
+    if images is not None:
+        images.found = work.attacked_images(found)
+    return found
 
 
 @final
@@ -126,17 +134,21 @@ class _Work:
         config: EvaluateConfig,
         mode: execution.ExecutionMode,
         told: Progress,
+        images: ImageKeeper | None,
     ) -> None:
         self.target, self.source, self.table, self.config = target, source, table, config
-        self.mode, self.told = mode, told
+        self.mode, self.told, self.images = mode, told, images
         self.model = target.model  # that is scored: with random generators of its own, where it seeds them
         self.runs: list[RowRun] = []
         self.findings: list[str] = []
         self.num_classes = 0
         self.by_row = False
         self.labels: list[NDArray[np.int64]] = []
-        limit, images = config.limit, source.num_examples
-        self.expected = images if limit is None else min(limit, images)
+        self.finished: list[tuple[Row, ...]] = []  # run by run
+        self.attacked: list[AttackedRow] = []  # of the finished rows of attacks
+        self.clean: dict[int, Pixels] = {}  # number of a kept image -> itself, of what cannot be read again
+        limit, count = config.limit, source.num_examples
+        self.expected = count if limit is None else min(limit, count)
 
     @property
     def truth(self) -> NDArray[np.int64]:
@@ -162,6 +174,8 @@ class _Work:
             for number, run in enumerate(() if self.by_row else self.runs):
                 done = sum(self.sizes) * len(self.runs) + number * len(x)
                 self._add(run, x, y, index, done, self.expected * len(self.runs))
+            places = {number: None for run in self.runs for number in run.kept_of(index)}
+            self.clean |= {sum(self.sizes) + number: arrays_of(x[number]) for number in places}
             self.labels.append(y.cpu().numpy())
         if not self.labels:
             raise DataError("the data hold no images; give at least one, and a limit of at least 1")
@@ -186,30 +200,90 @@ class _Work:
 
     def _add(self, run: RowRun, x: Tensor, y: Tensor, index: int, before: int, total: int) -> None:
         """Attack and score one batch of one row, of whose images so many were done before."""
-        run.add(self.model, x, y, index, lambda share: self.told(before + share * len(x), total, run.label))
+        choose = None
+        if self.images is not None and run.attack is not None:
+            choose = self.images.choice(y, self._clean_votes(run, index))
+        run.add(self.model, x, y, index, lambda share: self.told(before + share * len(x), total, run.label), choose)
         self.told(before + len(x), total, run.label)
+
+    def _clean_run(self, run: RowRun) -> int | None:
+        """Return the number of the run of the clean images that ``run`` attacks; None where they are not scored."""
+        own = run.noise, run.switched, run.predictors
+        runs = enumerate(self.runs)
+        return next(
+            (n for n, one in runs if one.attack is None and (one.noise, one.switched, one.predictors) == own), None
+        )
+
+    def _clean_votes(self, run: RowRun, index: int) -> Numbers | None:
+        """Return the predictions (draws, images) of the clean images of a batch."""
+        number = self._clean_run(run)
+        if number is None:
+            return None
+        if not self.by_row:
+            return self.runs[number].batches[index].predictions
+        start = sum(self.sizes[:index])
+        return self.finished[number][0].predictions.unpack()[:, start : start + self.sizes[index]]
 
     def rows(self, keep: Unfinished | None) -> list[Row]:
         """Return the rows; those that are not computed yet one after the other, each kept when it is finished."""
         if not self.by_row:
-            return [row for run in self.runs for row in run.rows(self.truth, self.num_classes, self.sizes)]
+            for run in self.runs:
+                self._finish(run)
+            return list(itertools.chain.from_iterable(self.finished))
         # A function's weights are not known, so that its rows cannot be told from those of another.
         # Several processes share the batches, and keep nothing: each would have to know what the others have finished.
         ranks = current()
         keep = keep if self.target.weights is not None and ranks.alone else None
-        finished = [] if keep is None else self._kept(keep)
+        if keep is not None:
+            self._go_on(keep)
         size = len(self.truth)
-        for number, run in enumerate(self.runs[len(finished) :], start=len(finished)):
+        for number, run in enumerate(self.runs[len(self.finished) :], start=len(self.finished)):
             done = number * size
             for index, (x, y) in enumerate(self.target.batches(self.source, self.config.limit)):
                 if index % ranks.world == ranks.rank:  # the draws of a batch follow from its number
                     self._add(run, x, y, index, done, len(self.runs) * size)
                 done += len(x)
             run.meet(ranks)
-            finished.append(tuple(run.rows(self.truth, self.num_classes, self.sizes)))
+            self._finish(run)
             if keep is not None:
-                keep.keep(self.evaluation(itertools.chain.from_iterable(finished)))
-        return list(itertools.chain.from_iterable(finished))
+                so_far = self.evaluation(itertools.chain.from_iterable(self.finished))
+                keep.keep(so_far, None if self.images is None else self.attacked_images(so_far))
+        return list(itertools.chain.from_iterable(self.finished))
+
+    def _finish(self, run: RowRun) -> None:
+        """Take in the rows of a run that has seen all images, and its images."""
+        self.finished.append(tuple(run.rows(self.truth, self.num_classes, self.sizes)))
+        kept = run.kept(self.sizes)
+        if self.images is not None and kept is not None:
+            number = self._clean_run(run)
+            clean = None if number is None else self.finished[number][0].predictions.unpack()
+            row = AttackedRow.of(self.finished[-1][0], kept.index, kept.images, clean)
+            self.attacked.append(row.chosen(self.truth[kept.index], self.images.each))
+
+    def attacked_images(self, found: Evaluation) -> AttackedImages:
+        """Return the kept images of the finished rows, whose record is ``found``."""
+        wanted = np.unique(np.concatenate([row.index for row in self.attacked] or [np.empty(0, np.int64)]))
+        if self.by_row and len(wanted):
+            start = 0
+            for x, _ in self.target.batches(self.source, self.config.limit):
+                own = wanted[(wanted >= start) & (wanted < start + len(x))]
+                self.clean |= dict(zip(own.tolist(), arrays_of(x[(own - start).tolist()]), strict=True))
+                start += len(x)
+        each = None if self.images is None else self.images.each
+        return AttackedImages.of(found, self.attacked, self.clean, each)
+
+    def _go_on(self, keep: Unfinished) -> None:
+        """Take in what the same evaluation has finished before; where its images are lost, nothing."""
+        finished = self._kept(keep)
+        if self.images is not None:
+            count = sum(run.attack is not None for run, _ in zip(self.runs, finished, strict=False))
+            images = keep.images()
+            rows = () if images is None else images.rows[:count]
+            record = self.evaluation(itertools.chain.from_iterable(finished))
+            if len(rows) < count or (images is not None and replace(images, rows=rows).misfit(record) is not None):
+                return
+            self.attacked.extend(rows)
+        self.finished.extend(finished)
 
     def _kept(self, keep: Unfinished) -> list[tuple[Row, ...]]:
         """Return the rows that the same evaluation has finished before, run by run."""
@@ -218,7 +292,9 @@ class _Work:
         where = circumstances(target.device, self.mode)
         identity = target.weights, target.seen.hexdigest(), model, config.seed, config.batch_size, where
         counts = [len(run.predictors) for run in self.runs]
-        return taken(keep.open((__version__, identity, [run.identity for run in self.runs]), sum(counts)), counts)
+        kept = () if self.images is None else (("images", self.images.each),)  # without: as it always was
+        runs = [run.identity for run in self.runs]
+        return taken(keep.open((__version__, identity, runs, *kept), sum(counts)), counts)
 
     def evaluation(self, rows: Iterable[Row], metadata: dict[str, Any] | None = None) -> Evaluation:
         """Return the record of ``rows``."""

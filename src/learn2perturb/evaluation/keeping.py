@@ -15,6 +15,7 @@ from typing import Any, ClassVar, final
 
 from learn2perturb import records
 from learn2perturb.errors import CheckpointError
+from learn2perturb.evaluation.attacked import AttackedImages
 from learn2perturb.evaluation.result import Evaluation, Row
 from learn2perturb.terminal import say
 
@@ -65,6 +66,11 @@ class Unfinished:
         if self.path is not None:
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
+                self._images(self.path).unlink(missing_ok=True)
+
+    @staticmethod
+    def _images(path: Path) -> Path:
+        return path.with_suffix(".images.npz")
 
     def open(self, identity: Any, expected: int) -> tuple[Row, ...]:
         """Return the rows that an evaluation of ``identity``, of ``expected`` rows, has finished before; say so."""
@@ -84,11 +90,22 @@ class Unfinished:
         say(f"going on: {len(rows)} of {expected} rows were finished before, in {self.path}")
         return rows
 
-    def keep(self, found: Evaluation) -> None:
-        """Keep the rows so far; where that fails, say so and go on."""
+    def images(self) -> AttackedImages | None:
+        """Return the images of the rows that :meth:`open` gave; None where they are lost."""
+        if self.path is None:
+            return None
+        try:
+            return AttackedImages.load(self._images(self.path))
+        except CheckpointError:
+            return None
+
+    def keep(self, found: Evaluation, images: AttackedImages | None = None) -> None:
+        """Keep the rows so far, and their images; where that fails, say so and go on."""
         if self.path is None:
             return
         try:
+            if images is not None:
+                images.save(self._images(self.path))
             PartialEvaluation(self._key, found).save(self.path)
         except CheckpointError as error:
             warnings.warn(f"finished rows are not kept: {error}", stacklevel=3)

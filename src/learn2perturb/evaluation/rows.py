@@ -21,6 +21,7 @@ from learn2perturb.engine.halving import Halving
 from learn2perturb.engine.identity import fingerprint_of_weights
 from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.engine.ranks import Ranks
+from learn2perturb.evaluation.image_keeper import Choice, Kept
 from learn2perturb.evaluation.intervals import majority
 from learn2perturb.evaluation.pace import Pace, guessed_passes
 from learn2perturb.evaluation.parts import attacked
@@ -41,15 +42,22 @@ class _Batch:
     predictions: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
     pooled: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty(0, dtype=np.int64))
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    kept: Kept | None = None
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
-        return {"predictions": self.predictions.tolist(), "pooled": self.pooled.tolist(), "sums": self.sums}
+        kept = None if self.kept is None else self.kept.plain()
+        return {
+            "predictions": self.predictions.tolist(), "pooled": self.pooled.tolist(), "sums": self.sums, "kept": kept,
+        }  # fmt: skip
 
     @classmethod
-    def of(cls, predictions: list[list[int]], pooled: list[int], sums: dict[str, float]) -> _Batch:
+    def of(
+        cls, predictions: list[list[int]], pooled: list[int], sums: dict[str, float], kept: dict[str, str] | None
+    ) -> _Batch:
         """Return what :meth:`plain` gave."""
-        return cls(np.array(predictions, dtype=np.int64), np.array(pooled, dtype=np.int64), sums)
+        images = None if kept is None else Kept.of(**kept)
+        return cls(np.array(predictions, dtype=np.int64), np.array(pooled, dtype=np.int64), sums, images)
 
 
 @final
@@ -116,8 +124,19 @@ class RowRun:
         eps = "" if self.attack is None else f" eps {self.attack.eps:.4g}"
         return f"{self.name}{eps}{'' if self.noise else ', noise off'}, {self.predictor}"
 
-    def add(self, model: Model, x: Tensor, y: Tensor, batch: int, tell: Callable[[float], object]) -> None:
-        """Attack and score one batch; ``tell`` is called with the share of it that is done."""
+    def add(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        batch: int,
+        tell: Callable[[float], object],
+        choose: Choice | None = None,
+    ) -> None:
+        """Attack and score one batch; ``tell`` is called with the share of it that is done.
+
+        ``choose`` says by the predictions which of the attacked images are kept.
+        """
         quiet = noise_disabled(model) if self.switched and isinstance(model, nn.Module) else contextlib.nullcontext()
         found = self.batches[batch] = _Batch()
         with quiet:
@@ -127,6 +146,8 @@ class RowRun:
                     x_adv = self._attacked(self.attack, model, x, y, batch, found)
             with torch.no_grad():
                 self._score(model, x_adv, batch, found)
+        if choose is not None and self.attack is not None:
+            found.kept = Kept.among(x_adv, choose(found.predictions))
 
     def meet(self, ranks: Ranks) -> None:
         """Take in the batches that other processes have attacked and scored."""
@@ -165,6 +186,16 @@ class RowRun:
         found.predictions = np.stack(scorings)
         if total is not None:
             found.pooled = total.argmax(dim=1).cpu().numpy()
+
+    def kept_of(self, batch: int) -> list[int]:
+        """Return which images of a batch are kept."""
+        found = self.batches.get(batch)
+        return [] if found is None or found.kept is None else found.kept.index.tolist()
+
+    def kept(self, sizes: tuple[int, ...]) -> Kept | None:
+        """Return the images that were kept of all batches, which have so many images each; None where none were."""
+        starts = np.cumsum((0, *sizes))
+        return Kept.joined([one.kept.moved(int(starts[at])) for at, one in sorted(self.batches.items()) if one.kept])
 
     def _sum(self, name: str) -> Any:
         """Return the sum over all batches, in their order; None where no attack has the number."""

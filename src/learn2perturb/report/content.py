@@ -12,7 +12,7 @@ from learn2perturb.diagnosis.claim import Claim
 from learn2perturb.diagnosis.layout import advice, key_figure
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation import Evaluation, Row
-from learn2perturb.report import charts, studies
+from learn2perturb.report import charts, galleries, studies
 from learn2perturb.report.section import Chart, Section
 from learn2perturb.report.sources import Material
 
@@ -169,6 +169,7 @@ def _sections(material: Material) -> Iterable[Section]:
         yield Section("Single networks", (sentence,))
     for index, evaluation in enumerate(itertools.islice(_strongest(material), MOST_RUNS)):
         yield _classes(evaluation, index)
+    yield from _images(material)
     for index, (_, certification) in enumerate(material.certifications):
         spec = charts.certified(certification)
         yield Section(
@@ -234,6 +235,21 @@ def _classes(evaluation: Evaluation, index: int) -> Section:
     )
 
 
+def _images(material: Material) -> Iterable[Section]:
+    """Yield, for each model, the images under the attack that leaves least of those whose images are kept."""
+    kept = Material(evaluations=[(path, one) for path, one in material.evaluations if path in material.images])
+    places = {id(one): path for path, one in kept.evaluations}
+    room = galleries.ROOM
+    for evaluation in itertools.islice(_strongest(kept), MOST_RUNS):
+        images = material.images[places[id(evaluation)]]
+        gallery, room = galleries.of(images, evaluation, class_names(evaluation), room)
+        if gallery is not None and gallery.shots:
+            title = f"Images: {evaluation.metadata.get('model', 'model')}"
+            yield Section(title, (gallery.told,), galleries=(gallery,))
+    if material.misfits:
+        yield Section("Images that are left out", tuple(material.misfits))
+
+
 def class_names(evaluation: Evaluation) -> Sequence[str]:
     """Return the names of the classes, numbers where the record has none."""
     names = evaluation.metadata.get("classes")
@@ -265,4 +281,5 @@ def as_data(content: Content) -> dict[str, Any]:
         "verdict": content.verdict,
         "claim": content.claim,
         "checks": [check for section in content.sections for check in section.checks],
+        "galleries": galleries.as_data(gallery for section in content.sections for gallery in section.galleries),
     }

@@ -34,8 +34,32 @@ class Listing:
 
 
 @dataclass(frozen=True)
+class Shot:
+    """An image, what an attack made of it, and what it added, as PNG files in text; how the draws voted on both."""
+
+    index: int
+    label: str
+    kind: str
+    clean: str
+    adversarial: str
+    difference: str
+    votes: tuple[tuple[str, int], ...]
+    clean_votes: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images under one row, chosen by a rule; ``row`` is its label, ``told`` what is to be known of them."""
+
+    row: str
+    told: str
+    times: int
+    shots: tuple[Shot, ...]
+
+
+@dataclass(frozen=True)
 class Section:
-    """A heading and what is under it: sentences, tables, lists, settings, charts, checks."""
+    """A heading and what is under it: sentences, tables, lists, settings, charts, checks, images."""
 
     title: str
     sentences: tuple[str, ...] = ()
@@ -44,3 +68,4 @@ class Section:
     checks: tuple[dict[str, Any], ...] = ()
     tables: tuple[Shown, ...] = ()
     lists: tuple[Listing, ...] = ()
+    galleries: tuple[Gallery, ...] = ()

@@ -12,7 +12,8 @@ from typing import Any
 from learn2perturb.certification import Certification
 from learn2perturb.diagnosis import Diagnosis
 from learn2perturb.errors import CheckpointError, ConfigError
-from learn2perturb.evaluation import Evaluation
+from learn2perturb.evaluation import AttackedImages, Evaluation
+from learn2perturb.evaluation.attacked import beside
 from learn2perturb.experiments.folder import CONTENTS, StudyFolder
 from learn2perturb.experiments.view import View
 from learn2perturb.reading import MOST_RECORD, MOST_SETTINGS, parse_json, parse_yaml, read_bytes, reading
@@ -41,6 +42,8 @@ class Material:
         views: tables and figures of studies, each once.
         studies: what folders of studies say of themselves.
         lost: records and run folders that a study was made of, and that are no longer where it says.
+        images: path of a record -> the attacked images that are kept beside it.
+        misfits: sentences on images that are not of the record that they lie beside.
     """
 
     evaluations: list[tuple[str, Evaluation]] = field(default_factory=list)
@@ -50,6 +53,8 @@ class Material:
     views: list[View] = field(default_factory=list)
     studies: list[StudyFolder] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    images: dict[str, AttackedImages] = field(default_factory=dict)
+    misfits: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.evaluations or self.diagnoses or self.certifications or self.trainings or self.views)
@@ -154,9 +159,23 @@ def _add(path: Path, said: str, found: Material) -> None:
     record = _KINDS[said].load(path)
     if isinstance(record, Evaluation):
         found.evaluations.append((str(path), record))
+        _add_images(path, record, found)
     elif isinstance(record, Diagnosis):
         found.diagnoses.append((str(path), record))
     elif isinstance(record, View):
         found.views.append(record)
     else:
         found.certifications.append((str(path), record))
+
+
+def _add_images(path: Path, record: Evaluation, found: Material) -> None:
+    """Add the images that are kept beside a record, if they are its own."""
+    place = beside(path)
+    if not place.exists():
+        return
+    images = AttackedImages.load(place)
+    reason = images.misfit(record)
+    if reason is None:
+        found.images[str(path)] = images
+    else:
+        found.misfits.append(f"{place.name} is not of the record beside it and is left out: {reason}.")

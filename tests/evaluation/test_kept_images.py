@@ -1,0 +1,283 @@
+"""Attacked images that an evaluation keeps: which, exactly what, how they are read again, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from learn2perturb.attacks import FGSM, PGD
+from learn2perturb.cli.main import main
+from learn2perturb.errors import CheckpointError, ConfigError
+from learn2perturb.evaluation import AttackedImages, Evaluation, ImageKeeper, Unfinished, evaluate
+from learn2perturb.evaluation.attacked import beside, broken_and_held, eight_bits
+from learn2perturb.evaluation.pictures import amplification, difference, png, sheet
+from tests.foreign import write_network
+
+ATTACKS = {"one": FGSM(0.1), "more": PGD(0.1, 0.05, 2)}
+
+
+class Noisy(nn.Module):
+    """A linear classifier with noise on its logits."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        logits = self.inner(x)
+        return logits + 0.2 * torch.randn_like(logits)
+
+
+def noisy(seed=0):
+    torch.manual_seed(seed)
+    return Noisy(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)))
+
+
+def images(n=40):
+    x = torch.rand(n, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y = noisy().inner(x).argmax(dim=1)
+    return x, y
+
+
+def kept(each=2, data=None, **settings):
+    keeper = ImageKeeper(each)
+    found = evaluate(
+        noisy(), images() if data is None else data, ATTACKS, draws=5, batch_size=16, images=keeper, progress=False,
+        **settings,
+    )  # fmt: skip
+    return found, keeper.found
+
+
+@pytest.fixture(scope="module")
+def both():
+    return kept()
+
+
+def test_the_first_broken_and_held_images_of_each_row_are_kept(both):
+    found, images_kept = both
+    labels, clean = found.labels.unpack(), found.row("clean").predictions.unpack()
+    assert [row.label for row in images_kept.rows] == [row.label for row in found.rows if row.attack != "clean"]
+    for row in images_kept.rows:
+        answers = images_kept.row_of(found, row).predictions.unpack()
+        broken, held = broken_and_held(answers, labels, clean)
+        expected = sorted([*np.flatnonzero(broken)[:2], *np.flatnonzero(held)[:2]])
+        assert row.index.tolist() == expected and len(expected) == 4, "a row with both kinds"
+        assert (row.predictions == answers[:, row.index]).all()
+        assert (row.clean_predictions == clean[:, row.index]).all()
+    assert "the first 2 images that are broken" in images_kept.about["rule"]
+
+
+def test_broken_was_right_before_and_a_tie_is_neither():
+    labels = np.zeros(4, dtype=np.int64)
+    attacked = np.array([[0, 1, 1, 0], [0, 1, 1, 1]])  # right always, never, never, half of the time
+    clean = np.array([[0, 0, 1, 0], [0, 0, 0, 0]])  # the third is right half of the time only
+    broken, held = broken_and_held(attacked, labels, clean)
+    assert broken.tolist() == [False, True, False, False] and held.tolist() == [True, False, False, False]
+    broken, held = broken_and_held(attacked, labels)
+    assert broken.tolist() == [False, True, True, False] and held.tolist() == [True, False, False, False]
+
+
+def test_the_images_are_exactly_those_that_were_scored(both):
+    """Another model without noise answers to the kept images as it does under the same attack."""
+    plain, data = noisy().inner, images()
+    keeper = ImageKeeper(None)
+    found = evaluate(plain, data, {"one": FGSM(0.1)}, images=keeper, progress=False)
+    adversarial, labels = keeper.found.data("one 0.1")
+    assert (keeper.found.clean == data[0].numpy()).all() and (labels == data[1].numpy()).all()
+    assert adversarial.dtype == np.float32
+    assert np.abs(adversarial - keeper.found.clean).max() == pytest.approx(0.1, abs=1e-6)
+    again = evaluate(plain, keeper.found.data("one 0.1"), progress=False)
+    assert (again.row("clean").predictions.unpack() == found.row("one").predictions.unpack()).all()
+
+
+def test_the_numbers_are_those_of_an_evaluation_that_keeps_nothing(both):
+    plain = evaluate(noisy(), images(), ATTACKS, draws=5, batch_size=16, progress=False)
+    assert [row.predictions for row in plain.rows] == [row.predictions for row in both[0].rows]
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_loader_is_read_once_and_its_images_are_kept(clean):
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*images()), batch_size=16)
+    found, from_loader = kept(data=loader, clean=clean)
+    assert from_loader.misfit(found) is None
+    x, y = images()
+    assert (from_loader.clean == x[from_loader.index].numpy()).all()
+    assert (from_loader.labels == y[from_loader.index].numpy()).all()
+    assert all((row.clean_predictions is None) == (not clean) for row in from_loader.rows)
+
+
+def test_what_is_saved_is_read_again(both, tmp_path):
+    found, images_kept = both
+    path = images_kept.save(beside(found.save(tmp_path / "a.json")))
+    assert path.name == "a.images.npz"
+    again = AttackedImages.load(path)
+    assert again.misfit(Evaluation.load(tmp_path / "a.json")) is None
+    assert dict(again.about) == dict(images_kept.about)
+    for one, other in zip(images_kept.rows, again.rows, strict=True):
+        assert (one.adversarial == other.adversarial).all() and one.adversarial.dtype == other.adversarial.dtype
+        assert (again.data(one.label)[1] == images_kept.data(one.label)[1]).all()
+    with np.load(path) as arrays:  # by numpy alone
+        assert (arrays["adversarial_8bit_0"] == np.round(255 * arrays["adversarial_0"])).all()
+    with pytest.raises(ConfigError, match="there are"):
+        again.data("other")
+
+
+def changed(path, **changes):
+    """Write the arrays of a file with some changed, or left out."""
+    with np.load(path) as found:
+        arrays = {name: found[name] for name in found.files} | changes
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("adversarial_0", lambda array: 1 - array),
+        ("adversarial_0", lambda array: array[1:]),
+        ("clean", lambda array: array * np.nan),
+        ("clean", lambda array: array[0]),
+        ("index", lambda array: array[::-1]),
+        ("index_0", lambda array: array + 1000),
+        ("labels", lambda array: array.astype(float)),
+        ("predictions_0", lambda array: array[:, 1:]),
+        ("about", lambda array: array[:-1]),
+        ("about", lambda array: np.array([{}], dtype=object)),
+        ("clean_8bit", lambda array: None),
+    ],
+)
+def test_a_damaged_file_is_refused_in_a_line(name, change, both, tmp_path):
+    path = both[1].save(tmp_path / "a.images.npz")
+    with np.load(path) as found:
+        changed_array = change(found[name])
+    changed(path, **{name: changed_array})
+    with pytest.raises(CheckpointError, match=r"a.images.npz.*evaluate again") as refusal:
+        AttackedImages.load(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_is_no_such_file_is_refused(tmp_path, both):
+    path = tmp_path / "a.images.npz"
+    with pytest.raises(CheckpointError, match="No such file"):
+        AttackedImages.load(path)
+    content = both[1].save(path).read_bytes()
+    for text in (b"", content[:300], content[:-30], b"{}"):
+        path.write_bytes(text)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            AttackedImages.load(path)
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("about.npy", bytes(1000))
+    path.write_bytes(bomb.getvalue())
+    with pytest.raises(CheckpointError, match="compressed"):
+        AttackedImages.load(path)
+
+
+def test_images_of_another_evaluation_are_told(both):
+    _, images_kept = both
+    other = evaluate(noisy(1), images(), ATTACKS, draws=5, batch_size=16, progress=False)
+    assert "weights" in images_kept.misfit(other)
+    seeded = evaluate(noisy(), images(), ATTACKS, draws=5, batch_size=16, seed=3, progress=False)
+    assert "seed" in images_kept.misfit(seeded)
+
+
+class Stopped(Exception):
+    """What ends an evaluation in the middle."""
+
+
+def test_an_evaluation_that_goes_on_has_all_images(tmp_path, both):
+    def stop(done, total, label):
+        if label.startswith("more") and done:
+            raise Stopped
+
+    settings = {"draws": 5, "batch_size": 16}
+    with pytest.raises(Stopped), Unfinished(tmp_path) as keep:
+        evaluate(noisy(), images(), ATTACKS, keep=keep, images=ImageKeeper(2), progress=stop, **settings)
+    assert len(list(tmp_path.glob("*.images.npz"))) == 1
+    seen = set()
+    with Unfinished(tmp_path) as keep:
+        keeper = ImageKeeper(2)
+        found = evaluate(
+            noisy(), images(), ATTACKS, keep=keep, images=keeper,
+            progress=lambda done, total, label: seen.add(label.split()[0]), **settings,
+        )  # fmt: skip
+    assert seen == {"more"}, "the other rows are not computed again"
+    assert keeper.found.misfit(found) is None
+    for one, other in zip(keeper.found.rows, both[1].rows, strict=True):
+        assert (one.adversarial == other.adversarial).all()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lost_images_of_finished_rows_are_made_again(tmp_path, both):
+    settings = {"draws": 5, "batch_size": 16}
+    keep = Unfinished(tmp_path)
+    evaluate(noisy(), images(), ATTACKS, keep=keep, images=ImageKeeper(2), progress=False, **settings)
+    next(tmp_path.glob("*.images.npz")).unlink()
+    keeper = ImageKeeper(2)
+    evaluate(noisy(), images(), ATTACKS, keep=Unfinished(tmp_path), images=keeper, progress=False, **settings)
+    assert [row.index.tolist() for row in keeper.found.rows] == [row.index.tolist() for row in both[1].rows]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_pictures_of_any_number_of_channels(channels):
+    from PIL import Image
+
+    image = np.arange(channels * 6, dtype=np.uint8).reshape(channels, 2, 3)
+    shown = Image.open(io.BytesIO(png(image)))
+    assert shown.size == (3, 2) and shown.mode == ("RGB" if channels == 3 else "L")
+
+
+def test_the_largest_difference_is_as_bright_as_can_be():
+    clean = np.full((1, 1, 1, 2), 0.5)
+    adversarial = clean + np.array([0.1, -0.05])
+    assert amplification(clean, adversarial) == 5
+    assert difference(clean[0], adversarial[0], 5)[0, 0].tolist() == [255, eight_bits(np.array(0.25))]
+    assert amplification(clean, clean) == 1
+
+
+def test_a_sheet_of_each_row(both):
+    from PIL import Image
+
+    assert Image.open(io.BytesIO(sheet(both[1], both[1].rows[0]))).size == (3 * 68, 4 * 68)
+
+
+@pytest.mark.parametrize("each", [0, -1, True, "8", 2.5])
+def test_a_count_that_is_none_is_refused(each):
+    with pytest.raises(ConfigError, match="each"):
+        ImageKeeper(each)
+
+
+def test_the_verb_keeps_a_few_beside_the_record_and_saves_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own_network = write_network(tmp_path, monkeypatch)
+    words = ["evaluate", own_network, "--dataset", "digits", "--attacks", "fgsm", "--limit", "20", "--draws", "2"]
+    assert main([*words, "--out", "a.json", "--keep-images", "2", "--save-images", "all.npz"]) == 0
+    assert capsys.readouterr().out.count("images: ") == 3
+    found = Evaluation.load("a.json")
+    few, every = AttackedImages.load("a.images.npz"), AttackedImages.load("all.npz")
+    assert few.misfit(found) is every.misfit(found) is None
+    assert len(every.rows[0].index) == 20 and 0 < len(few.rows[0].index) <= 4
+    assert (tmp_path / "all-0-fgsm-8-255.png").read_bytes().startswith(b"\x89PNG")
+    assert found.metadata["command"][:3] == ["learn2perturb", "evaluate", own_network]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--keep-images", "0"], "keep_images"),
+        (["--save-images", "all.png"], "no .npz file"),
+        (["--save-images", "."], "no .npz file"),
+        (["--save-images", "taken.npz"], "holds no kept images"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_before_work(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken.npz").write_bytes(b"mine")
+    assert main(["evaluate", "runs/none", *words]) == 2
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "taken.npz").read_bytes() == b"mine"
