@@ -50,12 +50,12 @@ def kill(monkeypatch):
     def arm(at: int | None) -> list[str]:
         computed.clear()
 
-        def add(self, model, x, y, batch, tell):
+        def add(self, model, x, y, batch, tell, choose=None):
             if batch == 0:
                 computed.append(self.label)
             if at is not None and len(computed) > at and batch == 1:
                 raise Killed
-            real(self, model, x, y, batch, tell)
+            real(self, model, x, y, batch, tell, choose)
 
         monkeypatch.setattr(RowRun, "add", add)
         return computed
