@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from learn2perturb.checks import check_choice
@@ -65,6 +66,22 @@ def preset(name: str, eot: int, *, average: str | None = None, draws: str | None
     elif draws == "held" and attack not in _ONE_STEP:
         raise ConfigError(f"eot_draws is 'held', which preset {name!r} cannot do; it is for those of PGD")
     return attack, found
+
+
+def named_attack(text: str) -> tuple[str, tuple[str, dict[str, Any]]]:
+    """Read ``strong=pgd:steps=50,eot=20`` into the name of its row, and the attack; the text itself is a name, too.
+
+    Raises:
+        ConfigError: it is not written so.
+    """
+    head, colon, rest = text.partition(":")
+    row, equals, attack = head.partition("=")
+    if not equals:
+        return text.replace(" ", ""), parse_attack(text)
+    row = row.strip()
+    if not re.fullmatch(r"[\w.+ -]+", row) or not attack.strip():
+        raise ConfigError(f"attack {text!r}: {row!r} cannot name a row; write strong=pgd:steps=50,eot=20")
+    return row, parse_attack(attack.strip() + colon + rest)
 
 
 def parse_attack(text: str) -> tuple[str, dict[str, Any]]:

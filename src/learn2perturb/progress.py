@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from learn2perturb.terminal import Steady, say, visible
+from learn2perturb.terminal import Steady, level, say, visible
 
 Progress = Callable[[float, float, str], object]  # done, total, of what
 
@@ -37,8 +37,10 @@ class _Start(NamedTuple):
         """Say how long the rest takes if it goes on as before."""
         if done <= self.done or now <= self.at:
             return ""
-        seconds = (self.total - done) * (now - self.at) / (done - self.done)
-        return f", about {max(1, round(seconds / 60))} min left" if seconds > 60 else f", about {seconds:.0f} s left"
+        rate = (done - self.done) / (now - self.at)
+        seconds = (self.total - done) / rate
+        left = f"{max(1, round(seconds / 60))} min" if seconds > 60 else f"{seconds:.0f} s"
+        return f", {rate:.3g} a second, about {left} left"
 
 
 class Reporter:
@@ -48,7 +50,9 @@ class Reporter:
     """
 
     def __init__(self, enabled: bool = True, interval: float = 30.0, *, silent: bool = False) -> None:
-        self.enabled, self.interval, self.silent = enabled and not silent, interval, silent
+        self.silent = silent or level() < 0
+        self.enabled = enabled and not self.silent
+        self.interval = interval / (6 if level() > 0 else 1)
         self._console = Console(file=cast(TextIO, Steady(sys.stderr)))
         self._bar: Bar | None = None
         self._task: Any = None

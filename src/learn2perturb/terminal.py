@@ -32,6 +32,25 @@ def number_among() -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
+_level = 0  # of what is said of progress: below 0 nothing, above 0 more often
+
+
+def level() -> int:
+    """Return how much is said of progress: below 0 nothing but results, above 0 more than usual."""
+    return _level
+
+
+@contextlib.contextmanager
+def verbosity(amount: int) -> Iterator[None]:
+    """Say less (below 0) or more (above 0) of progress for the body."""
+    global _level
+    before, _level = _level, amount
+    try:
+        yield
+    finally:
+        _level = before
+
+
 def visible(text: object) -> str:
     """Return ``text`` with every control character written out, as ESC is in ``repr``; tab and line end stay."""
     return _HIDDEN.sub(lambda found: ascii(found.group())[1:-1], str(text))

@@ -118,9 +118,9 @@ def test_plain_lines_are_rare_and_have_an_estimate(capsys, monkeypatch):
             reporter(20 + second / 10, 200, "pgd")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "pgd: 23/200, about 29 min left",
-        "pgd: 26/200, about 29 min left",
-        "pgd: 29/200, about 28 min left",
+        "pgd: 23/200, 0.1 a second, about 29 min left",
+        "pgd: 26/200, 0.1 a second, about 29 min left",
+        "pgd: 29/200, 0.1 a second, about 28 min left",
     ]
 
 

@@ -19,6 +19,7 @@ from learn2perturb.attacks.listening import listener
 from learn2perturb.attacks.losses import LOSSES, Loss, margin
 from learn2perturb.attacks.probing import apart, passes_differ
 from learn2perturb.attacks.watch import Watch
+from learn2perturb.brief import brief
 from learn2perturb.checks import check_count, check_size
 from learn2perturb.engine import execution
 from learn2perturb.engine.answers import ask, check_answer, check_finite, check_weights, fitting, plain_logits
@@ -54,6 +55,8 @@ class AttackResult:
         loss_falling: of C&W, images whose objective fell by more than 1 % over the last tenth of the last search step;
             None on a stochastic model, where noise would look like a fall.
     """
+
+    __repr__ = brief
 
     attack: Attack
     x_adv: Tensor

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learn2perturb import records
+from learn2perturb.brief import brief
 from learn2perturb.errors import CheckpointError
 from learn2perturb.evaluation.intervals import bootstrap_mean
 from learn2perturb.evaluation.result import format_eps
@@ -76,6 +77,8 @@ class RiskGap(records.Saved):
         floor: what it is at eps 0: that much is lost to the entropies alone.
         direct: the total variation of the noisy features, a bound on the same gap.
     """
+
+    __repr__ = brief
 
     FORMAT: ClassVar[str] = "learn2perturb.risk_gap"
     VERSION: ClassVar[int] = 1

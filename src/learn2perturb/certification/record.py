@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from learn2perturb import records
+from learn2perturb.brief import brief
 from learn2perturb.certification.bounds import gaussian_dp_radius, laplace_radius
 from learn2perturb.certification.config import METHODS
 from learn2perturb.errors import CheckpointError
@@ -60,6 +61,8 @@ class Certification(records.Saved):
         votes: draws of the n for the chosen class.
         radii: 0 where it abstained.
     """
+
+    __repr__ = brief
 
     FORMAT: ClassVar[str] = "learn2perturb.certification"
     VERSION: ClassVar[int] = 1

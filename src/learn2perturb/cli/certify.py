@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from learn2perturb.certification.config import GAPS, CertifyConfig
 from learn2perturb.cli.figures import certification_figure, check_folder
 from learn2perturb.cli.options import add_config, add_json, config_of, print_json
+from learn2perturb.cli.planning import Plan
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.subject import add_subject, check_subject, load_subject, new_record, save_record
 from learn2perturb.errors import ConfigError
@@ -66,6 +67,13 @@ def run(arguments: argparse.Namespace) -> int:
         return FAILURE
     print(f"\nrecord: {record}")
     return SUCCESS
+
+
+def plan(arguments: argparse.Namespace) -> Plan:
+    """Return what would be done: the settings, and what is certified."""
+    check_subject(arguments)
+    config = config_of(CertifyConfig, arguments)
+    return Plan(config.to_dict(), (f"certify {arguments.run}, split {arguments.split}: {config.n:,} passes an image",))
 
 
 def _gap(arguments: argparse.Namespace, subject: Subject, config: CertifyConfig) -> int:

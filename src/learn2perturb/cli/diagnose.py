@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from learn2perturb.cli.figures import check_folder, diagnosis_figures
 from learn2perturb.cli.networks import words_of
 from learn2perturb.cli.options import add_config, add_json, config_of, print_json
+from learn2perturb.cli.planning import Plan
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.sources import FOLDER, sources_on_data
 from learn2perturb.cli.subject import (
@@ -79,6 +80,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--strict", action="store_true", help="exit 1 unless the claim is not refuted, or all checks passed")
     add("--out", metavar="FILE", help="the record (default RUN/evaluation/NAME-diagnosis-SPLIT-seedN.json)")
     add_json(parser)
+
+
+def plan(arguments: argparse.Namespace) -> Plan:
+    """Return what would be done: the settings, and what is diagnosed by which sources."""
+    check_subject(arguments)
+    named, config = _named_sources(arguments.source), config_of(DiagnoseConfig, arguments)
+    sources = ", ".join(named) or ("trained" if arguments.train_sources else "none")
+    return Plan(
+        config.to_dict() | {"sources": named},
+        (f"diagnose {arguments.run}, split {arguments.split}, budget {config.budget}", f"sources: {sources}"),
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from learn2perturb.checks import check_count
 from learn2perturb.cli.images import add_kept_images, check_images_asked, keeper, saved_images
 from learn2perturb.cli.networks import add_network
 from learn2perturb.cli.options import add_config, add_json, config_of, print_json, typed, words
+from learn2perturb.cli.planning import Plan
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.subject import (
     add_images,
@@ -23,7 +24,7 @@ from learn2perturb.cli.subject import (
 )
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation.config import EvaluateConfig
-from learn2perturb.presets import AVERAGES, DEFAULT_ATTACKS, EOT_DRAWS, PRESETS, parse_attack, preset
+from learn2perturb.presets import AVERAGES, DEFAULT_ATTACKS, EOT_DRAWS, PRESETS, named_attack, preset
 from learn2perturb.records import check_writable
 from learn2perturb.registry import ATTACKS
 from learn2perturb.runs.trained import own_predictor
@@ -42,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_network(parser)
     add("--attacks", metavar="NAMES", help=f"of {', '.join(PRESETS)} (default {DEFAULT_ATTACKS}; none for clean only)")
     add(
-        "--attack", action="append", default=[], metavar="NAME:KEY=VALUE,...",
-        help="an attack in full, may be repeated: pgd:steps=50,step_size=2/255,restarts=5",
+        "--attack", action="append", default=[], metavar="[ROW=]NAME:KEY=VALUE,...",
+        help="an attack in full, may be repeated; ROW names its row: strong=pgd:steps=50,step_size=2/255,eot=20",
     )  # fmt: skip
     add(
         "--eot",
@@ -133,6 +134,18 @@ def run(arguments: argparse.Namespace) -> int:
     return code
 
 
+def plan(arguments: argparse.Namespace) -> Plan:
+    """Return what would be done: the rows, the settings, and where the record goes."""
+    specs, config = attack_specs(arguments), config_of(EvaluateConfig, arguments)
+    check_subject(arguments)
+    attacks = {row: {"attack": name, **settings} for row, (name, settings) in specs.items()}
+    rows = ", ".join([*(["clean"] if config.clean else []), *specs])
+    return Plan(
+        config.to_dict() | {"attacks": attacks},
+        (f"evaluate {arguments.run}, split {arguments.split}", f"rows: {rows}", f"record: {record_path(arguments)}"),
+    )
+
+
 def attack_specs(arguments: argparse.Namespace) -> dict[str, tuple[str, dict[str, Any]]]:
     """Return row name -> (registered attack, settings), presets first.
 
@@ -146,11 +159,13 @@ def attack_specs(arguments: argparse.Namespace) -> dict[str, tuple[str, dict[str
     how = {"average": arguments.eot_average, "draws": arguments.eot_draws}
     specs = {name: preset(name, arguments.eot, **how) for name in words(named, "--attacks") if name != "none"}
     for text in arguments.attack:
-        name, settings = parse_attack(text)
+        row, (name, settings) = named_attack(text)
         ATTACKS.entry(name)
+        if row in specs:
+            raise ConfigError(f"two attacks are named {row!r}; give each row a name of its own: NAME=pgd:steps=50")
         if "eps" in settings and arguments.eps is not None:
             raise ConfigError(f"attack {text!r} has an eps of its own and --eps is given too; give one of them")
-        specs[text.replace(" ", "")] = (name, settings)
+        specs[row] = (name, settings)
     return specs
 
 

@@ -16,11 +16,15 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from learn2perturb import __version__
 from learn2perturb.errors import ConfigError, Interrupted, Learn2PerturbError, TrainingError, UnknownNameError
 from learn2perturb.plugins import OPTION, imported, without_imports
-from learn2perturb.terminal import number_among, one_line, say, steady_streams
+from learn2perturb.terminal import number_among, one_line, say, steady_streams, verbosity
+
+if TYPE_CHECKING:
+    import argparse
 
 # verb -> what it does; the module of the same name has DESCRIPTION, EXAMPLE, add_arguments(parser), run(arguments)
 VERBS = {
@@ -39,6 +43,7 @@ VERBS = {
 }
 SHARED = ("train", "evaluate", "certify")  # what several processes of torchrun do together
 SUCCESS, FAILURE, BAD_INPUT = 0, 1, 2
+COMPLETION = "--print-completion"
 _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 _NOT_THE_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
@@ -53,6 +58,7 @@ def usage() -> str:
         f"verbs:\n{lines}\n\n"
         "options:\n  --help           this page; learn2perturb VERB --help has the options of a verb\n"
         "  --version        the version\n"
+        f"  {COMPLETION} bash|zsh  a script that completes verbs and options in your shell\n"
         "  --import MODULE  import a module or file of your own first, which registers attacks, defenses, ...\n\n"
         "example:\n  learn2perturb train --dataset digits --model digits_cnn --recipe fast --epochs 5\n"
     )
@@ -80,6 +86,11 @@ def _verb(words: Sequence[str], command: Sequence[str]) -> int:
     if verb == "--version":
         print(f"learn2perturb {__version__}")
         return SUCCESS
+    if verb == COMPLETION:
+        from learn2perturb.cli.completion import completion
+
+        print(completion(rest[0] if rest else "", VERBS))
+        return SUCCESS
     if verb not in VERBS:
         raise UnknownNameError.of("verb", verb, VERBS)
     rank, world = number_among()
@@ -95,16 +106,31 @@ def _verb(words: Sequence[str], command: Sequence[str]) -> int:
         prog=f"learn2perturb {verb}", description=module.DESCRIPTION, epilog=f"example:\n  {module.EXAMPLE}"
     )
     module.add_arguments(parser)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument(
-        OPTION, metavar="MODULE", help="import a module of your own first, which registers parts; may be repeated"
-    )
+    add_common(parser, planned=hasattr(module, "plan"))
     if {"--help", "-h"} & {*rest}:
         parser.epilog = f"{parser.epilog}{own_parts_told()}"
     arguments = parser.parse(rest)
     arguments.command = [*command]
-    code: int = module.run(arguments)
+    if getattr(arguments, "print_config", False) or getattr(arguments, "dry_run", False):
+        module.plan(arguments).show(steps=arguments.dry_run, as_json=arguments.json)
+        return SUCCESS
+    with verbosity(arguments.verbose - arguments.quiet):
+        code: int = module.run(arguments)
     return code
+
+
+def add_common(parser: argparse.ArgumentParser, *, planned: bool) -> None:
+    """Add the options that every verb has."""
+    group = parser.add_argument_group("for every verb")
+    group.add_argument("-q", "--quiet", action="count", default=0, help="no progress, only results and what went wrong")
+    group.add_argument("-v", "--verbose", action="count", default=0, help="progress six times as often off a terminal")
+    if planned:
+        group.add_argument("--print-config", action="store_true", help="print all settings, filled; nothing is done")
+        group.add_argument("--dry-run", action="store_true", help="check all that is given, say what would be done")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    group.add_argument(
+        OPTION, metavar="MODULE", help="import a module of your own first, which registers parts; may be repeated"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from learn2perturb.cli.networks import add_output
 from learn2perturb.cli.options import add_fields, add_json, print_json, print_table
+from learn2perturb.cli.planning import Plan
 from learn2perturb.defenses.settings import Settings
 from learn2perturb.naming import network_name
 from learn2perturb.training.config import TrainConfig, read_config
@@ -70,6 +71,27 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print(f"run folder: {folder}", flush=True)
     return _train(config, folder, as_json=arguments.json)
+
+
+def plan(arguments: argparse.Namespace) -> Plan:
+    """Return what would be done: every setting, filled by the recipe, and whether a run goes on.
+
+    Raises:
+        ConfigError: a setting is not allowed, or the folder holds another run.
+    """
+    from learn2perturb.training.folder import check_folder
+    from learn2perturb.training.metrics import read_metrics
+
+    config = build_config(arguments).resolve()
+    folder = Path(arguments.out) if arguments.out else default_folder(config)
+    check_folder(folder, config)
+    done = len(read_metrics(folder)) if (folder / "config.yaml").is_file() else 0
+    where = f"goes on after epoch {done} in" if done else "goes into"
+    left = max(0, (config.epochs or 0) - done)
+    return Plan(
+        config.to_dict(),
+        (f"train {config.describe()}", f"{left} epochs of {config.epochs}", f"the run {where} {folder}"),
+    )
 
 
 def _train(config: TrainConfig, folder: Path, *, as_json: bool) -> int:

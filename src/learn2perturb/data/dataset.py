@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learn2perturb.brief import brief
 from learn2perturb.data.subset import balanced_rows
 from learn2perturb.engine.random import derive_seed
 from learn2perturb.errors import ConfigError, DataError
@@ -32,6 +33,8 @@ class ImageData:
     Raises:
         DataError: a wrong type or shape, no image, or a label outside the classes.
     """
+
+    __repr__ = brief
 
     name: str
     images: Tensor

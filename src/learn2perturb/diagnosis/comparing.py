@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from learn2perturb import records
+from learn2perturb.brief import brief
 from learn2perturb.diagnosis.layout import table
 from learn2perturb.diagnosis.record import Diagnosis
 from learn2perturb.diagnosis.verdict import percent
@@ -64,6 +65,8 @@ class PairedAccuracy:
 @dataclass(frozen=True)
 class DiagnosisComparison(records.Saved):
     """What two diagnoses say of two models; ``notes`` name the settings in which they differ."""
+
+    __repr__ = brief
 
     FORMAT: ClassVar[str] = "learn2perturb.diagnosis-comparison"
     VERSION: ClassVar[int] = 1

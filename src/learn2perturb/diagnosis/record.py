@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from learn2perturb import records
+from learn2perturb.brief import brief
 from learn2perturb.diagnosis.checks import CHECKS
 from learn2perturb.diagnosis.claim import Claim
 from learn2perturb.diagnosis.trial import Trial
@@ -121,6 +122,8 @@ class Diagnosis(records.Saved):
         claim: what was claimed, with what it did not say filled in.
         trial: the claim against what the attacks left.
     """
+
+    __repr__ = brief
 
     FORMAT: ClassVar[str] = "learn2perturb.diagnosis"
     VERSION: ClassVar[int] = 2  # 1: intervals and standard errors over images only, by bootstrap

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from learn2perturb import records
+from learn2perturb.brief import brief
 from learn2perturb.errors import ConfigError, InputError
 from learn2perturb.evaluation.intervals import Estimate, Interval, Scores, paired_difference
 from learn2perturb.evaluation.result import Evaluation, Row
@@ -77,6 +78,8 @@ class Difference:
 @dataclass(frozen=True)
 class Comparison(records.Saved):
     """Differences of two evaluations, row by row; ``left_out`` has no partner, ``notes`` say what is not known."""
+
+    __repr__ = brief
 
     FORMAT: ClassVar[str] = "learn2perturb.comparison"
     VERSION: ClassVar[int] = 2  # 1: intervals over images only, McNemar's test of any network

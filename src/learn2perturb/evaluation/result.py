@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learn2perturb import records
+from learn2perturb.brief import brief
 from learn2perturb.errors import CheckpointError, ConfigError, UnknownNameError
 from learn2perturb.evaluation.intervals import (
     Interval,
@@ -62,6 +63,8 @@ class Row:
     ``c_rising`` and ``loss_falling`` count the images on which the search of C&W had not converged (``AttackResult``).
     """
 
+    __repr__ = brief
+
     attack: str
     attack_type: str | None
     parameters: dict[str, Any]
@@ -111,6 +114,8 @@ class Evaluation(records.Saved):
 
     ``batches`` are the numbers of images in each pass, in order: these may share draws. None: not known.
     """
+
+    __repr__ = brief
 
     FORMAT: ClassVar[str] = "learn2perturb.evaluation"
     VERSION: ClassVar[int] = 2  # 1: intervals over images only, by ``resamples`` of a bootstrap

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from learn2perturb.brief import brief
 from learn2perturb.checks import check_choice, check_count
 from learn2perturb.errors import ConfigError, Interrupted
 from learn2perturb.experiments import executors
@@ -86,6 +87,8 @@ class StudyRun:
         trials: what a search has tried; None where the study has none, or it is not finished.
         complete: whether nothing is missing.
     """
+
+    __repr__ = brief
 
     results: Results
     failures: Mapping[str, str]

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from learn2perturb.brief import brief
 from learn2perturb.data import check_labels
 from learn2perturb.engine import compile_time, execution
 from learn2perturb.engine.identity import fingerprint_of_weights
@@ -48,6 +49,8 @@ class Run:
         config: the resolved config.
         metrics: one dictionary an epoch.
     """
+
+    __repr__ = brief
 
     folder: Path | None
     model: nn.Module
