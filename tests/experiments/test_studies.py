@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from learn2perturb.errors import ConfigError
+from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.experiments.facts import published
 from learn2perturb.experiments.levels import level_notes
 from learn2perturb.experiments.spec import Scoring, Study, ViewPlan, matches
@@ -175,3 +175,29 @@ def test_every_study_of_the_docs_is_read_and_every_key_is_in_them():
         assert f"`{name}" in page or f"`{name}`" in page, name
     for name in OF_THE_PAPER:
         assert f"`{name}`" in page, name
+
+
+def test_what_is_said_of_a_defense_holds_wherever_it_is_trained_but_where_the_run_says_otherwise():
+    source = {
+        "train": {"epochs": 5},
+        "defenses": {"learn2perturb": {"options": {"gamma": 0.5}, "epochs": 7}, "vanilla": {"eps": "4/255"}},
+        "runs": {
+            "all": {"defense": ["pgd_at", "learn2perturb"]},
+            "own": {"defense": "learn2perturb", "epochs": 3, "options.gamma": 0.25},
+        },
+        "cells": {"clean": {}},
+    }
+    vanilla, ours, own = (run.config for run in build_study("t", source).runs)
+    assert (vanilla.epochs, vanilla.eps) == (5, pytest.approx(4 / 255))
+    assert (ours.epochs, ours.options["gamma"]) == (7, 0.5)
+    assert (own.epochs, own.options["gamma"]) == (3, 0.25)
+    with pytest.raises(UnknownNameError, match="defense"):
+        build_study("t", {**source, "defenses": {"learn2pertrub": {}}})
+
+
+@pytest.mark.parametrize("name", ["table1", "table6", "figure3", "figure4", "eot"])
+def test_the_networks_of_level_forty_are_those_of_the_study_at_paper_scale(name):
+    trained = {str(run.config) for run in read_study("paper-scale", "forty").runs}
+    wanted = read_study(name, "forty").runs
+    assert wanted
+    assert {str(run.config) for run in wanted} <= trained

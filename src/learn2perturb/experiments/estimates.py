@@ -21,6 +21,7 @@ from learn2perturb.evaluation.pace import guessed_passes
 from learn2perturb.experiments.ledger import Ledger
 from learn2perturb.experiments.spec import Pair, RunPlan
 from learn2perturb.experiments.tasks import attack_of, effective
+from learn2perturb.reading import MOST_SETTINGS, parse_json, read_bytes
 from learn2perturb.runs.environment import environment
 from learn2perturb.training.config import TrainConfig
 from learn2perturb.training.loop import train
@@ -116,13 +117,22 @@ def _trained_here(ledger: Ledger) -> dict[Any, float]:
     for run in ledger.study.runs:
         if run.config is None:
             continue
-        facts = ledger.store.finished(ledger.folder(run))
-        if facts is not None and facts.where.get("processor") != here:
+        if _processor(ledger, run) != here:
             continue
         rates = [line["images_per_second"] for line in ledger.history(run) if line.get("images_per_second")]
         if rates:
             found[_kind(run.config)] = 1 / sorted(rates)[len(rates) // 2]
     return found
+
+
+def _processor(ledger: Ledger, run: RunPlan) -> Any:
+    """Return on what a run was trained, or is being trained."""
+    folder = ledger.folder(run)
+    facts = ledger.store.finished(folder)
+    if facts is not None:
+        return facts.where.get("processor")
+    path = folder / "environment.json"
+    return parse_json(read_bytes(path, MOST_SETTINGS)).get("processor") if path.exists() else None
 
 
 def _measured(config: TrainConfig, device: str) -> Pace:

@@ -28,12 +28,15 @@ from learn2perturb.experiments.grid import check_view
 from learn2perturb.experiments.spec import OTHERS, TWIN, CellPlan, RunPlan, Scoring, Study, ViewPlan, matches
 from learn2perturb.naming import is_factory, made_by
 from learn2perturb.presets import EOT_DRAWS, PRESETS, parse_attack, preset
-from learn2perturb.registry import ATTACKS
+from learn2perturb.registry import ATTACKS, DEFENSES
 from learn2perturb.training.config import TrainConfig, read_config
 from learn2perturb.values import convert, converted, guess, kinds_of
 
 _FOLDER = "learn2perturb.experiments"
-_TOP = ("title", "notes", "train", "seeds", "runs", "cells", "evaluate", "views", "levels", "only", "sweep", "reasons")
+_TOP = (
+    "title", "notes", "train", "defenses", "seeds", "runs", "cells", "evaluate", "views", "levels", "only", "sweep",
+    "reasons",
+)  # fmt: skip
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -198,21 +201,37 @@ def _runs(whole: Mapping[str, Any], where: str) -> Iterator[RunPlan]:
     lists = [key for key, kind in kinds.items() if kind.startswith("list")]
     listed = _mapping(whole.get("runs"), f"{where}runs")
     only = _mapping(whole.get("only"), f"{where}only")
+    defenses = _defenses(whole, where)
     if not listed:
         raise ConfigError(f"{where}it has no runs; add runs: {{name: {{defense: pgd_at}}}}")
     for name, own in listed.items():
         at = f"{where}run {name}: "
-        settings = _mapping(own, f"{where}run {name}")
-        if "weights" in settings:
-            yield from (replace(run, alone=len(listed) == 1) for run in _found(name, settings, at))
+        own = _mapping(own, f"{where}run {name}")
+        if "weights" in own:
+            yield from (replace(run, alone=len(listed) == 1) for run in _found(name, own, at))
             continue
-        settings = merged({**common, **({"seed": seeds} if seeds is not None else {})}, settings)
+        settings = merged({**common, **({"seed": seeds} if seeds is not None else {})}, own)
         for values, axes in _combined(*_axes(settings, lists)):
-            config = _config(values, kinds, at)
+            name_of = DEFENSES.entry(str(values["defense"])).name if "defense" in values else TrainConfig.defense
+            said = {key: item for key, item in defenses.get(name_of, {}).items() if key not in axes}
+            config = _config(_filled(values, said, own), kinds, at)
             labels = {key: _labelled(config, key, value) for key, value in axes.items()}
             run = RunPlan(name, labels, config, alone=len(listed) == 1)
             if matches(run, only):
                 yield run
+
+
+def _defenses(whole: Mapping[str, Any], where: str) -> dict[Any, dict[str, Any]]:
+    """Return the settings of each defense that has its own, wherever in the study it is trained."""
+    listed = _mapping(whole.get("defenses"), f"{where}defenses")
+    return {DEFENSES.entry(name).name: _mapping(own, f"{where}defenses {name}") for name, own in listed.items()}
+
+
+def _filled(values: Mapping[str, Any], said: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run: its own, then what is said of its defense, then what is said of all runs."""
+    mine = {key: item for key, item in said.items() if key not in own}
+    both = {key: merged(said[key], values[key]) for key in said if key in own and isinstance(said[key], Mapping)}
+    return merged({key: item for key, item in values.items() if key not in both}, {**mine, **both})
 
 
 def _labelled(config: TrainConfig, key: str, value: Any) -> Any:

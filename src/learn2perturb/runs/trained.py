@@ -60,14 +60,14 @@ def images_of(
 
     dataset = dataset or settings.get("dataset")
     if not dataset:
-        raise ConfigError(f"{name} was trained on data that have no name here; give a registered data set (--dataset)")
+        raise ConfigError(f"{name} was trained on data that have no name here; give a registered data set: --dataset NAME")
     root = root or settings.get("data_dir")
     if split != "validation":
         return load_data(dataset, split, root=root, download=download)
     share = settings.get("validation")
     if not share:
         raise ConfigError(
-            f"{name} held out no validation images; train with a share of them (--validation 0.1), or use the test split"
+            f"{name} held out no validation images; use --split test, or train with a share of them (--validation 0.1)"
         )
     held_out = load_data(dataset, "train", root=root, download=download)
     return held_out.split(float(share), int(settings.get("seed") or 0))[1]
