@@ -28,6 +28,9 @@ OTHERS = {
     ("evaluate", "device"): "auto: the model is put there",
     ("certify", "device"): "auto: the model is put there",
     ("diagnose", "device"): "auto: the model is put there",
+    ("evaluate", "model"): "a name of a network; the function takes the network",
+    ("certify", "model"): "a name of a network; the function takes the network",
+    ("diagnose", "model"): "a name of a network; the function takes the network",
 }
 SHARED = {
     "evaluate": {"draws", "eps", "noise_off", "clean", "seed", "batch_size", "limit", "engine"},

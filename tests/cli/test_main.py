@@ -145,7 +145,7 @@ BAD = {
     "no draws": (["evaluate", RUN, "--draws", "0"], "at least 1, got 0"),
     "unknown predictor": (["evaluate", RUN, "--predictor", "best"], "known: mean_logits"),
     "unknown split": (["evaluate", RUN, "--split", "dev"], "allowed: test"),
-    "no validation": (["evaluate", RUN, "--split", "validation"], "use the test split"),
+    "no validation": (["evaluate", RUN, "--split", "validation"], "use --split test"),
     "record over a file": (["evaluate", RUN, "--out", "file.txt"], "give another --out"),
     "record over a folder": (["evaluate", RUN, "--out", "notes"], "give a file"),
     "unknown kind": (["list", "foo"], "known: attacks"),
