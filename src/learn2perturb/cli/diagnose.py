@@ -121,7 +121,13 @@ def run(arguments: argparse.Namespace) -> int:
             other = "l2" in (arguments.norm, claim and claim.norm)  # training is in l_inf
             size = LINF_EPS if eps is None or other else eps
             sources |= sources_on_data(
-                arguments.dataset, arguments.data_dir, size, sources, folder=arguments.sources_dir, device=device
+                arguments.dataset,
+                arguments.data_dir,
+                size,
+                sources,
+                folder=arguments.sources_dir,
+                device=device,
+                options=arguments.dataset_options,
             )
         else:
             sources |= _trained(subject, Path(arguments.run), sources, device)
@@ -169,6 +175,8 @@ def _origin(arguments: argparse.Namespace) -> dict[str, Any]:
     words += ["--split", arguments.split] if arguments.split != "test" else []
     for name, value in given.items():
         words += [] if value is None or left_out.get(name) == value else [name, str(value)]
+    for key, value in (arguments.dataset_options or {}).items():
+        words += [f"--dataset-options.{key}", str(value)]
     for source in arguments.source:
         words += ["--source", source]
     switches = ("--black-box", "--train-sources", "--stochastic")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,14 @@ _IDENTITY = ("defense", "model", "dataset", "recipe", "epochs", "limit", "eps", 
 
 
 def sources_on_data(
-    dataset: str, root: str | None, eps: float, given: Collection[str], *, folder: str | None, device: str | None
+    dataset: str,
+    root: str | None,
+    eps: float,
+    given: Collection[str],
+    *,
+    folder: str | None,
+    device: str | None,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train on the train split of ``dataset``, or load if that was done before, the sources that are not ``given``.
 
@@ -32,12 +40,12 @@ def sources_on_data(
     from learn2perturb.data import load_data
     from learn2perturb.training.loop import train
 
-    data = load_data(dataset, "train", root=root)
+    data = load_data(dataset, "train", root=root, **(options or {}))
     found = {}
     for name, defense in DEFENSES.items():
         if name in given:
             continue
-        config = _config(data, dataset, root, defense, eps)
+        config = replace(_config(data, dataset, root, defense, eps), dataset_options=dict(options or {}))
         place = Path(folder or FOLDER) / f"{dataset}-{name}-{_identity(data, config)}"
         found[name] = train(config, out=place).model.to(device)
     return found

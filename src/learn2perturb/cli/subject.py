@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from learn2perturb.checks import fraction
 from learn2perturb.cli.networks import add_network, build_named, settle_network, title_of
+from learn2perturb.cli.options import add_mapping
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.naming import is_factory, made_by
 from learn2perturb.reading import starts_with
@@ -65,6 +66,9 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--dataset", metavar="NAME", help="registered data set (default: the run's)")
     add("--data-dir", metavar="DIR", help="folder of the data sets (default: the run's)")
+    add_mapping(
+        parser, "--dataset-options", help="options of the data set: --dataset-options.size 64 (default: the run's)"
+    )
     add("--split", default="test", metavar="NAME", help="test, train, or validation (what the run held out)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
 
@@ -152,7 +156,8 @@ def fitting_images(arguments: argparse.Namespace, header: Mapping[str, Any], con
 
 def _images(arguments: argparse.Namespace, settings: Mapping[str, Any]) -> ImageData:
     return images_of(
-        settings, arguments.run, dataset=arguments.dataset, root=arguments.data_dir, split=arguments.split
+        settings, arguments.run, dataset=arguments.dataset, root=arguments.data_dir, split=arguments.split,
+        options=arguments.dataset_options,
     )  # fmt: skip
 
 

@@ -107,7 +107,8 @@ def _kind(config: TrainConfig) -> tuple[Any, ...]:
 
 
 def _size(config: TrainConfig, split: str = "train") -> int:
-    return len(load_data(config.dataset, "test" if split == "test" else "train", root=config.data_dir))
+    name = "test" if split == "test" else "train"
+    return len(load_data(config.dataset, name, root=config.data_dir, **config.dataset_options))
 
 
 def _trained_here(ledger: Ledger) -> dict[Any, float]:
@@ -146,7 +147,7 @@ def _measured(config: TrainConfig, device: str) -> Pace:
         run = train(short, progress=False)
         rate = run.metrics[-1]["images_per_second"]
         model, place = run.model, choose_device(device)
-        data = load_data(config.dataset, "test", root=config.data_dir).take(_IMAGES)
+        data = load_data(config.dataset, "test", root=config.data_dir, **config.dataset_options).take(_IMAGES)
         x, y = (data.images.float() / 255).to(place), data.labels.to(place)
         model = model.to(place)
 

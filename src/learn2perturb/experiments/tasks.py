@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import signal
 import socket
 import threading
@@ -74,9 +75,9 @@ class Outcome:
 
 
 @functools.lru_cache(maxsize=16)
-def data_address(dataset: str, split: str, data_dir: str | None, download: bool) -> str:
-    """Return the fingerprint of all images and labels of a split."""
-    data = load_data(dataset, split, root=data_dir, download=download)
+def data_address(dataset: str, split: str, data_dir: str | None, download: bool, options: str = "{}") -> str:
+    """Return the fingerprint of all images and labels of a split; ``options`` of the data set as JSON."""
+    data = load_data(dataset, split, root=data_dir, download=download, **json.loads(options))
     return fingerprint_of_images(data.images, data.labels)
 
 
@@ -84,7 +85,8 @@ def training_address(run: RunPlan) -> str:
     """Return the address of a training."""
     config = run.config
     assert config is not None
-    return run_address(config, data_address(config.dataset, "train", config.data_dir, config.download))
+    options = json.dumps(config.dataset_options)
+    return run_address(config, data_address(config.dataset, "train", config.data_dir, config.download, options))
 
 
 @functools.lru_cache(maxsize=256)
@@ -129,7 +131,7 @@ def cell_address(pair: Pair, header: Mapping[str, Any], weights: str, sources: M
     return address(
         kind=pair.cell.kind,
         weights=weights,
-        data=data_address(dataset, split, data_dir, download),
+        data=data_address(dataset, split, data_dir, download, json.dumps(settings.get("dataset_options") or {})),
         held_out=held_out,
         attack=None if attack is None else {"type": type(attack).__name__, **plain(attack)},
         own=None if pair.cell.kind == "accuracy" else pair.cell.settings,

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 # settings of a training that others use -> their types
 _USED: dict[str, Any] = {
-    "eps": (int, float), "dataset": str, "data_dir": str, "validation": (int, float), "seed": int
+    "eps": (int, float), "dataset": str, "data_dir": str, "validation": (int, float), "seed": int,
+    "dataset_options": dict,
 }  # fmt: skip
 
 
@@ -50,26 +51,29 @@ def images_of(
     root: str | None = None,
     split: str = "test",
     download: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> ImageData:
-    """Return the images of a split, by default of the data set that a network was trained on.
+    """Return the images of a split, by default of the data set that a network was trained on, with its options.
 
     Raises:
         ConfigError: no data set is known, or the training held out no validation images.
     """
     from learn2perturb.data import load_data
 
-    dataset = dataset or settings.get("dataset")
+    own = settings.get("dataset")
+    options = {**((settings.get("dataset_options") or {}) if dataset in (None, own) else {}), **(options or {})}
+    dataset = dataset or own
     if not dataset:
         raise ConfigError(f"{name} was trained on data that have no name here; give a registered data set: --dataset NAME")
     root = root or settings.get("data_dir")
     if split != "validation":
-        return load_data(dataset, split, root=root, download=download)
+        return load_data(dataset, split, root=root, download=download, **options)
     share = settings.get("validation")
     if not share:
         raise ConfigError(
             f"{name} held out no validation images; use --split test, or train with a share of them (--validation 0.1)"
         )
-    held_out = load_data(dataset, "train", root=root, download=download)
+    held_out = load_data(dataset, "train", root=root, download=download, **options)
     return held_out.split(float(share), int(settings.get("seed") or 0))[1]
 
 

@@ -29,8 +29,9 @@ def sources(config: TrainConfig, data: Any, device: torch.device) -> Sources:
         DataError: the classes of training and monitored set are numbered differently, or validation cannot be split.
     """
     if data is None:
-        train_set: Any = load_data(config.dataset, "train", root=config.data_dir, download=config.download)
-        watched: Any = load_data(config.dataset, "test", root=config.data_dir) if not config.validation else None
+        root, options = config.data_dir, config.dataset_options
+        train_set: Any = load_data(config.dataset, "train", root=root, download=config.download, **options)
+        watched: Any = None if config.validation else load_data(config.dataset, "test", root=root, **options)
     elif isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[0], (torch.Tensor, np.ndarray)):
         train_set, watched = data
     else:
