@@ -234,7 +234,7 @@ def test_a_damaged_record_is_left_out_and_said(run, tmp_path, capsys):
     ("words", "message"),
     [
         (["nowhere"], "give a run folder"),
-        (["RUN", "--format", "onnx"], "unknown export format 'onnx'.*robustbench, safetensors"),
+        (["RUN", "--format", "onxx"], "unknown export format 'onxx': did you mean 'onnx'.*robustbench, safetensors"),
         (["RUN", "--evaluation", "nowhere.json"], "check the path"),
     ],
 )
