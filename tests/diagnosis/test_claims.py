@@ -209,7 +209,8 @@ def test_without_a_claim_nothing_stands():
 FEW = dataclasses.replace(
     QUICK, name="few", images=120, some=100, scorings=4, eot=2, sweep_eot=1, steps=8, unbounded_steps=20, samples=3,
     judge_draws=4, eps_grid=(0.05, 0.4, 0.5), draw_curve=(1, 4), step_curve=(8, 16), restarts=2, square_queries=5,
-    square_draws=1, slope_images=2, slope_repeats=4,
+    square_draws=1, slope_images=2, slope_repeats=4, real_queries=20, descent_steps=2, descent_directions=2,
+    surrogate_queries=48,
 )  # fmt: skip
 EPS = 0.1
 

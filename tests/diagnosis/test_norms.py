@@ -21,7 +21,8 @@ PIXELS = 16
 EPS = {"linf": 0.6, "l2": 0.5}  # the one above all radii that were once swept, the other below one that is
 FEW = dataclasses.replace(
     QUICK, name="quick", images=24, some=24, steps=8, unbounded_steps=20, samples=10, judge_draws=2, step_curve=(4, 8),
-    restarts=1, square_queries=20,
+    restarts=1, square_queries=20, real_queries=20, descent_steps=2, descent_directions=2,
+    surrogate_queries=48,
 )  # fmt: skip
 
 

@@ -22,6 +22,8 @@ EPS, N = 0.1, 40
 FEW = dataclasses.replace(
     QUICK, name="few", images=N, some=N, scorings=6, eot=4, steps=10, unbounded_steps=10, samples=3, judge_draws=8,
     draw_curve=(1, 4), step_curve=(2, 4), restarts=2, square_queries=5, square_draws=1, slope_images=2, slope_repeats=4,
+    real_queries=20, descent_steps=2, descent_directions=2,
+    surrogate_queries=48,
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from tests.literature.zoo import HONEST, MASKED, RANDOM, ZOO, by_name
 
 # Cheap ones that need no training but that of one network; all of the zoo is slow.
 HANDFUL = (
-    "bit depth, 4 bits",
+    pytest.param("bit depth, 4 bits", marks=pytest.mark.slow),
     pytest.param("decoy: linear", marks=pytest.mark.slow),
     "noise with one seed",
     "undefended",
