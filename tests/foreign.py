@@ -24,7 +24,7 @@ def make():
     with torch.no_grad():
         net.inner.weight.copy_(solved[:64].T)
         net.inner.bias.copy_(solved[64])
-    return net
+    return net.eval()
 
 
 class Net(nn.Module):

@@ -213,8 +213,8 @@ def certified(certification: Certification) -> Spec:
     return _spec("Certified accuracy against radius", told, data={"values": values}, layer=[line, needed])
 
 
-def per_class(evaluation: Evaluation, row: Row, names: Sequence[str]) -> Spec:
-    """Return the accuracy of each class under the attack of ``row``."""
+def per_class(evaluation: Evaluation, row: Row, names: Sequence[str], attack: str) -> Spec:
+    """Return the accuracy of each class in ``row``, whose ``attack`` is said in the title."""
     labels, correct = evaluation.labels.unpack(), row.correct.unpack()
     values = []
     for label in range(evaluation.num_classes):
@@ -223,7 +223,7 @@ def per_class(evaluation: Evaluation, row: Row, names: Sequence[str]) -> Spec:
             values.append({"class": names[label], "accuracy": 100 * float(correct[:, own].mean()), "n": int(own.sum())})
     told = ", ".join(f"{value['class']}: {value['accuracy']:.0f} %" for value in values)
     return _spec(
-        f"Accuracy of each class, {row.label}", told, data={"values": values}, mark="bar",
+        f"Accuracy of each class, {attack}", told, data={"values": values}, mark="bar",
         encoding={
             "x": {"field": "class", "type": "nominal", "title": None, "sort": None},
             "y": {"field": "accuracy", **_percent("accuracy, %")},
@@ -232,7 +232,7 @@ def per_class(evaluation: Evaluation, row: Row, names: Sequence[str]) -> Spec:
     )  # fmt: skip
 
 
-def confusion(evaluation: Evaluation, row: Row, names: Sequence[str]) -> Spec:
+def confusion(evaluation: Evaluation, row: Row, names: Sequence[str], attack: str) -> Spec:
     """Return how often each class is taken for each, in shares of the true class, over all draws."""
     labels, predictions = evaluation.labels.unpack(), row.predictions.unpack()
     values: list[dict[str, Any]] = []
@@ -245,7 +245,7 @@ def confusion(evaluation: Evaluation, row: Row, names: Sequence[str]) -> Spec:
     most = max(wrong, key=lambda value: float(value["share"])) if wrong else None
     told = f"most often {most['true']} is taken for {most['taken for']}, {most['share']:.0f} %" if most else "one class"
     return _spec(
-        f"What each class is taken for, {row.label}", told, data={"values": values}, mark="rect",
+        f"What each class is taken for, {attack}", told, data={"values": values}, mark="rect",
         encoding={
             "x": {"field": "taken for", "type": "nominal", "sort": None},
             "y": {"field": "true", "type": "nominal", "sort": None},

@@ -13,11 +13,12 @@ from learn2perturb.diagnosis.layout import advice, key_figure
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation import Evaluation, Row
 from learn2perturb.report import charts, galleries, studies
+from learn2perturb.report.naming import label, short_names
 from learn2perturb.report.section import Chart, Section
 from learn2perturb.report.sources import Material
 
 # What two rows of the table have in common if they are one.
-_SAME = ("model", "attack", "eps", "noise", "predictor", "accuracy", "n", "draws")
+_SAME = ("model", "name", "eps", "noise", "predictor", "accuracy", "n", "draws")
 MOST_RUNS = 40  # of which classes and trainings are shown one by one
 MARKS = {"passed": "✓", "failed": "✗", "not shown": "?", "does not apply": "–"}
 
@@ -54,21 +55,22 @@ def contents(material: Material, claim: str | None) -> Content:
                 f"--claim says {100 * stated.accuracy:g} %, and {path} was diagnosed of "
                 f"{100 * found.claim.accuracy:g} %; leave --claim out, or diagnose again"
             )
-    every = (row for _, evaluation in material.evaluations for row in _rows(evaluation))
+    names = short_names(row for _, evaluation in material.evaluations for row in evaluation.rows)
+    every = (row for _, evaluation in material.evaluations for row in _rows(evaluation, names))
     rows = {tuple(row[key] for key in _SAME): row for row in every}.values()  # the clean row of many records once
-    claimed, verdict, evidence = _verdict(material, stated)
-    names = sorted({str(record.metadata.get("model", "model")) for record in _records(material)})
-    names = names or [training.name for training in material.trainings]
+    claimed, verdict, evidence = _verdict(material, stated, names)
+    models = sorted({str(record.metadata.get("model", "model")) for record in _records(material)})
+    models = models or [training.name for training in material.trainings]
     of_studies = [one.title if one.level is None else f"{one.title} ({one.level})" for one in material.studies]
     return Content(
-        title=", ".join(of_studies or names or dict.fromkeys(view.title for view in material.views)),
+        title=", ".join(of_studies or models or dict.fromkeys(view.title for view in material.views)),
         claim=claimed,
         verdict=verdict,
-        evidence=tuple(evidence),
+        evidence=tuple(line for line in evidence if line.strip()),
         commands=tuple(_commands(material)),
         views=tuple(studies.sections(material.views)),
         rows=tuple(rows),
-        sections=tuple(_sections(material)),
+        sections=tuple(_sections(material, names)),
     )
 
 
@@ -82,14 +84,15 @@ def _percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
 
-def _rows(evaluation: Evaluation) -> Iterable[dict[str, Any]]:
+def _rows(evaluation: Evaluation, names: Mapping[str, str]) -> Iterable[dict[str, Any]]:
     """Yield the rows of the table, numbers beside the text they are shown as."""
     for row in evaluation.rows:
         settings = ", ".join(f"{name}={_short(value)}" for name, value in row.parameters.items() if value is not None)
         counts = row.correct.unpack().sum(axis=1)
         yield {
             "model": str(evaluation.metadata.get("model", "model")),
-            "attack": row.attack,
+            "attack": names[row.attack],
+            "name": row.attack,
             "eps": row.eps_text,
             "noise": ("on" if row.stochastic else "none") if row.noise else "off",
             "predictor": row.predictor if row.predictor == "single" else f"{row.predictor} of {row.members}",
@@ -111,7 +114,7 @@ def _short(value: Any) -> str:
     return str(value)
 
 
-def _verdict(material: Material, stated: Claim | None) -> tuple[str, str, list[str]]:
+def _verdict(material: Material, stated: Claim | None, names: Mapping[str, str]) -> tuple[str, str, list[str]]:
     """Return what was claimed, the verdict in one sentence, and the evidence."""
     if material.diagnoses:
         _, found = material.diagnoses[-1]
@@ -127,8 +130,8 @@ def _verdict(material: Material, stated: Claim | None) -> tuple[str, str, list[s
     if not lowest:
         return claimed, "No accuracy was measured here.", []
     (row, evaluation), *others = lowest
-    text = _left(row, evaluation)
-    evidence = [*(f"Of the others: {_left(*pair)}." for pair in others), _no_diagnosis()]
+    text = _left(row, evaluation, names)
+    evidence = [*(f"Of the others: {_left(*pair, names)}." for pair in others), _no_diagnosis()]
     if stated is None:
         return claimed, f"Lowest accuracy found: {text}.", evidence
     if row.interval.high < stated.accuracy:
@@ -136,11 +139,10 @@ def _verdict(material: Material, stated: Claim | None) -> tuple[str, str, list[s
     return claimed, f"Not shown: {text}, and nothing says whether these attacks were strong enough.", evidence
 
 
-def _left(row: Row, evaluation: Evaluation) -> str:
+def _left(row: Row, evaluation: Evaluation, names: Mapping[str, str]) -> str:
     interval = f"[{_percent(row.interval.low)}, {_percent(row.interval.high)}]"
-    return (
-        f"{_percent(row.accuracy)} % {interval} is left of {evaluation.metadata.get('model', 'model')} by {row.label}"
-    )
+    model = evaluation.metadata.get("model", "model")
+    return f"{_percent(row.accuracy)} % {interval} is left of {model} by {label(row, names)}"
 
 
 def _no_diagnosis() -> str:
@@ -161,15 +163,15 @@ def _commands(material: Material) -> Iterable[str]:
             yield command
 
 
-def _sections(material: Material) -> Iterable[Section]:
+def _sections(material: Material, names: Mapping[str, str]) -> Iterable[Section]:
     for index, (_, diagnosis) in enumerate(material.diagnoses):
         yield _diagnosed(diagnosis, index)
     if max(len(list(_strongest(material))), len(material.trainings)) > MOST_RUNS:
         sentence = f"Classes and trainings are shown of {MOST_RUNS} networks at most; give some of their folders alone."
         yield Section("Single networks", (sentence,))
     for index, evaluation in enumerate(itertools.islice(_strongest(material), MOST_RUNS)):
-        yield _classes(evaluation, index)
-    yield from _images(material)
+        yield _classes(evaluation, index, names)
+    yield from _images(material, names)
     for index, (_, certification) in enumerate(material.certifications):
         spec = charts.certified(certification)
         yield Section(
@@ -222,27 +224,27 @@ def _strongest(material: Material) -> Iterable[Evaluation]:
     yield from found.values()
 
 
-def _classes(evaluation: Evaluation, index: int) -> Section:
+def _classes(evaluation: Evaluation, index: int, names: Mapping[str, str]) -> Section:
     row = _least(evaluation)
-    names = class_names(evaluation)
+    said, classes = label(row, names), class_names(evaluation)
     return Section(
         f"Classes: {evaluation.metadata.get('model', 'model')}",
-        (f"Under what leaves least with the noise as it is used: {row.label}.",),
+        (f"Under what leaves least with the noise as it is used: {said}.",),
         charts=(
-            Chart(f"classes-{index}", charts.per_class(evaluation, row, names)),
-            Chart(f"confusion-{index}", charts.confusion(evaluation, row, names)),
+            Chart(f"classes-{index}", charts.per_class(evaluation, row, classes, said)),
+            Chart(f"confusion-{index}", charts.confusion(evaluation, row, classes, said)),
         ),
     )
 
 
-def _images(material: Material) -> Iterable[Section]:
+def _images(material: Material, names: Mapping[str, str]) -> Iterable[Section]:
     """Yield, for each model, the images under the attack that leaves least of those whose images are kept."""
     kept = Material(evaluations=[(path, one) for path, one in material.evaluations if path in material.images])
     places = {id(one): path for path, one in kept.evaluations}
     room = galleries.ROOM
     for evaluation in itertools.islice(_strongest(kept), MOST_RUNS):
         images = material.images[places[id(evaluation)]]
-        gallery, room = galleries.of(images, evaluation, class_names(evaluation), room)
+        gallery, room = galleries.of(images, evaluation, class_names(evaluation), names, room)
         if gallery is not None and gallery.shots:
             title = f"Images: {evaluation.metadata.get('model', 'model')}"
             yield Section(title, (gallery.told,), galleries=(gallery,))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from learn2perturb.evaluation import AttackedImages, Evaluation
-from learn2perturb.evaluation.attacked import AttackedRow, Numbers, broken_and_held, eight_bits
+from learn2perturb.evaluation.attacked import Numbers, broken_and_held, eight_bits
 from learn2perturb.evaluation.pictures import amplification, difference, png
+from learn2perturb.report.naming import label
 from learn2perturb.report.section import Gallery, Shot
 
 ROOM = 1_500_000  # characters of images on one page
@@ -18,7 +19,9 @@ KINDS = ("broken", "held")
 MOST_SHOTS = 16  # of each kind in one gallery
 
 
-def of(images: AttackedImages, evaluation: Evaluation, names: Sequence[str], room: int) -> tuple[Gallery | None, int]:
+def of(
+    images: AttackedImages, evaluation: Evaluation, classes: Sequence[str], names: Mapping[str, str], room: int
+) -> tuple[Gallery | None, int]:
     """Return the images under the kept row that leaves least, and how much room is left after them.
 
     The noise-off rows come last. None where no image of any row is kept.
@@ -26,7 +29,7 @@ def of(images: AttackedImages, evaluation: Evaluation, names: Sequence[str], roo
     rows = [(own, row) for row in images.rows if (own := images.row_of(evaluation, row)) is not None and len(row.index)]
     if not rows:
         return None, room
-    _, row = min(rows, key=lambda pair: (not pair[0].noise, pair[0].accuracy))
+    own, row = min(rows, key=lambda pair: (not pair[0].noise, pair[0].accuracy))
     labels = images.labels[images.places(row)]
     clean = images.clean[images.places(row)]
     times = amplification(clean, row.adversarial)
@@ -48,21 +51,22 @@ def of(images: AttackedImages, evaluation: Evaluation, names: Sequence[str], roo
         shots.append(
             Shot(
                 int(row.index[at]),
-                names[int(labels[at])],
+                classes[int(labels[at])],
                 kind,
                 plain,
                 attacked,
                 added,
-                *(_votes(one, names) for one in votes),
+                *(_votes(one, classes) for one in votes),
             )
         )
+    said = label(own, names)
     shots.sort(key=lambda shot: (KINDS.index(shot.kind), shot.index))
-    return Gallery(row.label, _told(images, row, times, len(shots), len(wanted)), times, tuple(shots)), room
+    return Gallery(said, _told(images, said, times, len(shots), len(wanted)), times, tuple(shots)), room
 
 
-def _told(images: AttackedImages, row: AttackedRow, times: int, shown: int, kept: int) -> str:
+def _told(images: AttackedImages, said: str, times: int, shown: int, kept: int) -> str:
     told = (
-        f"Under {row.label}: {images.about.get('rule')}. Each as it is, attacked, and the difference {times} times "
+        f"Under {said}: {images.about.get('rule')}. Each as it is, attacked, and the difference {times} times "
         "amplified on grey, which is no difference; all rounded to 8 bits to be shown, while answers are to the exact "
         "images."
     )
@@ -73,13 +77,13 @@ def _uri(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
 
 
-def _votes(predictions: Numbers | None, names: Sequence[str]) -> tuple[tuple[str, int], ...]:
+def _votes(predictions: Numbers | None, classes: Sequence[str]) -> tuple[tuple[str, int], ...]:
     """Return class -> votes, most first, none left out."""
     if predictions is None:
         return ()
-    classes, counts = np.unique(predictions, return_counts=True)
-    pairs = sorted(zip(classes.tolist(), counts.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
-    return tuple((names[number], count) for number, count in pairs)
+    numbers, counts = np.unique(predictions, return_counts=True)
+    pairs = sorted(zip(numbers.tolist(), counts.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
+    return tuple((classes[number], count) for number, count in pairs)
 
 
 def as_data(galleries: Iterable[Gallery]) -> list[dict[str, Any]]:
