@@ -9,9 +9,10 @@ import pytest
 
 from learn2perturb.certification import Certification
 from learn2perturb.cli.main import main
-from learn2perturb.diagnosis import Diagnosis
+from learn2perturb.diagnosis import Diagnosis, budget
 from learn2perturb.evaluation import Evaluation
 from learn2perturb.report.page import page
+from tests.cli.test_diagnose import TINY  # a budget of a second
 from tests.foreign import write_network
 from tests.report.test_report import data_of
 
@@ -24,6 +25,7 @@ def reviewed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("review")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setitem(budget.BUDGETS, "quick", TINY)
         network = write_network(folder, patch, "reviewed")
         data = ["--dataset", "digits", "--limit", "16", "--eps", "0.1"]
         assert main(["evaluate", network, *data, "--attacks", "fgsm,pgd7", "--draws", "3", "--keep-images", "2"]) == 0

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--claim", metavar="TEXT", help="what is claimed, such as '51 %% under pgd20' (default: that of the diagnosis)")
     add("--out", metavar="FILE", default="report.html", help="the page (default report.html)")
+    add("--figures", metavar="DIR", help="also write the charts there: SVG, PDF, PNG, one and two columns wide")
     add_json(parser)
 
 
@@ -33,11 +34,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the page; print where it is."""
     from learn2perturb.report import report
 
-    path = report(*map(place_of, arguments.sources), out=arguments.out, claim=arguments.claim)
+    sources = [*map(place_of, arguments.sources)]
+    path = report(*sources, out=arguments.out, claim=arguments.claim, figures=arguments.figures)
     if arguments.json:
-        print_json({"page": str(path), "bytes": path.stat().st_size})
-    else:
-        print(f"page: {path}")
+        print_json({"page": str(path), "bytes": path.stat().st_size, "figures": arguments.figures})
+        return SUCCESS
+    print(f"page: {path}")
+    if arguments.figures is not None:
+        print(f"figures: {arguments.figures}")
     return SUCCESS
 
 
