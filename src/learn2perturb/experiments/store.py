@@ -39,7 +39,7 @@ NUMERICS = 1
 FINISHED = "finished.json"
 MODEL = "model.safetensors"
 # What a training is not changed by.
-_FREE = ("data_dir", "download", "device", "tensorboard", "log_every", "checkpoint_minutes")
+_FREE = ("data_dir", "download", "device", "tensorboard", "loggers", "log_every", "checkpoint_minutes")
 RECORDS: Mapping[str, type[Saved]] = {
     "accuracy": Evaluation, "certificate": Certification, "diagnosis": Diagnosis,
 }  # fmt: skip

@@ -8,11 +8,14 @@ from learn2perturb.lazy import lazily
 from learn2perturb.training.config import RECIPES, TrainConfig, load_recipe, read_config
 
 if TYPE_CHECKING:
+    from learn2perturb.training.loggers import Beginning, Logger
     from learn2perturb.training.loop import Run, train
     from learn2perturb.training.metrics import read_metrics
 
 __all__ = [
     "RECIPES",
+    "Beginning",
+    "Logger",
     "Run",
     "TrainConfig",
     "load_recipe",
@@ -21,4 +24,9 @@ __all__ = [
     "train",
 ]
 
-__getattr__ = lazily(__name__, {"Run": "loop", "read_metrics": "metrics", "train": "loop"})
+__getattr__ = lazily(
+    __name__,
+    {
+        "Beginning": "loggers", "Logger": "loggers", "Run": "loop", "read_metrics": "metrics", "train": "loop",
+    },
+)  # fmt: skip

@@ -19,6 +19,7 @@ from learn2perturb.registry import DATASETS, DEFENSES
 from learn2perturb.sizes import usual_eps, usual_step
 
 OTHER_LR = 1e-3  # of an optimiser that the recipe was not made for
+LOGGER_NAMES = ("tensorboard", "csv", "mlflow", "wandb")
 LATER = ("init_from", "freeze", "keep_best", "early_stopping", "dataset_options")
 RECIPES = ("paper", "released", "common", "fast", "laptop")
 
@@ -49,6 +50,7 @@ class TrainConfig(OpenSettings, Config):
         log_every: steps between lines of ``metrics.jsonl``.
         checkpoint_minutes: most minutes between checkpoints; there is one after every epoch in any case.
         tensorboard: whether to write TensorBoard events.
+        loggers: where the numbers go besides: ``csv``, ``mlflow``, ``wandb``, or ``module:Class`` of your own.
         init_from: run folder or file of weights (``.safetensors``, ``.pt``, ``.pth``) that the network begins with; a
             last layer of other classes starts anew, noise is taken over where it is the same.
         freeze: globs of submodules or parameters whose weights stay as they are, such as ``["layer1", "bn*"]``;
@@ -77,6 +79,7 @@ class TrainConfig(OpenSettings, Config):
     log_every: int = 50
     checkpoint_minutes: float = 10.0
     tensorboard: bool = True
+    loggers: list[str] = field(default_factory=list)
     # What came later: at its default a training is what it was before, and so is its address.
     init_from: str | None = None
     freeze: list[str] = field(default_factory=list)
@@ -116,6 +119,11 @@ class TrainConfig(OpenSettings, Config):
                 "keep_best and early_stopping go by images that are held out, never by the test set; set validation, "
                 "such as 0.1, and monitor above 0"
             )
+        texts = isinstance(self.loggers, list) and all(isinstance(name, str) for name in self.loggers)
+        _check(texts, "loggers", self, "a list of names such as ['csv']")
+        for name in self.loggers:
+            if ":" not in name and name not in LOGGER_NAMES:
+                raise UnknownNameError.of("logger", name, [*LOGGER_NAMES, "module:Class"])
         self.check()
 
     def resolve(self) -> TrainConfig:

@@ -17,7 +17,7 @@ from learn2perturb.runs.environment import environment
 from learn2perturb.training.config import TrainConfig
 
 # Where a resumed training may differ from what the run folder says: none of these change what is computed.
-_FREE = ("device", "data_dir", "download", "checkpoint_minutes", "tensorboard", "log_every")
+_FREE = ("device", "data_dir", "download", "checkpoint_minutes", "tensorboard", "loggers", "log_every")
 
 
 SETTINGS, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"

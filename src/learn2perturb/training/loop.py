@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from learn2perturb.brief import brief
 from learn2perturb.data import check_labels
+from learn2perturb.defenses import training_adversary
 from learn2perturb.engine import compile_time, execution
 from learn2perturb.engine.identity import fingerprint_of_weights
 from learn2perturb.engine.modes import own_modes
 from learn2perturb.engine.random import isolated_rng
 from learn2perturb.engine.ranks import first_of_all, joined
-from learn2perturb.errors import ConfigError, Interrupted, TrainingError
+from learn2perturb.errors import ConfigError, Interrupted, MissingDependencyError, TrainingError
 from learn2perturb.progress import Reporter
 from learn2perturb.records import clear_temporaries, make_folder
 from learn2perturb.runs import lock
@@ -34,9 +35,19 @@ from learn2perturb.runs.checkpoint import checkpoints
 from learn2perturb.training.config import TrainConfig
 from learn2perturb.training.folder import METRICS, SETTINGS, check_folder, settings_text, write_settings
 from learn2perturb.training.interrupt import Interrupt
-from learn2perturb.training.metrics import MetricsFile, Totals, noise_report, noise_scales, read_metrics
+from learn2perturb.training.loggers import Beginning, Logger, Loggers, build_logger
+from learn2perturb.training.metrics import (
+    MetricsFile,
+    Totals,
+    noise_report,
+    noise_scales,
+    noise_values,
+    read_metrics,
+)
 from learn2perturb.training.restoring import UNPLANNED
 from learn2perturb.training.state import Training, check_network
+
+SHOWN = 8  # images that loggers are given at the end
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ def train(
     data: Any = None,
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    loggers: Sequence[Logger] = (),
 ) -> Run:
     """Train a network as ``config`` says; a run folder that holds an unfinished run of the same config is resumed.
 
@@ -76,6 +88,7 @@ def train(
             ImageData, Dataset, DataLoader or pair of tensors.
         out: the run folder; None writes nothing.
         progress: show a progress bar, or plain lines off a terminal.
+        loggers: of your own, beside those that ``config`` names.
 
     Raises:
         ConfigError: a setting is not allowed, or ``out`` holds another run.
@@ -109,7 +122,7 @@ def train(
         if training.out is not None:
             # A finished run that is called again was made where and by what the file says already.
             write_settings(training.out, config, training.device, where=not resumed or _unfinished(training))
-        metrics = _Loop(training).run()
+        metrics = _Loop(training, loggers).run()
     training.finish()
     return Run(folder, training.model, config, metrics)
 
@@ -160,11 +173,10 @@ def _told(folder: Path | None) -> Iterator[None]:
 class _Loop:
     """Epochs and batches from where a training stands to its end, and what is written down on the way."""
 
-    def __init__(self, training: Training) -> None:
+    def __init__(self, training: Training, loggers: Sequence[Logger] = ()) -> None:
         self.training, self.folder = training, training.out
         self.file = MetricsFile(None if self.folder is None else self.folder / METRICS, training.metrics)
-        wanted = training.config.tensorboard and self.folder is not None and _unfinished(training)
-        self.board = _tensorboard(training) if wanted else None
+        self.loggers = Loggers(_wanted(training, loggers) if _unfinished(training) else [])
         # What the regulariser alone would have made of the noise after the last step.
         self.schedule = training.defense.schedule_only(training.settings, training.batches)
         if training.extended and training.settings.schedule not in UNPLANNED:
@@ -188,16 +200,34 @@ class _Loop:
                 "compiling in the first steps: a minute or two, seconds once torch has it in its cache"
             )
         try:
+            self.loggers.tell("begin", _beginning(training))
+        except MissingDependencyError:
+            self.file.close()
+            raise
+        try:
             with execution.running(training.mode), self.interrupt.listening():
                 while _unfinished(training):
                     self._epoch()
+                if self.loggers and self.lines:
+                    self._show_images()
             if self.folder is not None and not checkpoints(self.folder):
                 training.save(self.file)  # no epoch was asked for: the network as it starts can still be loaded
         finally:
             self.file.close()
-            if self.board is not None:
-                self.board.close()
+            self.loggers.tell("end")
         return self.lines if training.folder is None else self._written()
+
+    def _show_images(self) -> None:
+        """Give the loggers a few monitored images, and what the training's adversary makes of them at the end."""
+        training = self.training
+        if training.monitor is None or not self.ranks.alone:
+            return
+        with isolated_rng(), training.averaged():
+            x, y = (part[:SHOWN] for part in next(iter(training.monitor.epoch(0))))
+            training.model.eval()
+            crafted = training_adversary(training.settings).craft(training.model, training.mode.place_images(x), y)
+        for name, images in (("images/clean", x), ("images/adversarial", crafted)):
+            self.loggers.tell("images", name, images.detach().float().cpu().contiguous(), training.step)
 
     def _written(self) -> list[dict[str, Any]]:
         """Return the metrics of all epochs, on every process as the first has written them."""
@@ -242,7 +272,9 @@ class _Loop:
         if training.step % config.log_every == 0:
             training.check_finite()
             line = {"kind": "step", "step": training.step, "epoch": training.epoch}
-            self.file.write(line | _clean(training.totals.means()))
+            line |= _clean(training.totals.means())
+            self.file.write(line)
+            self.loggers.tell("step", line)
         due = time.monotonic() - self.saved > 60 * config.checkpoint_minutes
         if self.interrupt.asked() or (due and training.batch < training.batches):
             training.save(self.file)
@@ -264,8 +296,8 @@ class _Loop:
             self.compiled += spent
         self.file.write(line)
         self.lines.append(line)
-        if self.board is not None:
-            _to_board(self.board, line)
+        if self.loggers:
+            self.loggers.tell("epoch", line, noise_values(training.model))
         training.epoch, training.batch, training.seconds = training.epoch + 1, 0, 0.0
         training.totals = Totals(training.device)
         if not self.ranks.alone:
@@ -320,22 +352,14 @@ def _epoch_line(training: Training, line: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def _tensorboard(training: Training) -> Any:
-    """Open the event writer; events after the checkpoint that is resumed from are purged."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tensorboard's own deprecations are not the user's concern
-        from torch.utils.tensorboard import SummaryWriter
-
-        assert training.out is not None
-        return SummaryWriter(str(training.out / "tensorboard"), purge_step=training.step)
+def _beginning(training: Training) -> Beginning:
+    name = training.config.describe() if training.out is None else training.out.name
+    return Beginning(name, training.out, training.config.to_dict(), training.step)
 
 
-def _to_board(board: Any, line: dict[str, Any]) -> None:
-    for key, value in line.items():
-        if isinstance(value, (int, float)) and key not in ("epoch", "step"):
-            board.add_scalar(key, value, line["step"])
-    for symbol in noise_scales(line):
-        for site, values in line[symbol].items():
-            board.add_scalar(f"{symbol}/{site}", values["mean"], line["step"])
+def _wanted(training: Training, given: Sequence[Logger]) -> list[Logger]:
+    """Return the loggers of the first process: those that the config names need a folder."""
+    if not training.ranks.first:
+        return []
+    named = [*(["tensorboard"] if training.config.tensorboard else []), *training.config.loggers]
+    return [*(build_logger(name) for name in dict.fromkeys(named) if training.out is not None), *given]

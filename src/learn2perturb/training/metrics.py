@@ -115,6 +115,16 @@ def noise_report(model: nn.Module, schedule: float | None) -> dict[str, Any]:
     return report
 
 
+def noise_values(model: nn.Module) -> dict[str, Tensor]:
+    """Return the scale of the learned noise at each site, by ``theta/bn1``, on the CPU."""
+    found = {}
+    for site, module in named_noise(model):
+        if module.noise_parameters():
+            symbol, value = module.scale()
+            found[f"{symbol}/{'.'.join([site, *module.moved])}"] = value.detach().float().cpu()
+    return found
+
+
 class MetricsFile:
     """Lines of JSON, appended; what a checkpoint says of them comes first, whatever the file has become since.
 
