@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -195,7 +196,12 @@ def test_wandb_runs_offline(tmp_path, monkeypatch):
     train(config(loggers=["wandb"]), out=tmp_path / "run", progress=False)
     files = list((tmp_path / "run" / "wandb").rglob("*.wandb"))
     assert len(files) == 1
+    for _ in range(100):  # its service writes after the run has ended
+        if os.path.getsize(files[0]) > 500:
+            break
+        time.sleep(0.1)
     assert os.path.getsize(files[0]) > 500
+    assert len(list(files[0].parent.rglob("*.png"))) == 16
 
 
 def _has(name: str) -> bool:
