@@ -12,7 +12,7 @@ from learn2perturb.cli.networks import words_of
 from learn2perturb.cli.options import add_config, add_json, config_of, print_json
 from learn2perturb.cli.planning import Plan
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
-from learn2perturb.cli.sources import FOLDER, sources_on_data
+from learn2perturb.cli.sources import FOLDER, sources_of_run, sources_on_data
 from learn2perturb.cli.subject import (
     Subject,
     add_subject,
@@ -25,7 +25,6 @@ from learn2perturb.diagnosis.config import DiagnoseConfig
 from learn2perturb.errors import ConfigError
 from learn2perturb.naming import is_factory, made_by
 from learn2perturb.sizes import LINF_EPS
-from learn2perturb.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from learn2perturb.diagnosis import Claim, Diagnosis
@@ -38,12 +37,6 @@ DESCRIPTION = (
     "without a claim, unless every check that applies passed."
 )
 EXAMPLE = "learn2perturb diagnose runs/digits --claim '51 % under pgd20' --source pgd_at=runs/digits-pgd_at"
-# source -> how its training differs from that of the run
-_TRAININGS: dict[str, dict[str, Any]] = {
-    "undefended": {"defense": "none", "options": {}},
-    "pgd_at": {"defense": "pgd_at", "options": {}},
-    "twin": {},
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
                 options=arguments.dataset_options,
             )
         else:
-            sources |= _trained(subject, Path(arguments.run), sources, device)
+            sources |= sources_of_run(Path(arguments.run), subject.config, sources, device=device)
     config = replace(config, claim=claim, eps=_own_eps(subject, claim) if eps is None else eps)
     found = diagnose(subject.model, subject.data, config, sources=sources, noise_off=noise_off, name=subject.name)
     found = replace(found, metadata=found.metadata | _origin(arguments))
@@ -261,21 +254,3 @@ def _model(place: str, device: str | None) -> Any:
 
     model = made_by(place) if is_factory(place) else load(place)
     return model.to(device) if device is not None and hasattr(model, "to") else model
-
-
-def _trained(subject: Subject, run: Path, given: dict[str, Any], device: str | None) -> dict[str, Any]:
-    """Train, or load if they are trained already, the sources that were not given."""
-    from learn2perturb.training.loop import train
-
-    if not run.is_dir() or not subject.config:
-        raise ConfigError(f"--train-sources needs a run folder, which {run} is not; give --source NAME=RUN")
-    config = TrainConfig.from_dict({**subject.config, "monitor": 0, "tensorboard": False})
-    found = {}
-    for name, changes in _TRAININGS.items():
-        same = changes.get("defense") == config.defense  # the twin is that already
-        if name in given or same:
-            continue
-        # Another seed for all: a source that starts from the weights of the run would be more than a stranger.
-        twin = replace(config, seed=config.seed + 1, **changes)
-        found[name] = train(twin, out=run / "sources" / name).model.to(device)
-    return found

@@ -1,4 +1,4 @@
-"""Sources for a model that is no run: networks of ours, trained for a short time on its data, and reused."""
+"""Sources of transfer attacks that are trained: beside a run with its settings, or for a foreign model on its data."""
 
 from __future__ import annotations
 
@@ -8,18 +8,49 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from learn2perturb.errors import ConfigError
 from learn2perturb.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from learn2perturb.data import ImageData
 
 FOLDER = "runs/sources"
+# source -> how its training differs from that of the run
+_BESIDE_A_RUN: dict[str, dict[str, Any]] = {
+    "undefended": {"defense": "none", "options": {}},
+    "pgd_at": {"defense": "pgd_at", "options": {}},
+    "twin": {},
+}
 # A twin is a training of the same defense, which is not known of a foreign model.
 DEFENSES = {"undefended": "none", "pgd_at": "pgd_at"}
 _SMALL = 16  # pixels a side, up to which the network is the small one
 # Images in all epochs: minutes for a ResNet-20 on two cores, and still a source that errs as such networks do.
 _VISITS, _IMAGES, _EPOCHS = 40_000, 10_000, (4, 30)
 _IDENTITY = ("defense", "model", "dataset", "recipe", "epochs", "limit", "eps", "seed")
+
+
+def sources_of_run(
+    run: Path, settings: Mapping[str, Any], given: Collection[str], *, device: str | None
+) -> dict[str, Any]:
+    """Train with the ``settings`` of ``run``, or load if that was done before, the sources that are not ``given``.
+
+    Raises:
+        ConfigError: ``run`` is no folder of a training.
+    """
+    from learn2perturb.training.loop import train
+
+    if not run.is_dir() or not settings:
+        raise ConfigError(f"--train-sources needs a run folder, which {run} is not; give --source NAME=RUN")
+    config = TrainConfig.from_dict({**settings, "monitor": 0, "tensorboard": False})
+    found = {}
+    for name, changes in _BESIDE_A_RUN.items():
+        same = changes.get("defense") == config.defense  # the twin is that already
+        if name in given or same:
+            continue
+        # Another seed for all: a source that starts from the weights of the run would be more than a stranger.
+        twin = replace(config, seed=config.seed + 1, **changes)
+        found[name] = train(twin, out=run / "sources" / name).model.to(device)
+    return found
 
 
 def sources_on_data(
