@@ -12,6 +12,7 @@ from torch import nn
 
 from learn2perturb.attacks import PGD
 from learn2perturb.engine import compiling, execution
+from learn2perturb.engine.modes import own_modes
 from learn2perturb.noise import noise_disabled, perturb
 
 ROWS = 4
@@ -138,10 +139,39 @@ def test_a_network_that_cannot_be_compiled_goes_on_uncompiled_and_says_so_once(m
 
     monkeypatch.setattr(compiling, "_compile", lambda forward, device: broken)
     network = made()
-    with pytest.warns(UserWarning, match=r"Net cannot be compiled here \(NotImplementedError: no compiler for this\)"):
-        found = passed(network, X)
-    assert torch.equal(found, passed(network, X))
+    with own_modes():
+        with pytest.warns(
+            UserWarning, match=r"Net cannot be compiled here \(NotImplementedError: no compiler for this\)"
+        ):
+            found = passed(network, X)
+        assert torch.equal(found, passed(network, X))  # warnings are errors here: a second one would fail
+        assert not compiling.compiles(network)
     torch.testing.assert_close(found, passed(network, X, FOLDED))
+
+
+def test_a_failure_to_compile_ends_with_the_work_that_had_it(monkeypatch):
+    failing, calls = [True], []
+
+    def compiler(forward, device):
+        def fast(*arguments):
+            calls.append(len(calls))
+            if failing[0]:
+                raise NotImplementedError("no compiler for this")
+            return forward(*arguments)
+
+        return fast
+
+    monkeypatch.setattr(compiling, "_compile", compiler)
+    network = made()
+    with own_modes():
+        with pytest.warns(UserWarning, match="cannot be compiled here"):
+            passed(network, X)
+        passed(network, X)
+    assert len(calls) == 1
+    failing[0] = False
+    assert compiling.compiles(network)
+    passed(network, X)
+    assert len(calls) == 2
 
 
 def test_attacks_leave_the_network_as_it_was_and_nothing_keeps_it_alive(noisy):

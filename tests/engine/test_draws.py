@@ -13,6 +13,7 @@ from torch import nn
 
 from learn2perturb.attacks import PGD
 from learn2perturb.engine import FAST, PLAIN, draws, execution, fused, running
+from learn2perturb.engine.compiler import FINDINGS
 from learn2perturb.engine.draws import standard_normal
 from learn2perturb.engine.modes import own_modes
 from learn2perturb.engine.random import seed_torch
@@ -245,7 +246,7 @@ def test_without_a_compiler_it_warns_once_and_draws_plainly(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("")  # an error may have no text
 
-    monkeypatch.setattr(fused._compiler, "usable", True)
+    monkeypatch.setattr(FINDINGS, "usable", True)
     monkeypatch.setattr(fused, "_compiled", lambda function: broken)
     network = perturb(nn.Sequential(nn.Identity(), nn.Flatten()), input_shape=(4, 8, 8), sites="0", init=1.0)
     x = torch.zeros(200, 4, 8, 8)
@@ -261,7 +262,7 @@ def test_a_kernel_that_fails_to_compile_is_tried_anew_by_the_next_work(monkeypat
     def broken(*arguments):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(fused._compiler, "usable", True)
+    monkeypatch.setattr(FINDINGS, "usable", True)
     network = perturb(nn.Sequential(nn.Identity(), nn.Flatten()), input_shape=(4, 8, 8), sites="0", init=1.0)
     x = torch.zeros(200, 4, 8, 8)
     with monkeypatch.context() as patched, own_modes(), running(FAST), torch.no_grad():

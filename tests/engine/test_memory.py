@@ -37,18 +37,30 @@ def test_tensors_get_no_fresh_pages_once_memory_is_kept():
 
 
 def test_the_fast_mode_keeps_memory_also_around_a_plain_pass_and_the_outermost_gives_it_back():
-    assert not memory._kept
+    assert not memory._keeping.bodies
     with execution.running(execution.FAST):
-        assert memory._kept
+        assert memory._keeping.bodies
         with execution.running(execution.PLAIN), execution.running(execution.FAST):
-            assert memory._kept
-        assert memory._kept
-    assert not memory._kept
+            assert memory._keeping.bodies
+        assert memory._keeping.bodies
+    assert not memory._keeping.bodies
     with execution.running(execution.PLAIN):
-        assert not memory._kept
+        assert not memory._keeping.bodies
 
 
 def test_without_glibc_nothing_happens(monkeypatch):
     monkeypatch.setattr(memory, "_mallopt", lambda: None)
     with memory.kept():
-        assert not memory._kept
+        assert not memory._keeping.bodies
+
+
+def test_memory_is_kept_until_the_last_of_bodies_that_overlap_has_ended(monkeypatch):
+    told = []
+    monkeypatch.setattr(memory, "_mallopt", lambda: lambda parameter, value: told.append((parameter, value)))
+    first, second = memory.kept(), memory.kept()  # as two threads have them, neither within the other
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert told == list(memory._KEEPING.items())
+    second.__exit__(None, None, None)
+    assert told == [*memory._KEEPING.items(), *memory._USUAL.items()]

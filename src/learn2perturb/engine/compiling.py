@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from learn2perturb.engine import compile_time, fused
+from learn2perturb.engine.compiler import FINDINGS
 
 Forward = Callable[..., Any]
 _CPU = torch.device("cpu")
@@ -26,7 +27,6 @@ _CPU = torch.device("cpu")
 _OPTIONS: dict[str, fused.Options] = {"cpu": fused.FUSING, "cuda": {"combo_kernels": True}}
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[int, Forward]] = weakref.WeakKeyDictionary()
-_failed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _compile(forward: Forward, device: torch.device) -> Forward:
@@ -46,7 +46,7 @@ def _once(network: nn.Module, forward: Forward, fast: Forward, x: Tensor) -> Any
             warnings.simplefilter("ignore")
             return fast(x)
     except Exception as error:
-        _failed.add(network)
+        FINDINGS.failed.add(network)
         result = forward(x)  # a fault of the network's own shows here, as it would have without a compiler
         warnings.warn(
             f"{type(network).__name__} cannot be compiled here ({type(error).__name__}: "
@@ -64,7 +64,7 @@ def compiles(network: nn.Module) -> bool:
 def _can_compile(network: nn.Module) -> bool:
     """Tell whether a forward function is there to compile, and weights that are the same in every pass."""
     return not (
-        network in _failed
+        network in FINDINGS.failed
         or "forward" in network.__dict__
         or "_orig_mod" in network._modules
         or any(parametrize.is_parametrized(module) for module in network.modules())
@@ -89,7 +89,7 @@ def compiled(network: nn.Module, rows: int) -> Iterator[None]:
     fast = kept[rows]
 
     def dispatch(x: Tensor, *rest: Any, **named: Any) -> Any:
-        if rest or named or len(x) != rows or not torch.is_grad_enabled() or network in _failed:
+        if rest or named or len(x) != rows or not torch.is_grad_enabled() or network in FINDINGS.failed:
             return forward(x, *rest, **named)
         return _once(network, forward, lambda z: fast(network, z), x)
 

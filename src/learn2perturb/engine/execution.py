@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from learn2perturb.checks import check_choice
 from learn2perturb.configs import ENGINES
 from learn2perturb.engine import compiling, folding, memory
+from learn2perturb.engine.compiler import tried_anew
 from learn2perturb.errors import ConfigError
 
 
@@ -89,7 +90,7 @@ def running(mode: ExecutionMode) -> Iterator[ExecutionMode]:
     tuned = torch.backends.cudnn.benchmark
     try:
         torch.backends.cudnn.benchmark = mode.tuned_convolutions or tuned
-        with memory.kept() if mode.kept_memory else contextlib.nullcontext():
+        with tried_anew(), memory.kept() if mode.kept_memory else contextlib.nullcontext():
             yield mode
     finally:
         torch.backends.cudnn.benchmark = tuned

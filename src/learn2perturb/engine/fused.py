@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.engine import compile_time, ranks
+from learn2perturb.engine.compiler import FINDINGS
 
 _LEVELS = 1 << 16
 _SCIPY_NAMES = {"gaussian": "norm", "laplace": "laplace", "uniform": "uniform"}
@@ -32,33 +33,6 @@ FUSING: Options = {"realize_opcount_threshold": 200}
 _UNCHECKED: Options = FUSING | {"assert_indirect_indexing": False}
 
 _tables: dict[str, Tensor] = {}
-
-
-class _Compiler:
-    """Whether kernels compile, as far as the work that is under way has found, and whether noise is being inlined.
-
-    An object of this module, since the compiler looks through attributes and not through context variables.
-    """
-
-    def __init__(self) -> None:
-        self.usable, self.inlined, self.works = True, False, 0
-
-
-_compiler = _Compiler()
-
-
-@contextlib.contextmanager
-def tried_anew() -> Iterator[None]:
-    """Let a kernel that fails to compile in the body be drawn uncompiled for the rest of it, and not for longer.
-
-    A body within a body is part of the outer one.
-    """
-    _compiler.works += 1
-    try:
-        yield
-    finally:
-        _compiler.works -= 1
-        _compiler.usable = _compiler.usable or not _compiler.works
 
 
 def quantile_table(distribution: str) -> Tensor:
@@ -176,7 +150,7 @@ def _map(theta: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
 def can_fuse(h: Tensor) -> bool:
     """Tell whether :func:`add_noise` serves these features: on the CPU, one block of memory, eager, a compiler here."""
     return (
-        _compiler.usable
+        FINDINGS.usable
         and h.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and (h.is_contiguous() or (h.dim() == 4 and h.is_contiguous(memory_format=torch.channels_last)))
@@ -188,16 +162,16 @@ def inlined() -> Iterator[None]:
     """Let noise in the body become part of what is compiled there, as :func:`add_noise_inlined`."""
     for distribution in _SCIPY_NAMES:
         quantile_table(distribution)  # the compiler reads tables, it does not make them
-    before, _compiler.inlined = _compiler.inlined, True
+    before, FINDINGS.inlined = FINDINGS.inlined, True
     try:
         yield
     finally:
-        _compiler.inlined = before
+        FINDINGS.inlined = before
 
 
 def can_inline(h: Tensor) -> bool:
     """Tell whether the compiler is at work on a pass of :func:`inlined` on the CPU."""
-    return _compiler.inlined and torch.compiler.is_compiling() and h.device.type == "cpu"
+    return FINDINGS.inlined and torch.compiler.is_compiling() and h.device.type == "cpu"
 
 
 # Operations of their own, because a compiler computes again for every row what it can look into: it would gather a
@@ -291,7 +265,7 @@ def add_noise(h: Tensor, theta: Tensor, distribution: str) -> Tensor | None:
         with ranks.plain_calls():
             noisy: Tensor = _AddNoise.apply(_flat(h, last), _map(theta, h.shape[1:], last), key, table, start)
     except Exception as error:
-        _compiler.usable = False
+        FINDINGS.usable = False
         warnings.warn(
             f"noise cannot be compiled here ({type(error).__name__}: {' '.join(str(error).split())[:120]}); "
             "drawing it uncompiled, which is slower",

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import platform
+import threading
 from collections.abc import Callable, Iterator
 
 _TRIM, _TOP_PAD, _MMAP = -1, -2, -3  # of malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
@@ -17,7 +18,23 @@ _KEEPING = {_TRIM: 2_000_000_000, _TOP_PAD: 64 << 20, _MMAP: 32 << 20}
 # What glibc's own adjustment arrives at in a program with large tensors; it cannot be handed back the adjusting itself.
 _USUAL = {_TRIM: 64 << 20, _TOP_PAD: 128 << 10, _MMAP: 32 << 20}
 
-_kept = False
+
+class _Keeping:
+    """How many bodies keep memory now. The heap is the process's, so what they set ends with the last of them."""
+
+    def __init__(self) -> None:
+        self.bodies, self.lock = 0, threading.Lock()
+
+    def count(self, change: int, mallopt: Callable[[int, int], int]) -> None:
+        """Let a body begin (1) or end (-1); the first and the last of them tell glibc."""
+        with self.lock:
+            outermost = self.bodies == 0 or self.bodies + change == 0
+            self.bodies += change
+            for parameter, value in (_KEEPING if change > 0 else _USUAL).items() if outermost else ():
+                mallopt(parameter, value)
+
+
+_keeping = _Keeping()
 
 
 @functools.cache
@@ -33,18 +50,13 @@ def _mallopt() -> Callable[[int, int], int] | None:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Keep what is freed in the body; a body within a body changes nothing. Without glibc this does nothing."""
-    global _kept
+    """Keep what is freed in the body, and while other bodies still run. Without glibc this does nothing."""
     mallopt = _mallopt()
-    if _kept or mallopt is None:
+    if mallopt is None:
         yield
         return
-    _kept = True
-    for parameter, value in _KEEPING.items():
-        mallopt(parameter, value)
+    _keeping.count(1, mallopt)
     try:
         yield
     finally:
-        _kept = False
-        for parameter, value in _USUAL.items():
-            mallopt(parameter, value)
+        _keeping.count(-1, mallopt)

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from learn2perturb.engine import fused
+from learn2perturb.engine.compiler import tried_anew
 from learn2perturb.engine.random import isolated_rng
 from learn2perturb.errors import InputError
 
@@ -21,11 +21,11 @@ def own_modes() -> Iterator[None]:
     """Run the body, or as a decorator a function, as if the caller were in no mode of torch.
 
     A caller's ``no_grad`` and ``inference_mode`` would take away the gradients of attacks, and his ``autocast`` would
-    compute in another type than the record says; on a card, float32 is float32. A kernel that failed to compile for
+    compute in another type than the record says; on a card, float32 is float32. What failed to compile for
     somebody else is tried anew.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(fused.tried_anew())
+        stack.enter_context(tried_anew())
         if torch.cuda.is_available():
             stack.enter_context(full_float32())
         stack.enter_context(torch.inference_mode(False))
