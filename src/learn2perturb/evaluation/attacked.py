@@ -25,7 +25,7 @@ Numbers = NDArray[np.int64]
 EACH = 8
 _SAME = ("attack", "eps", "noise", "predictor", "members")  # what tells the rows of an evaluation apart
 _SIGNED = ("model", "weights", "images", "data")  # of the metadata of the record
-MEND = "remove it, or evaluate again with --keep-images"
+FIX = "remove it, or evaluate again with --keep-images"
 
 
 def beside(record: Path) -> Path:
@@ -221,7 +221,7 @@ class AttackedImages:
         Raises:
             CheckpointError: missing, damaged, inconsistent, or of a newer version.
         """
-        with reading(f"{path} cannot be read as kept images", MEND, CheckpointError):
+        with reading(f"{path} cannot be read as kept images", FIX, CheckpointError):
             arrays = _arrays(path)
             about = parse_json(arrays["about"].tobytes())
             if about.pop("format") != cls.FORMAT or about.pop("version") != cls.VERSION:
