@@ -96,6 +96,17 @@ def test_bat_draws_as_its_paper_and_barre_evenly():
         assert model.perturbation.probabilities == pytest.approx([1 / (stage + 1)] * (stage + 1) + [0] * (2 - stage))
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_members_that_are_taken_off_and_put_back_are_the_same(count):
+    model = build_defense("barre", {"count": count}).prepare(dense(), SHAPE)
+    choice = model.perturbation
+    members = list(choice.others)
+    choice.detach(model)
+    choice.attach(model)
+    assert len(members) == count - 1 and list(choice.others) == members
+    assert choice.members_in(model)[1:] == members
+
+
 @pytest.mark.parametrize(("epoch", "batch"), [(0, 0), (0, 1), (1, 0)])
 def test_a_member_begins_from_the_one_before_once_in_its_stage(epoch, batch):
     defense = build_defense("barre", {"count": 2})

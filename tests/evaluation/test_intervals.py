@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import tracemalloc
 
 import numpy as np
@@ -10,6 +11,7 @@ from learn2perturb.errors import ConfigError, InputError
 from learn2perturb.evaluation.intervals import (
     Interval,
     Scores,
+    _over_draws,
     accuracy_interval,
     bootstrap_mean,
     majority,
@@ -186,3 +188,14 @@ def test_a_paired_difference_of_answers_is_bonett_and_prices(gained, lost, same,
     found = paired_difference(first, second, confidence=confidence)
     assert found.mean == pytest.approx((gained - lost) / n)
     assert (found.interval.low, found.interval.high) == pytest.approx((centre - half, centre + half))
+
+
+@pytest.mark.parametrize("sizes", [(3,) * 9, (1, 1, 2, 3, 3, 4, 4, 5, 6)])
+def test_the_variance_by_the_draws_of_passes_is_right_in_the_mean_from_one_scoring(sizes):
+    """Of passes that are right or wrong as a whole, over all that can come out; of passes of unlike sizes as well."""
+    n, found = sum(sizes), []
+    for right in itertools.product([True, False], repeat=len(sizes)):
+        part = _over_draws(Scores(np.repeat(right, sizes)[None], sizes, random=True))
+        assert part is not None
+        found.append(part.seen)
+    assert np.mean(found) == pytest.approx(0.25 * sum(size**2 for size in sizes) / n**2)

@@ -195,6 +195,10 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "error > 1e-7 * (1 + float(between.abs().max()))",
      "(error) >= (1e-07 * (1 + float(between.abs().max())))"):
         "an allowance for rounding has no exact edge",
+    ("diagnosis/truth.py",
+     "move = mean * (reach / length.masked_fill(none, 1.0)).to(mean.dtype).view(-1, *[1] * (x.ndim - 1))",
+     "1.0", "2.0"):
+        "there the gradient that it divides is zero",
     ("evaluation/inputs.py", "half = x[: _IMAGES // 2] if len(x) > 1 else torch.cat([x, 1 - x])",
      "x[: _IMAGES // 2] if len(x) > 1 else torch.cat([x, 1 - x])", "torch.cat([x, 1 - x])"):
         "the same question about more images",
@@ -253,6 +257,8 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "sign > 0", "(sign) >= (0)"): "where the sign is 0 the result is multiplied by it",
     ("attacks/fab.py", "room = torch.where(sign > 0, 1 - x, torch.where(sign < 0, x, 0.0)).clamp_min(0.0)",
      "sign < 0", "(sign) <= (0)"): "where the sign is 0 the result is multiplied by it",
+    ("defenses/barre.py", "errors = 1 - mean_of_rows(right.to(choice.chances.dtype))", "1", "2"):
+        "the nearest point of the simplex is the same from all that is moved alike",
     ("defenses/pixeldp.py", "return 1.0 if share > 0.9 else share", "share > 0.9", "(share) >= (0.9)"):
         "no step has a share of 0.9",
     ("noise/sensitivity.py",
