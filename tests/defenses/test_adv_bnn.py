@@ -226,6 +226,7 @@ def test_a_run_over_stages_is_saved_loaded_and_measured(tmp_path):
         ({"init": -1.0}, "init is -1.0"),
         ({"kl_weight": -0.1}, "kl_weight is -0.1"),
         ({"mean_init": "zero"}, "allowed: network, released"),
+        ({"mean_init": None}, "allowed: network, released"),
         ({"stage_lengths": 80}, "a list such as"),
         ({"stage_lengths": [80, 0]}, "at least 1"),
     ],

@@ -81,6 +81,18 @@ def test_what_is_no_claim_is_refused_with_the_fix(text, error, fix):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        (Claim(0.5), "single draws"),
+        (Claim(0.5, predictor="single"), "single draws"),
+        (Claim(0.5, predictor="mean_probability", members=8), "mean probability of 8"),
+    ],
+)
+def test_what_is_claimed_to_answer_is_said(claim, said):
+    assert claim.predicted == said
+
+
 # --- what refutes it
 
 
@@ -200,6 +212,7 @@ def test_without_a_claim_nothing_stands():
         assert text.startswith(head)
         assert "1.5 % (loss margin)" in text.splitlines()[0]
         assert "stand" not in text.lower()
+        assert "cannot be seen" not in text  # no check compared accuracies, so nothing was too small to be seen
         assert "claim" not in text.lower()
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from learn2perturb.attacks import ARC, FGSM, PGD
-from learn2perturb.diagnosis import QUICK, whitebox
+from learn2perturb.diagnosis import QUICK, blackbox, whitebox
 from learn2perturb.diagnosis.diagnosing import _reported
+from learn2perturb.diagnosis.measure import Subject
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation.intervals import Scores
 from tests.problems import Linear
@@ -111,3 +112,15 @@ def test_attacks_at_another_size_take_steps_of_the_same_share():
 )
 def test_the_name_of_the_reported_attack(stochastic, eot, name):
     assert whitebox.title(PGD(0.1, 0.02, 7, eot=eot), stochastic=stochastic) == name
+
+
+@pytest.mark.parametrize(("stochastic", "draws"), [(True, 4), (False, 1)])
+def test_a_surrogate_learns_from_means_over_draws_where_there_are_draws(stochastic, draws, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(blackbox, "distil", lambda model, images, **settings: asked.update(settings) or model)
+    subject = Subject(Linear((1, 2, 2)), stochastic=stochastic)
+    found = bench(PGD(0.1, norm="l2"), subject=subject, seed=3, progress=None)
+    source = blackbox.surrogate(found, torch.zeros(2, 1, 2, 2))
+    assert (asked["draws"], asked["queries"]) == (draws, PLAN.surrogate_queries)
+    assert (asked["eps"], asked["norm"]) == (0.1, "l2")
+    assert source.model is subject.model and not source.stochastic and source.gradient

@@ -69,7 +69,7 @@ class AdvBNN(Defense):
                 raise ConfigError(
                     f"{name} is 0; it is a standard deviation and must be above 0 (the released code: 0.1)"
                 )
-        check_choice("mean_init", self.mean_init, MEAN_INITS, optional=True)
+        check_choice("mean_init", self.mean_init, MEAN_INITS)
         if not isinstance(self.stage_lengths, (list, tuple)):
             raise ConfigError(f"stage_lengths is {self.stage_lengths!r}; it must be a list such as [80, 60, 40, 20]")
         for length in self.stage_lengths:
