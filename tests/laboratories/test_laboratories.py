@@ -307,6 +307,17 @@ def test_what_a_shared_fixture_runs_is_run_by_every_test_that_asks_for_it(tmp_pa
     assert "attacks/balls.py" not in found["test_none"].lines
 
 
+def test_the_first_test_of_a_file_does_not_pay_for_its_imports(tmp_path):
+    file = tmp_path / "test_it.py"
+    file.write_text(
+        "import functools\n@functools.cache\ndef heavy():\n    return sum(range(10_000_000))\n"
+        "def test_first():\n    heavy()\ndef test_second():\n    heavy()\n"
+    )
+    at = tmp_path / "lines.json"
+    assert outcomes([Case("lines", "lines", covering._writer(str(file), at))]) == ["same result"]
+    assert all(one.seconds < 0.15 for one in covering._read(at))
+
+
 def test_a_sample_hardly_changes_when_other_places_do(monkeypatch):
     whole = mutate.every()
     monkeypatch.setattr(mutate, "every", lambda: whole)
