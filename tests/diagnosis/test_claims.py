@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 from torch import Tensor
 
 from learn2perturb import records
@@ -182,6 +183,23 @@ def test_an_honest_claim_is_seldom_refuted_and_the_drop_that_is_named_is_seen_in
     assert 0.1 < drop < 0.2
     assert refuted(0.5) <= 0.02
     assert refuted(0.5 - drop) == pytest.approx(0.8, abs=0.07)
+
+
+@pytest.mark.parametrize("tried", [1, 12])
+@pytest.mark.parametrize(
+    ("right", "n", "claimed"), [(40, 200, 0.5), (75, 150, 0.9), (30, 40, 1.0), (0, 50, 0.3), (1, 1, 0.5)]
+)
+def test_the_drop_is_a_sum_of_quantiles_of_the_error_at_what_is_claimed(right, n, claimed, tried):
+    one = measured("x", right, n)
+    share = right / n
+
+    def error(p: float) -> float:
+        p = min(max(p, 1 / n), 1 - 1 / n) if n > 1 else 0.5
+        return math.sqrt(p * (1 - p) / n)
+
+    wider = (one.interval.high - one.interval.low) / (2 * 1.959964) / error(share) if 0 < share < 1 else 1.0
+    expected = (norm.isf(0.025 / tried) + norm.ppf(0.8)) * wider * error(claimed)
+    assert put_on_trial([one], claimed, tried=["x"] * tried).drop == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_power_knows_scorings_that_agree_and_scorings_that_do_not():

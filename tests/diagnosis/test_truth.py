@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from learn2perturb.attacks import PGD
 from learn2perturb.diagnosis import QUICK, diagnose, truth
 from learn2perturb.diagnosis.measure import Attacked, Bench, Subject
-from learn2perturb.diagnosis.truth import Ratios, averaged_ratios, ratios, true_gradient, truth_of
+from learn2perturb.diagnosis.truth import Ratios, _quantiles, averaged_ratios, ratios, true_gradient, truth_of
 from learn2perturb.diagnosis.verdict import judge
 from learn2perturb.engine import execution
 from learn2perturb.engine.random import isolated_rng
@@ -185,3 +185,8 @@ def test_rivals_of_a_staircase_are_held_against_its_best_descent(model, staircas
         parts = [one.accuracy for one in found.measurements if one.name.startswith("4 restarts by")]
         assert len(parts) == 2
         assert own <= min(*parts, found.measurement("reported").accuracy)
+
+
+def test_ratios_are_the_median_and_the_tenths_at_both_ends_of_all_draws():
+    parts = torch.arange(101.0)[torch.randperm(101)]
+    assert _quantiles([(parts[:60], 5), (parts[60:], 10)]) == Ratios(50.0, 10.0, 90.0, 15 / 101)

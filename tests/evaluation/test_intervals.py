@@ -198,4 +198,6 @@ def test_the_variance_by_the_draws_of_passes_is_right_in_the_mean_from_one_scori
         part = _over_draws(Scores(np.repeat(right, sizes)[None], sizes, random=True))
         assert part is not None
         found.append(part.seen)
+        squares, fourths = (sum(size**power for size in sizes) for power in (2, 4))
+        assert part.freedom == pytest.approx(squares**2 / fourths * (1 - 1 / len(sizes)))
     assert np.mean(found) == pytest.approx(0.25 * sum(size**2 for size in sizes) / n**2)

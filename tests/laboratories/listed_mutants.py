@@ -195,6 +195,17 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "error > 1e-7 * (1 + float(between.abs().max()))",
      "(error) >= (1e-07 * (1 + float(between.abs().max())))"):
         "an allowance for rounding has no exact edge",
+    ("attacks/base.py", "_COMPARED = 4  # images on which a finite ensemble is compared with its members", "4", "5"):
+        "one image more",
+    ("attacks/base.py", "_COMPARED = 4  # images on which a finite ensemble is compared with its members", "4", "3"):
+        "one image less",
+    ("evaluation/exact.py", "_COMPARED = 4  # images on which the model is compared with its members", "4", "5"):
+        "one image more",
+    ("evaluation/exact.py", "_COMPARED = 4  # images on which the model is compared with its members", "4", "3"):
+        "one image less",
+    ("diagnosis/blackbox.py", "candidate = (x + BALLS[attack.norm].random(x, attack.eps)).clamp_(0, 1)",
+     "x + BALLS[attack.norm].random(x, attack.eps)", "(x) - (BALLS[attack.norm].random(x, attack.eps))"):
+        "a random point of a ball is as likely as the one opposite",
     ("diagnosis/truth.py",
      "move = mean * (reach / length.masked_fill(none, 1.0)).to(mean.dtype).view(-1, *[1] * (x.ndim - 1))",
      "1.0", "2.0"):
