@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from learn2perturb.cli.options import add_json, print_json
+from learn2perturb.cli.options import add_json, print_json, typed
 from learn2perturb.cli.saving import SUCCESS
 from learn2perturb.errors import CheckpointError, ConfigError, Learn2PerturbError
 from learn2perturb.terminal import one_line
@@ -27,11 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--claim", metavar="TEXT", help="what is claimed, such as '51 %% under pgd20' (default: that of the diagnosis)")
     add("--out", metavar="FILE", default="report.html", help="the page (default report.html)")
     add("--figures", metavar="DIR", help="also write the charts there: SVG, PDF, PNG, one and two columns wide")
+    add("--watch", action="store_true", help="serve the page of one STUDY on 127.0.0.1 and refresh it as it runs")
+    add("--level", metavar="NAME", help="of the study that is watched (default laptop)")
+    add("--store", metavar="DIR", default="runs/store", help="of the study that is watched (default runs/store)")
+    add("--port", type=typed("int"), metavar="N", help="where the page is served (default 8765; 0: any that is free)")
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page; print where it is."""
+    if arguments.watch:
+        return watch(arguments)
     from learn2perturb.report import report
 
     sources = [*map(place_of, arguments.sources)]
@@ -42,6 +48,29 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"page: {path}")
     if arguments.figures is not None:
         print(f"figures: {arguments.figures}")
+    return SUCCESS
+
+
+def watch(arguments: argparse.Namespace) -> int:
+    """Serve the page of a study until Ctrl-C.
+
+    Raises:
+        ConfigError: it is not one study, or the port cannot be had.
+    """
+    from learn2perturb.experiments.ledger import Ledger
+    from learn2perturb.experiments.store import Store
+    from learn2perturb.experiments.study_file import read_study
+    from learn2perturb.report.watching import PORT, address, server
+
+    if len(arguments.sources) != 1 or arguments.claim or arguments.figures:
+        raise ConfigError("--watch takes one study, a YAML file or a name of study --list, and no --claim or --figures")
+    port = PORT if arguments.port is None else arguments.port
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"--port {port} is no port; give one of 1024 to 65535, or 0 for any that is free")
+    study = read_study(arguments.sources[0], arguments.level)
+    with server(Ledger(study, Store(arguments.store)), port) as found:
+        print(f"page: {address(found)} (Ctrl-C ends it)", flush=True)
+        found.serve_forever()
     return SUCCESS
 
 

@@ -42,7 +42,9 @@ def accuracy_curve(diagnosis: Diagnosis, curve: Curve) -> Spec:
         }
         for point in curve.points
     ]  # fmt: skip
-    x = {"field": "at", "type": "quantitative", "title": _AXES[curve.axis] + unit, "scale": {"type": "symlog"}}
+    x: Spec = {"field": "at", "type": "quantitative", "title": _AXES[curve.axis] + unit, "scale": {"type": "symlog"}}
+    if curve.axis != "eps":
+        x["axis"] = {"values": [value["at"] for value in values], "format": "d"}
     tooltip = [{"field": name, "type": "quantitative", "format": ".4g"} for name in ("at", "accuracy", "low", "high")]
     layers: list[Spec] = [
         {

@@ -268,7 +268,7 @@ def _circumstances(records: Iterable[Any]) -> Iterable[tuple[str, str]]:
             if isinstance(value, Mapping):
                 for inner, text in value.items():
                     seen.setdefault(f"{key}: {inner}", {})[_short(text)] = None
-            elif value is not None:
+            elif value is not None and key != "command":  # which stands above
                 seen.setdefault(str(key), {})[_short(value)] = None
     for key, values in seen.items():
         yield key, "; ".join(values)

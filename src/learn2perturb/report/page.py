@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from learn2perturb.records import atomic_write
 from learn2perturb.report import library
 from learn2perturb.report.content import Content, as_data, contents
 from learn2perturb.report.figures import check_folder, write_figures
+from learn2perturb.report.section import RunProgress
 from learn2perturb.report.sources import gather
 
 MOST_BYTES = 4 << 20
@@ -53,8 +55,14 @@ def page(*sources: str | os.PathLike[str], claim: str | None = None) -> str:
     return rendered(contents(gather(sources), claim))
 
 
-def rendered(found: Content) -> str:
-    """Return a page as HTML text."""
+def rendered(found: Content, *, runs: Sequence[RunProgress] = (), version: str = "") -> str:
+    """Return a page as HTML text.
+
+    Args:
+        found: what is on it.
+        runs: of a study that is watched, how far each is.
+        version: of what is watched: the page asks where it came from for a newer one; empty: it asks nobody.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -62,10 +70,12 @@ def rendered(found: Content) -> str:
     )
     template = environment.from_string(_part("page.html"))
     # "<" cannot end the element that holds the data.
-    data = json.dumps(as_data(found), allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(as_data(found) | ({"version": version} if version else {}), allow_nan=False).replace(
+        "<", "\\u003c"
+    )
     return template.render(
         page=found, data=data, style=_part("page.css"), script=_part("page.js"), library=library.script(),
-        columns=COLUMNS,
+        columns=COLUMNS, runs=runs, watched=bool(version),
     )  # fmt: skip
 
 

@@ -69,3 +69,15 @@ class Section:
     tables: tuple[Shown, ...] = ()
     lists: tuple[Listing, ...] = ()
     galleries: tuple[Gallery, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """How far a run of a study is: epochs, records, and about how long the rest takes, in words."""
+
+    run: str
+    epochs: int
+    epochs_in_all: int
+    records: int
+    records_in_all: int
+    left: str

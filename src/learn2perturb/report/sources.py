@@ -157,15 +157,21 @@ def _add(path: Path, said: str, found: Material) -> None:
             "view of a study"
         )
     record = _KINDS[said].load(path)
+    add_record(str(path), record, found)
     if isinstance(record, Evaluation):
-        found.evaluations.append((str(path), record))
         _add_images(path, record, found)
+
+
+def add_record(path: str, record: object, found: Material) -> None:
+    """Add a record that was read from ``path``."""
+    if isinstance(record, Evaluation):
+        found.evaluations.append((path, record))
     elif isinstance(record, Diagnosis):
-        found.diagnoses.append((str(path), record))
+        found.diagnoses.append((path, record))
     elif isinstance(record, View):
         found.views.append(record)
-    else:
-        found.certifications.append((str(path), record))
+    elif isinstance(record, Certification):
+        found.certifications.append((path, record))
 
 
 def _add_images(path: Path, record: Evaluation, found: Material) -> None:

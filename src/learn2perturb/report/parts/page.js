@@ -84,6 +84,27 @@ if (table) {
   table.addEventListener("focusin", tell);
   table.addEventListener("mouseover", tell);
 }
+
+// A study that is watched: asked every few seconds how far it is; a new record brings a new page, where one was reading.
+const EVERY = 3000;
+async function watch() {
+  const trouble = document.getElementById("trouble");
+  try {
+    const state = await (await fetch("/state", { cache: "no-store" })).json();
+    if (state.version !== data.version) return location.reload();
+    state.runs.forEach((run, index) => {
+      const cells = document.getElementById("runs").rows[index].cells;
+      cells[1].textContent = `${run.epochs} of ${run.epochs_in_all}`;
+      cells[2].textContent = `${run.records} of ${run.records_in_all}`;
+      cells[3].textContent = run.left;
+    });
+    trouble.textContent = state.trouble;
+  } catch {
+    trouble.textContent = "No answer: report --watch has ended, or is busy. This is what was last known.";
+  }
+  setTimeout(watch, EVERY);
+}
+if (data.version) setTimeout(watch, EVERY);
 dark.addEventListener("change", draw);
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
 draw();
