@@ -16,7 +16,7 @@ MUTATE_ARGS ?=
 # Small tensors, and threads that spin: with other work on two cores, one thread took tests/compat from minutes to 20 s.
 test test-slow labs labs-sample studies-smoke: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-slow test-browser studies-smoke labs labs-sample mutate bench docs lint types imports format clean
+.PHONY: help setup demo test test-slow test-browser studies-smoke labs labs-sample mutate bench coverage docs lint types imports format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,9 @@ studies-smoke: $(STAMP)  ## every study of the package at level smoke: the paper
 
 mutate: $(STAMP)  ## change one place of the source at a time: do the tests notice? (first time an hour)
 	@$(BIN)/python -m tests.laboratories.mutate $(MUTATE_ARGS)
+
+coverage: $(STAMP)  ## which lines and branches the tests that are not slow reach (PYTEST_ARGS for a part)
+	@$(BIN)/python -m pytest -m "not slow and not browser" --numprocesses 2 --dist loadfile --cov $(PYTEST_ARGS)
 
 docs: $(STAMP)  ## the site, into build/site; strict: a dead link or anchor is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
