@@ -61,9 +61,7 @@ def accuracy_curve(diagnosis: Diagnosis, curve: Curve) -> Spec:
     if diagnosis.claim is not None:
         layers.append(_rule(100 * diagnosis.claim.accuracy, "claimed"))
     told = "; ".join(f"{value['at']:.4g}: {value['accuracy']:.1f} %" for value in values)
-    return _spec(
-        f"Accuracy against {_AXES[curve.axis]}", f"{told}; n = {curve.n}", data={"values": values}, layer=layers
-    )
+    return _spec(f"Accuracy against {curve.axis}", f"{told}; n = {curve.n}", data={"values": values}, layer=layers)
 
 
 def _rule(at: float, word: str) -> Spec:
