@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import shutil
 import subprocess
 
@@ -178,3 +179,34 @@ def test_results_that_hold_arrays_are_shown_in_a_line_or_two():
     assert "x_adv=<20 x 1 x 8 x 8>" in repr(crafted)
     assert "accuracy=" in repr(result.row("fgsm"))
     assert repr(attack) == "FGSM(eps=0.1, norm='linf', loss='ce', targeted=False, eot=1, eot_average='loss', seed=None)"
+
+
+# --- several runs at once
+
+
+def test_several_runs_are_evaluated_side_by_side(network, capsys, tmp_path):
+    other = str(tmp_path / "other")
+    assert main([*TRAIN, *TINY, "--seed=1", "--out", other]) == 0
+    words = ["evaluate", network, "--limit=8", "--eps=0.1", "--attacks=fgsm", other]  # after an option, too
+    said = printed(capsys, *words)
+    assert said.count("record: ") == 2
+    table = said.strip().splitlines()[-4:]
+    assert table[0].split() == ["accuracy", "%", "clean", "fgsm"]
+    assert [line.split()[0] for line in table[2:]] == ["plain", "other"]
+    found = json.loads(printed(capsys, *words, "--json"))
+    assert [one["model"] for one in found] == [network, other]
+    assert printed(capsys, *words, "--dry-run").count("record: ") == 2
+
+
+@pytest.mark.parametrize("option", ["--out=a.json", "--weights=a.pt", "--model=resnet20"])
+def test_what_is_of_one_network_is_refused_with_several(option, network, capsys):
+    assert main(["evaluate", network, "another", "--attacks=none", option]) == 2
+    assert "is of one network, and 2 are named" in capsys.readouterr().err
+
+
+def test_one_of_several_that_is_not_there_stops_before_any_work(network, capsys):
+    before = sorted(pathlib.Path(network).rglob("*.json"))
+    printed(capsys, "evaluate", network, "nowhere", "--attacks=none", "--limit=8", code=2)
+    assert sorted(pathlib.Path(network).rglob("*.json")) == before
+    assert main(["diagnose", network, "another"]) == 2
+    assert "one word too many" in capsys.readouterr().err

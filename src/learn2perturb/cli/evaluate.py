@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from learn2perturb.checks import check_count
 from learn2perturb.cli.images import add_kept_images, check_images_asked, keeper, saved_images
 from learn2perturb.cli.networks import add_network
-from learn2perturb.cli.options import add_config, add_json, config_of, print_json, typed, words
+from learn2perturb.cli.options import Parser, add_config, add_json, config_of, print_json, print_table, typed, words
 from learn2perturb.cli.planning import Plan
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.subject import (
@@ -33,14 +33,18 @@ if TYPE_CHECKING:
     from learn2perturb.attacks import Attack
     from learn2perturb.evaluation import Evaluation
 
-DESCRIPTION = "Attack a trained network and score it with repeated fresh draws of its noise; every row has an interval."
+DESCRIPTION = (
+    "Attack a trained network and score it with repeated fresh draws of its noise; every row has an interval.\n"
+    "Several RUNs are evaluated one after the other, and shown side by side."
+)
 EXAMPLE = "learn2perturb evaluate runs/cifar10-resnet20-learn2perturb-fast-seed0 --attacks fgsm,pgd20 --limit 1000"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add the options of this verb."""
     add = parser.add_argument
     add_network(parser)
+    parser.several = "runs"
     add("--attacks", metavar="NAMES", help=f"of {', '.join(PRESETS)} (default {DEFAULT_ATTACKS}; none for clean only)")
     add(
         "--attack", action="append", default=[], metavar="[ROW=]NAME:KEY=VALUE,...",
@@ -79,7 +83,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate; print the table, save the record."""
+    """Evaluate each run; print the tables, save the records."""
+    each = _each(arguments)
+    told = []
+    for number, one in enumerate(each):
+        if number and not one.json:
+            print()
+        told.append(_evaluate(one))
+    found = [summary for _, summary in told]
+    if arguments.json:
+        print_json(found if len(each) > 1 else found[0])
+    elif len(each) > 1:
+        print()
+        print_table(*_side_by_side(found))
+    return max(code for code, _ in told)
+
+
+def _each(arguments: argparse.Namespace) -> list[argparse.Namespace]:
+    """Return the arguments for each of the runs that are named, all checked before any work.
+
+    Raises:
+        ConfigError: an option is of one network, and several are named.
+    """
+    runs = list(dict.fromkeys([arguments.run, *arguments.runs]))
+    own = next((name for name in ("out", "model", "weights") if getattr(arguments, name) is not None), None)
+    if len(runs) > 1 and own is not None:
+        raise ConfigError(f"--{own} is of one network, and {len(runs)} are named; evaluate them one by one")
+    each = [argparse.Namespace(**vars(arguments) | {"run": one}) for one in runs]
+    if len(each) > 1:
+        from learn2perturb.runs.loading import locate
+
+        for one in each:
+            settled = argparse.Namespace(**vars(one))
+            check_subject(settled)
+            record_path(one)
+            if not settled.named:
+                locate(settled.run)
+    return each
+
+
+def _side_by_side(found: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return head and rows of a table: a run a line, what each attack leaves it; ``off``: with its noise off."""
+    names = [[(row["attack"] + ("" if row["noise"] else " off"), row) for row in one["rows"]] for one in found]
+    columns = list(dict.fromkeys(name for rows in names for name, _ in rows))
+    lines = []
+    for one, rows in zip(found, names, strict=True):
+        by_name = {name: f"{100 * row['accuracy']:.2f}" for name, row in reversed(rows)}
+        lines.append((Path(one["model"]).name, *(by_name.get(column, "") for column in columns)))
+    return ("accuracy %", *columns), lines
+
+
+def _evaluate(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Evaluate one network; print its table, save its record; return the exit code and what a program would read."""
     specs = attack_specs(arguments)
     asked = config_of(EvaluateConfig, arguments)
     check_subject(arguments)
@@ -111,18 +166,12 @@ def run(arguments: argparse.Namespace) -> int:
     code = FAILURE if record is None or None in files else SUCCESS
     if code == SUCCESS:
         keep.clear()
+    read = {
+        "record": place_of(record), "model": subject.name, "data": data.name, "rows": summary(result), "notes": notes,
+        "images": [place_of(path) for path in files],
+    }  # fmt: skip
     if arguments.json:
-        print_json(
-            {
-                "record": place_of(record),
-                "model": subject.name,
-                "data": data.name,
-                "rows": summary(result),
-                "notes": notes,
-                "images": [place_of(path) for path in files],
-            }
-        )
-        return code
+        return code, read
     print(f"{subject.name} on {data.name} ({arguments.split}), seed {config.seed}\n")
     print(result)
     for note in notes:
@@ -131,18 +180,23 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\nrecord: {record}")
     for path in filter(None, files):
         print(f"images: {path}")
-    return code
+    return code, read
 
 
 def plan(arguments: argparse.Namespace) -> Plan:
     """Return what would be done: the rows, the settings, and where the record goes."""
     specs, config = attack_specs(arguments), config_of(EvaluateConfig, arguments)
+    records = [record_path(one) for one in _each(arguments)]
     check_subject(arguments)
     attacks = {row: {"attack": name, **settings} for row, (name, settings) in specs.items()}
     rows = ", ".join([*(["clean"] if config.clean else []), *specs])
     return Plan(
         config.to_dict() | {"attacks": attacks},
-        (f"evaluate {arguments.run}, split {arguments.split}", f"rows: {rows}", f"record: {record_path(arguments)}"),
+        (
+            f"evaluate {', '.join([str(arguments.run), *arguments.runs])}, split {arguments.split}",
+            f"rows: {rows}",
+            *(f"record: {path}" for path in records),
+        ),
     )
 
 

@@ -33,6 +33,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        self.several: str | None = None  # the name that further operands are kept by, where a verb takes several
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
@@ -47,6 +48,11 @@ class Parser(argparse.ArgumentParser):
         """
         known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
         arguments, rest = self.parse_known_args(_spelled(words))
+        if self.several is not None:
+            # Not by nargs="*": argparse would take what stands after an option for one word too many.
+            others = [word for word in rest if not word.startswith("-")]
+            setattr(arguments, self.several, others)
+            rest = [word for word in rest if word not in others]
         if rest:
             word = next((item for item in rest if item.startswith("-")), rest[0]).partition("=")[0]
             if not word.startswith("-"):
