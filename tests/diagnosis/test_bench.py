@@ -99,6 +99,17 @@ def test_of_many_attacks_the_strongest_keep_their_images_and_the_reported_one_al
     assert "quiet" not in bench.kept and "quiet" not in bench.rivals
 
 
+def test_images_that_no_attack_has_just_made_cost_nothing():
+    bench = bench_of()
+    pool = [bench.scored(name, x, kind="canned") for name, x in (("clean", X), ("opposite", 1 - X))]
+    best = bench.assembled("best", pool, np.array([1, 0, 1, 0, 1]))
+    assert torch.equal(best.x[::2], 1 - X[::2]) and torch.equal(best.x[1::2], X[1::2])
+    assert bench.rivals == {"best": best.accuracy} and set(bench.kept) == {"best"}
+    for one in bench.measurements:
+        assert (one.forward_passes, one.backward_passes, one.seconds, one.by_itself) == (0, 0, 0, False)
+    assert [one.attack for one in bench.measurements] == ["canned", "canned", "best of"]
+
+
 def test_another_scoring_of_the_same_images_has_the_attack_of_the_first():
     bench = bench_of(noisy, stochastic=True)
     found = bench.attacked("reported", OWN, N)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from learn2perturb.attacks import ARC, FGSM, PGD
-from learn2perturb.diagnosis import QUICK, blackbox, whitebox
+from learn2perturb.diagnosis import QUICK, blackbox, diagnose, diagnosing, whitebox
 from learn2perturb.diagnosis.diagnosing import _reported
 from learn2perturb.diagnosis.measure import Subject
 from learn2perturb.errors import ConfigError
@@ -124,3 +124,38 @@ def test_a_surrogate_learns_from_means_over_draws_where_there_are_draws(stochast
     assert (asked["draws"], asked["queries"]) == (draws, PLAN.surrogate_queries)
     assert (asked["eps"], asked["norm"]) == (0.1, "l2")
     assert source.model is subject.model and not source.stochastic and source.gradient
+
+
+@pytest.mark.parametrize(
+    ("replayed", "stochastic", "checked"),
+    [("", None, 1), ("", True, 1), ("its draws come again", None, 0), ("its draws come again", True, 0),
+     ("its draws come again", False, 1)],
+)  # fmt: skip
+def test_draws_that_come_again_do_not_have_to_agree_in_every_batch_unless_there_should_be_none(
+    replayed, stochastic, checked, monkeypatch
+):
+    asked: list[int] = []
+    monkeypatch.setattr(diagnosing, "replay_of", lambda *_: replayed)
+    monkeypatch.setattr(diagnosing, "check_batches", lambda model, x, seed: asked.append(len(x)) or [])
+    monkeypatch.setattr(diagnosing, "run_checks", lambda *_, **__: 1 / 0)
+    data = torch.rand(6, 1, 2, 2), torch.arange(6) % 2
+    with pytest.raises(ZeroDivisionError):
+        diagnose(Linear((1, 2, 2)).eval(), data, budget="quick", limit=6, stochastic=stochastic, progress=False)
+    assert len(asked) == checked
+
+
+def test_other_networks_learn_from_half_as_many_queries(monkeypatch):
+    class Enough(Exception):
+        pass
+
+    def run_checks(bench, given, quiet, learned, **settings):
+        asked.update(queries=learned.args[2], seed=learned.keywords["seed"], batch=learned.keywords["batch_size"])
+        raise Enough
+
+    asked: dict[str, int] = {}
+    monkeypatch.setattr(diagnosing, "run_checks", run_checks)
+    data = torch.rand(6, 1, 2, 2), torch.arange(6) % 2
+    with pytest.raises(Enough):
+        diagnose(Linear((1, 2, 2)).eval(), data, budget=PLAN, limit=6, seed=5, batch_size=3,
+                 progress=False)  # fmt: skip
+    assert asked == {"queries": PLAN.surrogate_queries // 2, "seed": 5, "batch": 3}
