@@ -74,10 +74,10 @@ class Watch:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
-        started = _busy()
+        started = busy()
         with self._context(item.nodeid):
             done = yield
-        self.seconds[item.nodeid] = _busy() - started
+        self.seconds[item.nodeid] = busy() - started
         self.fixtures[item.nodeid] = list(getattr(item, "fixturenames", ()))
         return done
 
@@ -93,7 +93,7 @@ class Watch:
             self.failed.add(report.nodeid)
 
 
-def _busy() -> float:
+def busy() -> float:
     """Return the seconds of work of this process and of those that it waited for: other work does not lengthen them."""
     return sum(os.times()[:4])
 
