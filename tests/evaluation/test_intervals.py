@@ -108,6 +108,12 @@ def test_bootstrap_bad_settings() -> None:
         bootstrap_mean([0.5], confidence=95)
 
 
+def test_one_resample_is_a_point_without_an_error() -> None:
+    found = bootstrap_mean([0.0, 1.0, 1.0, 1.0], resamples=1)
+    assert (found.mean, found.standard_error) == (0.75, 0.0)
+    assert found.interval.low == found.interval.high
+
+
 # Rows are scorings, columns images.
 CORRECT = np.array([[1, 1, 0, 0], [1, 0, 0, 1], [1, 1, 0, 1]], dtype=bool)
 
