@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from learn2perturb.attacks import ARC, FGSM, PGD
 from learn2perturb.diagnosis import QUICK, blackbox, diagnose, diagnosing, whitebox
@@ -15,6 +16,7 @@ from learn2perturb.diagnosis.diagnosing import _reported
 from learn2perturb.diagnosis.measure import Subject
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation.intervals import Scores
+from learn2perturb.noise import perturb
 from tests.problems import Linear
 
 PLAN = dataclasses.replace(QUICK, unbounded_eot=3, restarts=2)
@@ -159,3 +161,23 @@ def test_other_networks_learn_from_half_as_many_queries(monkeypatch):
         diagnose(Linear((1, 2, 2)).eval(), data, budget=PLAN, limit=6, seed=5, batch_size=3,
                  progress=False)  # fmt: skip
     assert asked == {"queries": PLAN.surrogate_queries // 2, "seed": 5, "batch": 3}
+
+
+def noisy() -> nn.Module:
+    torch.manual_seed(0)
+    return perturb(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), input_shape=(1, 2, 2), sites=["1"]).eval()
+
+
+@pytest.mark.parametrize(("model", "twin"), [(noisy, True), (lambda: Linear((1, 2, 2)).eval(), False)])
+def test_a_network_whose_noise_is_ours_is_compared_with_itself_without_it(model, twin, monkeypatch):
+    asked: list[Subject | None] = []
+
+    def run_checks(bench, given, quiet, learned, **settings):
+        asked.append(quiet)
+        return 1 / 0
+
+    monkeypatch.setattr(diagnosing, "run_checks", run_checks)
+    data = torch.rand(6, 1, 2, 2), torch.arange(6) % 2
+    with pytest.raises(ZeroDivisionError):
+        diagnose(model(), data, budget=PLAN, limit=6, progress=False)
+    assert [one is not None for one in asked] == [twin]

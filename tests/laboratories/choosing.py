@@ -13,7 +13,7 @@ from tests.laboratories.mutants import Mutant
 
 _START = 0.05  # seconds of a test that takes none
 _FAR, _ELSEWHERE = 3.0, 8.0  # as if they took that many times as long: the folder's other files, and other folders
-_DEFAULTS = "test_defaults"  # the tables of public defaults, near to every file of their folder
+_DEFAULTS = "test_defaults"  # the tables of public defaults, near to every file: some hold those of other folders
 
 
 def tests_of(mutant: Mutant, known: Mapping[str, Test], limit: float) -> tuple[str, ...]:
@@ -72,9 +72,10 @@ def _in_order(mutant: Mutant, tests: list[Test]) -> list[Test]:
 
 
 def _is_near(mutant: Mutant, test: Test) -> bool:
-    near = (f"test_{pathlib.PurePath(mutant.path).stem}", _DEFAULTS)
-    file = pathlib.PurePath(test.name.split("::")[0])
-    return _folder(test.name) == mutant.path.split("/")[0] and file.name.startswith(near)
+    name, stem = pathlib.PurePath(test.name.split("::")[0]).name, pathlib.PurePath(mutant.path).stem
+    return name.startswith(_DEFAULTS) or (
+        _folder(test.name) == mutant.path.split("/")[0] and name.startswith(f"test_{stem}")
+    )
 
 
 def _folder(test: str) -> str:
