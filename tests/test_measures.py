@@ -1,8 +1,11 @@
-"""How the source is built: short flat functions, and names of registered things in the registry alone."""
+"""How the source is built: short flat functions, names in the registry, closed classes."""
 
 from __future__ import annotations
 
+import abc
 import ast
+import importlib
+import inspect
 import pathlib
 import statistics
 from collections.abc import Iterator
@@ -104,3 +107,30 @@ def test_no_list_of_registered_names_stands_outside_the_registry():
         if name != "registry.py" and of_one_registry(texts)
     ]
     assert found == CHOICES
+
+
+# --- classes
+
+
+def classes() -> set[type]:
+    """Return every class that the source defines at the top of a module."""
+    found = set()
+    for name in TREES:
+        module = importlib.import_module(".".join(["learn2perturb", *name.removesuffix(".py").split("/")]))
+        found |= {one for one in vars(module).values() if isinstance(one, type) and one.__module__ == module.__name__}
+    return found
+
+
+def is_abstract(one: type) -> bool:
+    """Tell whether a class says that it is a base: by an abstract method, as an ABC, or as a protocol."""
+    return inspect.isabstract(one) or abc.ABC in one.__bases__ or getattr(one, "_is_protocol", False)
+
+
+def test_a_class_that_has_subclasses_is_abstract_and_every_other_is_final():
+    known = classes()
+    assert len(known) > 250
+    bases = {base for one in known for base in one.__mro__[1:] if base in known}
+    # Errors are caught by their kind, so the family has classes in between.
+    open_ones = {one for one in bases if not is_abstract(one) and not issubclass(one, Exception)}
+    assert {f"{one.__module__}.{one.__name__}" for one in open_ones} == set()
+    assert [one for one in bases if getattr(one, "__final__", False)] == []

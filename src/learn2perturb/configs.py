@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from abc import ABC
 from collections.abc import Callable, Mapping
 from typing import Any, Self, TypeVar
 
@@ -19,7 +20,7 @@ ENGINES = ("auto", "plain", "fast")
 _SETTINGS = re.compile(r"^( +)settings: .*(?:\n\1 .*)*", re.MULTILINE)
 
 
-class Config:
+class Config(ABC):
     """Base of the configs: frozen dataclasses of plain values, each checked when it is made."""
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import re
 import types
 import typing
 import zlib
+from abc import ABC
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -46,7 +47,7 @@ class Record(Protocol):
 R = TypeVar("R", bound=Record)
 
 
-class Saved:
+class Saved(ABC):
     """A record that saves and loads itself: base of frozen dataclasses with a ``FORMAT`` and a ``VERSION``."""
 
     FORMAT: ClassVar[str]

@@ -34,7 +34,7 @@ def completion(shell: str, verbs: Mapping[str, str], *, prog: str = "learn2pertu
     parser = argparse.ArgumentParser(prog)
     parser.add_argument("--version", action="store_true", help="the version")
     parser.add_argument("--print-completion", choices=SHELLS, help="a script for your shell")
-    tree = parser.add_subparsers(parser_class=_Part)
+    tree = parser.add_subparsers(parser_class=_part)  # type: ignore[call-overload]  # typed as a class, used as a call
     for verb, summary in verbs.items():
         part = tree.add_parser(verb, help=summary)
         module = importlib.import_module(f"learn2perturb.cli.{verb}")
@@ -47,11 +47,9 @@ def completion(shell: str, verbs: Mapping[str, str], *, prog: str = "learn2pertu
     return "\n".join([script.rstrip(), *lines])
 
 
-class _Part(Parser):
-    """The parser of a verb, made as argparse makes those of sub-commands."""
-
-    def __init__(self, **settings: str) -> None:
-        super().__init__(prog=settings.get("prog"))
+def _part(**settings: str) -> Parser:
+    """Return the parser of a verb, asked for as argparse asks for those of sub-commands."""
+    return Parser(prog=settings.get("prog"))
 
 
 def _hint(parser: argparse.ArgumentParser) -> None:

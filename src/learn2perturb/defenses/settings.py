@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -106,7 +107,7 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenSettings:
+class OpenSettings(ABC):
     """The fields of :class:`Settings`, each of which may be None: as the recipe says."""
 
     epochs: int | None = None

@@ -11,6 +11,7 @@ import importlib
 import io
 import secrets
 import warnings
+from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Beginning:
     step: int
 
 
-class Logger:
+class Logger(ABC):
     """Does nothing: a base for loggers, which override what they want to hear of."""
 
     def begin(self, run: Beginning) -> None:
