@@ -25,6 +25,23 @@ if hasattr(signal, "SIGHUP"):
 CIFAR10_FILES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that checks the shapes of all calls, in all tests; those of test_shapes.py check theirs always."""
+    parser.addoption("--check-shapes", action="store_true", help="check annotated shapes at every call (slower)")
+
+
+@pytest.fixture(autouse=True)
+def _shapes_checked(request: pytest.FixtureRequest):
+    """Check every call against its annotated shapes, where that is asked for."""
+    if not request.config.getoption("--check-shapes"):
+        yield
+        return
+    from tests.shapes import checking
+
+    with checking():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _deterministic_seeds(request: pytest.FixtureRequest):
     """Seed every generator from the test's name, so that a test draws the same alone and among others."""

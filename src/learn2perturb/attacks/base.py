@@ -26,6 +26,7 @@ from learn2perturb.engine.answers import ask, check_answer, check_finite, check_
 from learn2perturb.engine.finite import Members, check_members, members_of
 from learn2perturb.engine.modes import in_mode, one_image_explained, own_modes
 from learn2perturb.engine.random import isolated_rng, seed_everything
+from learn2perturb.engine.shapes import Flags, Images, Labels, Logits, PerImage
 from learn2perturb.errors import ConfigError, InputError, Learn2PerturbError
 from learn2perturb.sizes import LINF_EPS, usual_eps
 
@@ -203,7 +204,7 @@ class Attack(ABC):
         return AttackResult(self, x_adv, success, *found, *passes, seconds, *counts)
 
     @final
-    def craft(self, model: Model, x: Tensor, y: Tensor, *, mode: Mode = "eval") -> Tensor:
+    def craft(self, model: Model, x: Images, y: Labels, *, mode: Mode = "eval") -> Images:
         """Return adversarial images as :meth:`run` does, for training loops: values unseen, no verification, no record.
 
         Nothing here waits for the device, so no image leaves before the attack is over. ``mode`` is that of the modules
@@ -217,7 +218,7 @@ class Attack(ABC):
             return query.watch.spoiled(self.search(query, x, y))
 
     @final
-    def search(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
+    def search(self, query: Query, x: Images, y: Labels) -> Images:
         """Return what :meth:`perturb` finds, in the box and the ball; for the caller and attacks made of attacks."""
         if self.eps == 0:
             return x.clone()
@@ -270,7 +271,7 @@ class Query:
         self._held: int | None = None
         self._num_classes: int | None = None
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Images) -> Logits:
         """Return the logits (N, K) of one forward pass, at least float32."""
         logits = ask(self.model, x)
         if not self._checked:
@@ -286,7 +287,7 @@ class Query:
         self.watch.logits(logits)
         return plain_logits(logits)
 
-    def gradient(self, x: Tensor, y: Tensor, *, loss: Loss | None = None) -> Tensor:
+    def gradient(self, x: Images, y: Labels, *, loss: Loss | None = None) -> Images:
         """Return the direction (N, C, H, W) of the attack's aim: the EOT gradient of the loss, negative if targeted.
 
         ``loss`` replaces the attack's own, as in :meth:`value_and_gradient`.
@@ -298,7 +299,7 @@ class Query:
         self.backwards += attack.eot * len(x)
         return -gradient if attack.targeted and loss is None else gradient
 
-    def value_and_gradient(self, x: Tensor, y: Tensor, *, loss: Loss | None = None) -> tuple[Values, Tensor]:
+    def value_and_gradient(self, x: Images, y: Labels, *, loss: Loss | None = None) -> tuple[Values, Images]:
         """Return what the same ``eot`` draws say: mean loss, margin and logits of each image, and the gradient.
 
         ``loss``, of logits (N, K) and labels (N,), replaces the attack's own; it is one to be maximised, targeted or
@@ -314,18 +315,18 @@ class Query:
         self.backwards += attack.eot * len(x)
         return aimed, -gradient if attack.targeted and loss is None else gradient
 
-    def value(self, x: Tensor, y: Tensor, *, loss: Loss | None = None) -> Values:
+    def value(self, x: Images, y: Labels, *, loss: Loss | None = None) -> Values:
         """Return the same values from ``eot`` fresh forward passes, without a gradient."""
         average = self._attack.eot_average
         with torch.no_grad(), self._draws():
             draws = [self.logits(x.clone()) for _ in range(self._attack.eot)]
             return self._aimed(values_of(draws, loss or self._loss, y, average), own=loss is None)
 
-    def score(self, x: Tensor, y: Tensor, draws: int) -> Tensor:
+    def score(self, x: Images, y: Labels, draws: int) -> PerImage:
         """Return the mean margin (N,) over ``draws`` fresh forward passes, positive where the attack has its way."""
         return self.success(x, y, draws)[1]
 
-    def success(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+    def success(self, x: Images, y: Labels, draws: int) -> tuple[PerImage, PerImage]:
         """Return the share (N,) of ``draws`` fresh passes in which the attack has its way, and the mean margin (N,)."""
         margins = []
         with torch.no_grad():
@@ -343,7 +344,7 @@ class Query:
             self._deterministic = not passes_differ(self.logits, x)
         return self._deterministic
 
-    def broken(self, x: Tensor, y: Tensor, margins: Tensor) -> Tensor:
+    def broken(self, x: Images, y: Labels, margins: PerImage) -> Flags:
         """Return which images (N, bool) of a deterministic model are broken for good, from their ``margins``.
 
         At low precision a pass in full precision confirms it: rounding alone must not end an attack.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from learn2perturb.attacks.losses import Loss, margin
+from learn2perturb.engine.shapes import Labels, Logits
 from learn2perturb.errors import InputError
 
 Average = Literal["loss", "probability", "logits"]
@@ -34,7 +35,7 @@ class Values:
     logits: Tensor
 
 
-def values_of(draws: Sequence[Tensor], loss: Loss, y: Tensor, average: Average) -> Values:
+def values_of(draws: Sequence[Logits], loss: Loss, y: Labels, average: Average) -> Values:
     """Return loss, margin and logits averaged over ``draws``, each the logits (N, K) of one forward pass."""
     mean = _mean(draws, average)
     if average == "loss" and len(draws) > 1:

@@ -8,25 +8,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from learn2perturb.engine.shapes import Labels, Logits, PerImage
 from learn2perturb.errors import InputError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 TargetedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+def cross_entropy(logits: Logits, y: Labels) -> PerImage:
     """Return ``-log softmax(z)_y`` of each row, shape (N,)."""
     return functional.cross_entropy(logits, y, reduction="none")
 
 
-def margin(logits: Tensor, y: Tensor) -> Tensor:
+def margin(logits: Logits, y: Labels) -> PerImage:
     """Return ``max_{j != y} z_j - z_y`` of each row, shape (N,): positive exactly where the prediction is not y."""
     column = y.unsqueeze(1)
     others = logits.scatter(1, column, -torch.inf).max(dim=1).values
     return others - logits.gather(1, column).squeeze(1)
 
 
-def dlr(logits: Tensor, y: Tensor) -> Tensor:
+def dlr(logits: Logits, y: Labels) -> PerImage:
     """Return the difference-of-logits ratio ``(max_{j != y} z_j - z_y) / (z_(1) - z_(3))`` of each row, shape (N,).
 
     ``z_(i)`` is the i-th largest logit; the value does not change when the logits are shifted or scaled.
@@ -42,17 +43,17 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) / (largest[:, 0] - largest[:, 2] + 1e-12)
 
 
-def targeted_cross_entropy(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+def targeted_cross_entropy(logits: Logits, y: Labels, target: Labels) -> PerImage:
     """Return ``log softmax(z)_t`` of each row, shape (N,): ``y`` plays no part but that of the class to leave."""
     return -cross_entropy(logits, target)
 
 
-def targeted_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+def targeted_margin(logits: Logits, y: Labels, target: Labels) -> PerImage:
     """Return ``z_t - z_y`` of each row, shape (N,): where it is positive, the prediction is not y."""
     return (logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))).squeeze(1)
 
 
-def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+def targeted_dlr(logits: Logits, y: Labels, target: Labels) -> PerImage:
     """Return ``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)`` of each row, shape (N,): Croce, Hein 2020, equation 7.
 
     Raises:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from learn2perturb.engine import execution
 from learn2perturb.engine.halving import Halving
+from learn2perturb.engine.shapes import Images, Logits
 from learn2perturb.errors import InputError
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,7 +53,7 @@ def scale_of(logits: Tensor) -> float:
     return float(logits.where(logits > LOWEST, 0.0).abs().max())
 
 
-def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def logits_of(model: Callable[[Tensor], Tensor], x: Images) -> Logits:
     """Return the checked logits (N, K) of one pass, float32 at least; this waits for the device.
 
     Raises:

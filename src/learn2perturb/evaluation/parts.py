@@ -11,10 +11,11 @@ from torch import Tensor
 from learn2perturb.attacks.base import Attack, AttackResult
 from learn2perturb.engine.halving import Halving
 from learn2perturb.engine.random import derive_seed
+from learn2perturb.engine.shapes import Images, Labels
 from learn2perturb.evaluation.passes import Model
 
 
-def attacked(attack: Attack, model: Model, x: Tensor, y: Tensor, fits: Halving) -> AttackResult:
+def attacked(attack: Attack, model: Model, x: Images, y: Labels, fits: Halving) -> AttackResult:
     """Run ``attack``, in parts of the batch if memory runs out; the first part draws as the whole batch would."""
 
     def part(rows: slice) -> AttackResult:

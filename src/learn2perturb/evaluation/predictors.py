@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from learn2perturb.attacks.gradients import mean_logits
 from learn2perturb.checks import check_count
 from learn2perturb.engine import execution
+from learn2perturb.engine.shapes import Images, Logits
 from learn2perturb.errors import ConfigError, InputError
 from learn2perturb.evaluation.config import EvaluateConfig, check_predictor
 from learn2perturb.evaluation.passes import checked_logits
@@ -25,7 +26,7 @@ AVERAGE: dict[str, Literal["probability", "logits"]] = {
 }  # fmt: skip
 
 
-def scores(rule: str, logits_of: Callable[[Tensor], Tensor], x: Tensor, members: int) -> Tensor:
+def scores(rule: str, logits_of: Callable[[Tensor], Tensor], x: Images, members: int) -> Logits:
     """Return scores (N, classes) of which the largest is the answer to ``x``, from ``members`` passes of a model.
 
     ``single``: the logits of one pass. ``mean_logits``: their mean. ``mean_probability``: the logarithm of the mean
@@ -44,7 +45,7 @@ def scores(rule: str, logits_of: Callable[[Tensor], Tensor], x: Tensor, members:
     return (votes / members).log()
 
 
-def winners(score: Tensor) -> NDArray[np.int64]:
+def winners(score: Logits) -> NDArray[np.int64]:
     """Return the class of the largest score of each row, the smallest index of equal ones: (N, classes) to (N,)."""
     return score.cpu().numpy().argmax(axis=1)
 
@@ -78,7 +79,7 @@ class Predictor(nn.Module):
         self.model = model
         self.rule, self.members = check_predictor(rule), members
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Images) -> Logits:
         """Return the scores of ``x``.
 
         Raises:
@@ -106,7 +107,7 @@ class Predictor(nn.Module):
 
         return scores(self.rule, repeatable, x, self.members)
 
-    def predict(self, x: Tensor) -> NDArray[np.int64]:
+    def predict(self, x: Images) -> NDArray[np.int64]:
         """Return the predicted classes (N,), ties to the smallest index."""
         with torch.no_grad():
             return winners(self(x))

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
 from learn2perturb.attacks import Attack
 from learn2perturb.configs import Config
@@ -19,6 +18,7 @@ from learn2perturb.engine.identity import ImagesFingerprint
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import isolated_rng
 from learn2perturb.engine.ranks import joined
+from learn2perturb.engine.shapes import Images, Labels
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation.origin import origin, weights_of
 from learn2perturb.evaluation.own_parts import own_parts
@@ -70,7 +70,7 @@ class Target:
         """Return ``data`` as a source of batches for the model's device."""
         return make_source(data, batch_size=batch_size, seed=seed, device=self.device, limit=limit)
 
-    def batches(self, source: BatchSource, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, source: BatchSource, limit: int | None = None) -> Iterator[tuple[Images, Labels]]:
         """Yield the batches of ``source`` where the model is, ``limit`` images at most."""
         done = 0
         for x, y in source.epoch(0):
@@ -81,7 +81,7 @@ class Target:
             if limit is not None and done >= limit:
                 return
 
-    def images(self, source: BatchSource) -> tuple[Tensor, Tensor]:
+    def images(self, source: BatchSource) -> tuple[Images, Labels]:
         """Return all images and labels of ``source``, which are then among those that were seen.
 
         Raises:
@@ -94,7 +94,7 @@ class Target:
         self.seen.add(x, y)
         return x.to(self.device), y.to(self.device)
 
-    def classes(self, x: Tensor) -> int:
+    def classes(self, x: Images) -> int:
         """Return how many classes the model tells, by its checked logits of one image."""
         with torch.no_grad():
             return checked_logits(self.model, x[:1]).shape[1]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from learn2perturb.checks import check_choice
 from learn2perturb.engine.random import derive_seed
 from learn2perturb.engine.rows import shared_by_all
+from learn2perturb.engine.shapes import Features
 from learn2perturb.noise.distributions import check_distribution, draw, draw_seeded, is_channels_last
 from learn2perturb.noise.places import Place, place_of
 
@@ -90,14 +91,14 @@ class NoiseModule(nn.Module, ABC):
     # -- the law ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def noisy(self, value: Tensor, eps: Tensor) -> Tensor:
+    def noisy(self, value: Features, eps: Tensor) -> Features:
         """Return ``value`` perturbed by the draw ``eps`` of zero mean and unit variance, which broadcasts over it."""
 
     @abstractmethod
     def scale(self) -> tuple[str, Tensor]:
         """Return what the noise is scaled by, and how its paper calls it; for the metrics."""
 
-    def quiet(self, value: Tensor) -> Tensor:
+    def quiet(self, value: Features) -> Features:
         """Return what ``value`` is with the noise off: itself, unless the law ``keeps`` a part of what it does."""
         return value
 
@@ -117,11 +118,11 @@ class NoiseModule(nn.Module, ABC):
 
     # -- its draws --------------------------------------------------------------------------------------------------
 
-    def forward(self, value: Tensor) -> Tensor:
+    def forward(self, value: Features) -> Features:
         """Return a perturbed weight; of features ``value`` itself, since a hook of their submodule calls perturb."""
         return value if self.where.of_features else self.perturb(value)
 
-    def perturb(self, value: Tensor) -> Tensor:
+    def perturb(self, value: Features) -> Features:
         """Return ``value`` with a fresh (or replayed) draw of noise, or what is left of it when switched off.
 
         Args:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from learn2perturb.engine import execution, fused, rows
+from learn2perturb.engine.shapes import Features
 from learn2perturb.errors import ConfigError, NoiseError
 from learn2perturb.noise.base import NoiseModule
 from learn2perturb.registry import NOISES
@@ -148,7 +149,7 @@ class Perturbation(NoiseModule):
         """Show what is drawn and how it is scaled."""
         return f"{tuple(self.theta.shape)}, {self.distribution}, {self.sharing}, place={self.place}"
 
-    def perturb(self, value: Tensor) -> Tensor:
+    def perturb(self, value: Features) -> Features:
         """Return ``h + theta * eps`` with a fresh (or replayed) eps, or ``h`` itself when switched off.
 
         Args:
@@ -179,7 +180,7 @@ class Perturbation(NoiseModule):
     def _size(self, value: Tensor) -> Tensor:
         return self.theta * spread(value, of_rows=self.where.of_features) if self.relative else self.theta
 
-    def noisy(self, value: Tensor, eps: Tensor) -> Tensor:
+    def noisy(self, value: Features, eps: Tensor) -> Features:
         """Return ``h + theta * eps``."""
         size = self._size(value)
         shared = self.where.of_features and self.sharing == "per_batch"
@@ -216,7 +217,7 @@ class WeightPerturbation(NoiseModule):
         self.init = _positive("alpha's init", init, or_zero=True)
         self.alpha = nn.Parameter(torch.full(self.scale_shape, self.init))
 
-    def noisy(self, value: Tensor, eps: Tensor) -> Tensor:
+    def noisy(self, value: Features, eps: Tensor) -> Features:
         """Return ``w + alpha * eta``."""
         return torch.addcmul(value, self.alpha.to(value.dtype), (eps * spread(value)).to(value.dtype))
 
@@ -256,7 +257,7 @@ class VariationalWeight(NoiseModule):
         self.init, self.prior = _positive("init", init), _positive("prior", prior)
         self.log_std = nn.Parameter(torch.full(self.scale_shape, math.log(self.init)))
 
-    def noisy(self, value: Tensor, eps: Tensor) -> Tensor:
+    def noisy(self, value: Features, eps: Tensor) -> Features:
         """Return ``mu + exp(s) * eps``: the reparametrisation, through which both learn."""
         return torch.addcmul(value, self.log_std.exp().to(value.dtype), eps.to(value.dtype))
 
@@ -301,7 +302,7 @@ class Multiplicative(NoiseModule):
         self.init = _positive("sigma's init", init, or_zero=True)
         self.sigma = nn.Parameter(torch.full(self.scale_shape, self.init))
 
-    def noisy(self, value: Tensor, eps: Tensor) -> Tensor:
+    def noisy(self, value: Features, eps: Tensor) -> Features:
         """Return ``v (1 + sigma * eps)``."""
         return value * (1 + self.sigma * eps).to(value.dtype)
 

@@ -1,4 +1,4 @@
-"""Where the numbers of a training go besides ``metrics.jsonl``: TensorBoard, CSV, MLflow, Weights & Biases, one's own.
+"""Where the numbers of a training go besides ``metrics.jsonl``: TensorBoard, CSV, MLflow, Weights & Biases, custom.
 
 A logger is told of the beginning, of lines as ``metrics.jsonl`` has them, of the noise and of images, and of the end.
 It sees nothing that the training needs, so one that fails is dropped with a warning, and the training goes on.
