@@ -62,6 +62,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_of_the_docs_parses(line, monkeypatch):
+    from learn2perturb.cli.main import add_common
     from learn2perturb.cli.options import Parser
 
     monkeypatch.chdir(ROOT)
@@ -74,6 +75,7 @@ def test_a_command_of_the_docs_parses(line, monkeypatch):
     verb = importlib.import_module(f"learn2perturb.cli.{words[0]}")
     parser = Parser(prog=words[0])
     verb.add_arguments(parser)
+    add_common(parser, planned=hasattr(verb, "plan"))
     arguments = parser.parse(words[1:])
     if words[0] == "train" and not arguments.config:
         verb.build_config(arguments).resolve()
