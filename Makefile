@@ -71,6 +71,9 @@ docs: $(STAMP)  ## the site, into build/site; strict: a dead link or anchor is a
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "docs: build/site/index.html"
 
+paths: $(STAMP)  ## the practitioner's and the reviewer's path, each one shell script (examples/*.sh)
+	@$(BIN)/python -m pytest -m slow tests/compat/test_paths.py
+
 bench: $(STAMP)  ## time the pieces of a training step; the whole: learn2perturb bench step
 	@$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(PYTEST_ARGS)
 

@@ -91,7 +91,7 @@ def words_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def build_named(arguments: argparse.Namespace, classes: int, shape: Sequence[int]) -> Any:
-    """Return the network that ``--model`` names, with its weights; what a function gives is in the mode it gives it.
+    """Return the network that ``--model`` names, with its weights; what a function alone gives stays as it gives it.
 
     Raises:
         ConfigError, CheckpointError: it cannot be built, or its weights do not fit.
@@ -108,7 +108,8 @@ def build_named(arguments: argparse.Namespace, classes: int, shape: Sequence[int
         _check_head(network, name.text, classes)
     if arguments.weights is not None:
         print(load_weights(network, arguments.weights), file=sys.stderr)
-    return network if name.kind == "function" else network.eval()
+    # What is in eval mode already may hold parts that are not, on purpose: Monte Carlo dropout.
+    return network.eval() if network.training else network
 
 
 def _check_head(network: nn.Module, name: str, classes: int) -> None:

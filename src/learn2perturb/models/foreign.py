@@ -148,6 +148,7 @@ def build_foreign(
     if name.kind == "function" and normalization is None and output is None:
         return network
     whole = Foreign(network, normalization_layer(normalization, int(input_shape[0])), output)
+    whole.training = network.training
     whole.published_classes = classes if name.pretrained else None
     return whole
 
