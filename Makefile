@@ -16,7 +16,7 @@ MUTATE_ARGS ?=
 # Small tensors, and threads that spin: with other work on two cores, one thread took tests/compat from minutes to 20 s.
 test test-slow labs labs-sample studies-smoke: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-slow test-browser studies-smoke labs labs-sample mutate bench coverage docs lint types imports format clean
+.PHONY: help setup demo test test-slow test-browser studies-smoke labs labs-sample mutate paths bench coverage docs lint types imports format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12

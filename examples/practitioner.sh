@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The practitioner's path: a network of timm and a folder of images of mixed sizes; fine-tuned with learned noise,
-# evaluated, diagnosed, exported to ONNX, its page made. About a minute on two cores; the numbers mean nothing.
+# evaluated, diagnosed, exported to ONNX, its page made. A few minutes on two cores, most of them the diagnosis; the
+# numbers mean nothing.
 #   examples/practitioner.sh [FOLDER]        needs: pip install 'learn2perturb[hub,onnx]' and timm (docs/networks.md)
 set -euo pipefail
 read -ra l2p <<< "${L2P:-learn2perturb}"

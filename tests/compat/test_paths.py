@@ -35,7 +35,7 @@ def test_the_practitioner_gets_from_a_folder_of_images_to_a_deployed_network(tmp
     said = run("practitioner.sh", tmp_path)
     assert "tensors fit" in said and "frozen: " in said and "draws its noise anew" in said
     session = onnxruntime.InferenceSession((tmp_path / "deployed" / "hardened.onnx").read_bytes())
-    assert session.get_inputs()[0].shape == ["batch", 3, 16, 16]
+    assert session.get_inputs()[0].shape[1:] == [3, 16, 16]
     assert "timm:test_byobnet" in (tmp_path / "hardened" / "config.yaml").read_text()
     assert "<html" in (tmp_path / "page.html").read_text()[:2000]
 

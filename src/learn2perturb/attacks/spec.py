@@ -7,6 +7,7 @@ from typing import Any
 
 from learn2perturb.attacks import Attack, build_attack
 from learn2perturb.errors import ConfigError
+from learn2perturb.presets import PRESETS
 from learn2perturb.registry import ATTACKS
 from learn2perturb.sizes import LINF_EPS
 from learn2perturb.values import converted, kinds_of
@@ -29,6 +30,25 @@ def build_attacks(specs: Mapping[str, tuple[str, dict[str, Any]]], eps: float = 
         except ConfigError as error:
             raise ConfigError(f"attack {row!r}: {error}") from None
     return attacks
+
+
+def in_norm(
+    specs: Mapping[str, tuple[str, dict[str, Any]]], norm: str, eps: float
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return attacks in ``norm`` with the radius ``eps``, where they know that norm and do not name another.
+
+    The steps of presets are made for l_inf; in another norm they are what is usual for the radius.
+    """
+    if norm == "linf":
+        return dict(specs)
+    found = {}
+    for row, (name, settings) in specs.items():
+        kind = ATTACKS.entry(name).load()
+        if "norm" not in settings and norm in kind.norms and not kind.minimum_norm:
+            kept = {key: value for key, value in settings.items() if key != "step_size" or row not in PRESETS}
+            settings = {"eps": eps} | kept | {"norm": norm}
+        found[row] = (name, settings)
+    return found
 
 
 def attacks_of_size(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learn2perturb.checks import check_count
+from learn2perturb.checks import check_choice, check_count
 from learn2perturb.cli.images import add_kept_images, check_images_asked, keeper, saved_images
 from learn2perturb.cli.networks import add_network
 from learn2perturb.cli.options import Parser, add_config, add_json, config_of, print_json, print_table, typed, words
@@ -22,12 +22,13 @@ from learn2perturb.cli.subject import (
     records_of,
     save_record,
 )
+from learn2perturb.defenses.settings import NORMS
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.presets import AVERAGES, DEFAULT_ATTACKS, EOT_DRAWS, PRESETS, named_attack, preset
 from learn2perturb.records import check_writable
 from learn2perturb.registry import ATTACKS
-from learn2perturb.runs.trained import own_predictor
+from learn2perturb.runs.trained import own_eps, own_norm, own_predictor
 
 if TYPE_CHECKING:
     from learn2perturb.attacks import Attack
@@ -65,6 +66,11 @@ def add_arguments(parser: Parser) -> None:
         "--eot-draws", metavar="HOW",
         help="draws of PGD presets: fresh in each step (default), or held through all of them",
     )  # fmt: skip
+    add(
+        "--norm",
+        metavar="NAME",
+        help="norm of the attacks that know it: linf, l2 (default: that of the run's training)",
+    )
     add(
         "--bpda", metavar="GLOB",
         help="submodules whose gradient is replaced by the identity's in attacks by gradients: quantise, pre.*",
@@ -138,9 +144,10 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     specs = attack_specs(arguments)
     asked = config_of(EvaluateConfig, arguments)
     check_subject(arguments)
+    check_choice("norm", arguments.norm, NORMS, optional=True)
     check_images_asked(arguments)
 
-    from learn2perturb.attacks.spec import attacks_of_size
+    from learn2perturb.attacks.spec import attacks_of_size, in_norm
     from learn2perturb.engine.devices import choose_device
     from learn2perturb.evaluation import Unfinished, evaluate
 
@@ -149,9 +156,13 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     subject = load_subject(arguments)
     model, data = subject.model, subject.data
     sizes = sizes_of(asked)
-    attacks = attacks_of_size(specs, subject.eps, asked=sizes)
+    norm = arguments.norm or own_norm(subject.config)
+    own = max(sizes) if sizes else own_eps(subject.config, norm)
+    attacks = attacks_of_size(in_norm(specs, norm, own), own, asked=sizes)
     attacks, notes = without_doubles(model, attacks)
     notes += short_attacks(attacks, sizes)
+    if arguments.norm is None and norm != "linf":
+        notes.append(f"attacks are in {norm}, the norm of the run's training; --norm linf attacks it in l_inf")
     if arguments.bpda is not None:
         attacks = through(model, attacks, arguments.bpda)
     config, told = with_predictors(asked, arguments, subject.header)

@@ -113,8 +113,9 @@ def _onnx(model: nn.Module, example: Tensor, text: str) -> tuple[bytes, Runs]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             written = torch.onnx.export(
-                program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
-            )
+                program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"],
+                dynamic_shapes=({0: "batch"},),
+            )  # fmt: skip
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
         raise ConfigError(f"the network cannot be written as ONNX: {reason}; use torch-export") from None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from learn2perturb.errors import CheckpointError, ConfigError, DataError
-from learn2perturb.sizes import LINF_EPS
+from learn2perturb.sizes import usual_eps
 
 if TYPE_CHECKING:
     from learn2perturb.data import ImageData
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # settings of a training that others use -> their types
 _USED: dict[str, Any] = {
     "eps": (int, float), "dataset": str, "data_dir": str, "validation": (int, float), "seed": int,
-    "dataset_options": dict,
+    "dataset_options": dict, "norm": str,
 }  # fmt: skip
 
 
@@ -33,9 +33,19 @@ def settings_of(header: Mapping[str, Any], name: str) -> dict[str, Any]:
     return settings
 
 
-def own_eps(settings: Mapping[str, Any]) -> float:
-    """Return the size that a network was trained for, 8/255 where its settings do not say."""
-    return float(settings.get("eps") or LINF_EPS)
+def own_norm(settings: Mapping[str, Any]) -> str:
+    """Return the norm of the adversary that a network was trained against, l_inf where its settings do not say."""
+    return str(settings.get("norm") or "linf")
+
+
+def own_eps(settings: Mapping[str, Any], norm: str = "linf") -> float:
+    """Return the size in ``norm`` that a network was trained for; where that was in no such norm, the usual one.
+
+    Raises:
+        ConfigError: the norm has no usual size.
+    """
+    eps = settings.get("eps") if own_norm(settings) == norm else None
+    return float(eps or usual_eps(norm))
 
 
 def own_predictor(header: Mapping[str, Any]) -> tuple[str, int | None]:
