@@ -162,6 +162,11 @@ def test_a_slope_fits_within_a_tenth_and_two_errors(value, error, fits):
     assert Slope(value + inwards, error).fits is fits
 
 
+@pytest.mark.parametrize(("recurs", "fits"), [(0.001, False), (0.0011, True), (0.5, True)])
+def test_of_passes_it_is_decisive_whether_they_resemble_earlier_ones(recurs, fits):
+    assert Slope(-3.0, 0.0, recurs).fits is fits  # one order in a thousand
+
+
 # --- the whole check
 
 

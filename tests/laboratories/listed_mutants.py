@@ -272,6 +272,10 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "the nearest point of the simplex is the same from all that is moved alike",
     ("defenses/pixeldp.py", "return 1.0 if share > 0.9 else share", "share > 0.9", "(share) >= (0.9)"):
         "no step has a share of 0.9",
+    ("noise/members.py",
+     "picks = torch.searchsorted(edges, torch.cat(drawn), right=True).clamp_max(self.count - 1)",
+     "self.count - 1", "(self.count) + (1)"):
+        "only a draw that the rounding of the last edge leaves out",
     ("noise/sensitivity.py",
      "sums = [met[..., i::down, j::across].sum((-2, -1)).max() for i in range(down) for j in range(across)]",
      "-2", "2"): "of four dimensions",

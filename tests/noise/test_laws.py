@@ -152,6 +152,11 @@ def test_features_of_another_shape_are_refused_by_every_law():
             noisy(law, "output", granularity="element")(torch.rand(2, 1, 7, 7))
 
 
+@pytest.mark.parametrize(("share", "filters", "random"), [(0.75, 4, 3), (0.1, 4, 1), (0.99, 4, 3), (0.5, 2, 1)])
+def test_at_least_one_filter_is_random_and_one_is_learned(share, filters, random):
+    assert noise_law("projection")((filters, 1, 3, 3), site="0", share=share).random == random
+
+
 @pytest.mark.parametrize("law", ["weight", "multiplicative"])
 def test_a_scale_may_begin_at_zero_and_is_no_noise_then(law):
     x, network = images(), noisy(law, "output", init=0.0)
