@@ -47,7 +47,7 @@ from learn2perturb.evaluation.inputs import (
     replay_of,
     warn_of_probabilities,
 )
-from learn2perturb.evaluation.passes import Model, checked_logits, passes_differ
+from learn2perturb.evaluation.passes import Model, classes_of, passes_differ
 from learn2perturb.evaluation.replays import contained, draws_anew
 from learn2perturb.evaluation.result import format_eps
 from learn2perturb.evaluation.target import Target, check_callable
@@ -140,8 +140,7 @@ def diagnose(
             tell_queries(told, target.model, queries)
             work = queries / 3  # as the bench counts passes without a gradient
         mode = execution.select(config.engine, target.device, pixels=int(work) * x.shape[2] * x.shape[3])
-        with torch.no_grad():
-            num_classes = checked_logits(model, x[:1]).shape[1]
+        num_classes = classes_of(model, x)
         check_labels(y, num_classes)
         findings += warn_of_subset(images, y, num_classes)
         subject = Subject(contained(model, x[:8], seed), draws_noise, gradient=not blind)
@@ -225,8 +224,7 @@ def _given_twin(twin: Model, bench: Bench, seed: int, classes: int) -> Subject:
     """
     twin, blind = _askable(twin, bench.x, classes)
     check_fixed(twin, bench.x, seed)
-    with torch.no_grad():
-        own = checked_logits(twin, bench.x[:1]).shape[1]
+    own = classes_of(twin, bench.x)
     if own != bench.num_classes:
         raise InputError(f"noise_off gives {own} classes and the model {bench.num_classes}; give the same network")
     if passes_differ(twin, bench.x[:8], seed):

@@ -23,7 +23,7 @@ from learn2perturb.engine.modes import dropouts_off
 from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.evaluation.intervals import Scores, accuracy_interval, passes_of
 from learn2perturb.evaluation.parts import attacked
-from learn2perturb.evaluation.passes import Model, checked_logits
+from learn2perturb.evaluation.passes import Model, checked_logits, classes_of
 from learn2perturb.noise import noise_disabled
 from learn2perturb.progress import Progress
 from learn2perturb.records import PackedBits, plain
@@ -33,9 +33,16 @@ _KEPT = 8  # attacks whose images are kept to the end
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to attack or to score: with its noise switched off or as it is; whether two passes of it differ.
+    """A model in one of the states that a diagnosis attacks or scores it in: as it is, or with its noise off.
 
-    ``gradient``: whether attacks may use its gradient. Where not, SPSA takes their place.
+    A diagnosis has one :class:`~learn2perturb.evaluation.target.Target`, the model as its user gave it, with device and
+    metadata; and several of these: that model contained, without its noise, sources of transfer attacks.
+
+    Attributes:
+        model: what is called.
+        stochastic: whether two passes of it differ.
+        quiet: whether its noise and its dropouts are switched off while it is used.
+        gradient: whether attacks may use its gradient. Where not, SPSA takes their place.
     """
 
     model: Model
@@ -101,8 +108,8 @@ class Bench:
         # The images of the strongest of them, to be scored again.
         self.kept: dict[str, Tensor] = {}
         self._passes, self._expected = 0.0, expected_passes
-        with torch.no_grad(), subject.ready() as model:
-            self.num_classes = checked_logits(model, x[:1]).shape[1]
+        with subject.ready() as model:
+            self.num_classes = classes_of(model, x)
 
     def attacked(
         self,

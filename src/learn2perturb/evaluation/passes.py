@@ -30,6 +30,12 @@ def are_probabilities(logits: Tensor) -> bool:
     return bool((logits >= 0).all()) and bool(((logits.sum(dim=1) - 1).abs() < 1e-3).all())
 
 
+def classes_of(model: Model, x: Tensor) -> int:
+    """Return how many classes ``model`` tells, by its checked logits of the first of ``x``."""
+    with torch.no_grad():
+        return checked_logits(model, x[:1]).shape[1]
+
+
 def passes_differ(model: Model, x: Tensor, seed: int) -> bool:
     """Tell whether passes over the same images differ, so that the model is random."""
     return probing.passes_differ(lambda images: checked_logits(model, images), x, seed)

@@ -22,7 +22,7 @@ from learn2perturb.engine.shapes import Images, Labels
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation.origin import origin, weights_of
 from learn2perturb.evaluation.own_parts import own_parts
-from learn2perturb.evaluation.passes import Model, checked_logits, circumstances, device_of
+from learn2perturb.evaluation.passes import Model, circumstances, classes_of, device_of
 from learn2perturb.progress import Progress, shown
 
 
@@ -96,8 +96,7 @@ class Target:
 
     def classes(self, x: Images) -> int:
         """Return how many classes the model tells, by its checked logits of one image."""
-        with torch.no_grad():
-            return checked_logits(self.model, x[:1]).shape[1]
+        return classes_of(self.model, x)
 
     @property
     def seconds(self) -> float:
