@@ -9,6 +9,8 @@ import pytest
 
 from learn2perturb.cli.main import main
 from learn2perturb.errors import CheckpointError
+from learn2perturb.evaluation import AttackedImages, Evaluation
+from learn2perturb.evaluation.attacked import beside
 from learn2perturb.experiments.ledger import Ledger
 from learn2perturb.experiments.store import FINISHED, Store
 from learn2perturb.experiments.study_file import build_study
@@ -47,6 +49,20 @@ def test_what_was_done_in_two_places_is_one(stores):
     assert again == 0
     dates = [event["date"] for event in Store(folder / "1").events()]
     assert dates == sorted(dates) and len(dates) == 12
+
+
+def test_images_lie_beside_the_records_of_attacks_and_go_where_they_go(stores):
+    source, folder = stores
+    wanted = Ledger(build_study("x", {**source, "seeds": [1]}), Store(folder / "1")).wanted()
+    attacked = [path for path in wanted if path.name.startswith("PGD")]
+    assert len(attacked) == 1
+    record = Evaluation.load(attacked[0])
+    assert AttackedImages.load(beside(attacked[0])).misfit(record) is None
+    Store(folder / "2").merge(Store(folder / "1"))
+    there = folder / "2" / attacked[0].relative_to(folder / "1")
+    assert AttackedImages.load(beside(there)).misfit(record) is None
+    Store(folder / "1").collect([])
+    assert not list((folder / "1" / "cells").rglob("*.*"))
 
 
 def test_a_copy_is_a_store(stores):

@@ -14,7 +14,9 @@ from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.experiments.ledger import Ledger
 from learn2perturb.experiments.store import Store
 from learn2perturb.experiments.study_file import build_study
+from learn2perturb.experiments.views import write_views
 from learn2perturb.report import watching
+from learn2perturb.report.page import page
 from learn2perturb.report.watching import Watch, address, progress, server
 from tests.experiments.conftest import TINY
 from tests.experiments.working import run
@@ -58,6 +60,13 @@ def test_the_page_and_its_state_are_served_on_this_machine_alone(served):
     assert "connect-src data: 'self'" in text and data_of(text)["version"] == state["version"]
     assert all(one["records"] == one["records_in_all"] and one["left"] == "done" for one in state["runs"])
     assert state["trouble"] == "" and len(data_of(text)["rows"]) > 0
+
+
+def test_the_page_of_a_study_has_images(done, tmp_path):
+    results = ledger(done).results()
+    write_views(results, tmp_path / "out")
+    (gallery,) = data_of(page(tmp_path / "out"))["galleries"]
+    assert gallery["row"] == "PGD-2 0.15" and gallery["shots"]
 
 
 @pytest.mark.parametrize(

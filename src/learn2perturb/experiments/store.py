@@ -3,7 +3,7 @@
 ::
 
     runs/NAME-ADDRESS/            run folder; model.safetensors and finished.json once it is trained
-    cells/WEIGHTS/NAME-ADDRESS.json  Evaluation, Certification or Diagnosis
+    cells/WEIGHTS/NAME-ADDRESS.json  Evaluation, Certification or Diagnosis; with NAME-ADDRESS.images.npz beside it
     events.jsonl                  a line for everything that was begun and that ended: where, how long
     locks/                        who is at work on what; a lock goes with its process
 
@@ -28,6 +28,7 @@ from typing import Any
 from learn2perturb.certification.record import Certification
 from learn2perturb.diagnosis.record import Diagnosis
 from learn2perturb.errors import CheckpointError, ConfigError
+from learn2perturb.evaluation.attacked import beside
 from learn2perturb.evaluation.result import Evaluation
 from learn2perturb.reading import MOST_RECORD, parse_json, read_bytes, reading
 from learn2perturb.records import Saved, atomic_write, make_folder, plain
@@ -183,6 +184,9 @@ class Store:
         for path in sorted((other.folder / "cells").rglob("*.json")):
             place = self.folder / path.relative_to(other.folder)
             if not place.exists():
+                images = beside(path)
+                if images.exists():
+                    atomic_write(beside(place), images.read_bytes())
                 atomic_write(place, path.read_bytes())
                 added += 1
         lines = {json.dumps(event, sort_keys=True) for event in self.events()}
@@ -204,7 +208,11 @@ class Store:
                     continue
                 gone.append(path)
                 if not dry:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink()
+                        beside(path).unlink(missing_ok=True)
         if not dry:
             for folder in (self.folder / "cells").glob("*/"):
                 with contextlib.suppress(OSError):

@@ -26,7 +26,8 @@ from learn2perturb.diagnosis import diagnose
 from learn2perturb.engine.devices import choose_device
 from learn2perturb.engine.identity import fingerprint_of_images, fingerprint_of_state, fingerprint_of_weights
 from learn2perturb.errors import ConfigError, DataError, Interrupted, Learn2PerturbError
-from learn2perturb.evaluation import Unfinished, evaluate
+from learn2perturb.evaluation import ImageKeeper, Unfinished, evaluate
+from learn2perturb.evaluation.attacked import beside
 from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.experiments.released import ReleasedScores, share_draws
 from learn2perturb.experiments.spec import OWN, TWIN, Pair, RunPlan, Scoring
@@ -43,6 +44,7 @@ from learn2perturb.training.metrics import read_metrics
 
 TRAIN, CELL = "train", "cell"
 DONE, STOPPED, FAILED, HELD = "done", "stopped", "failed", "held"
+_IMAGES = 4  # broken and held ones that are kept beside a record, for its page
 _UNNAMED = ("eps", "seed")  # a row has its eps beside its name
 
 
@@ -369,16 +371,20 @@ def _accuracy(work: _Work) -> Saved:
     if attack is not None and source is not None:
         attack = Transfer(attack=attack, source=source)
         name = f"{name} from {source.name}"
+    images = None if attack is None else ImageKeeper(_IMAGES)
     with warnings.catch_warnings(), Unfinished(work.task.path.parent) as keep:
         if cell.released is not None:  # that its answers depend on the batch is what this cell is there to show
             warnings.filterwarnings("ignore", message=".*depends on the other images of its batch")
-        return evaluate(
+        found = evaluate(
             target, work.data, {} if attack is None else {name: attack}, draws=scoring.draws,
             predictor=scoring.predictor, members=scoring.members or EvaluateConfig.members, clean=attack is None,
             noise_off=scoring.noise_off and is_stochastic(model),
             seed=scoring.seed, batch_size=batch_size, limit=scoring.limit, device=work.place, engine=scoring.engine,
-            name=pair.run.title, progress=work.progress, keep=keep,
+            name=pair.run.title, progress=work.progress, keep=keep, images=images,
         )  # fmt: skip
+    if images is not None and images.found is not None:
+        images.found.save(beside(work.task.path))  # before the record, which says that the work is done
+    return found
 
 
 def _certificate(work: _Work) -> Saved:
