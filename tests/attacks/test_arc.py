@@ -221,3 +221,9 @@ def test_a_model_without_noise_is_asked_few_images():
 def test_the_spec_is_a_value():
     assert dataclasses.replace(ARC(EPS), norm="l2").norm == "l2"
     assert ARC(EPS).step_size == pytest.approx(EPS / 4)
+
+
+def test_another_radius_has_steps_of_the_same_share():
+    assert ARC(0.2, step_size=0.1).resized(0.4).step_size == pytest.approx(0.2)
+    assert ARC(0.0).resized(0.4).step_size == pytest.approx(0.1)  # a quarter, as by default
+    assert ARC(0.2).resized(0.0).step_size == 1.0

@@ -146,6 +146,15 @@ def test_values_point_at_the_aim(targeted):
     torch.testing.assert_close(other.margin, sign * gap)
 
 
+@pytest.mark.parametrize("targeted", [False, True])
+def test_success_is_of_the_aim(targeted):
+    x, y, linear = torch.rand(6, *SHAPE), torch.tensor([0, 1, 0, 1, 0, 1]), Linear(SHAPE)
+    gap = margin(linear(x), y).detach() * (-1 if targeted else 1)
+    share, mean = Query(linear, PGD(targeted=targeted), y, strict=True).success(x, y, 3)
+    torch.testing.assert_close(mean, gap)
+    assert share.tolist() == (gap > 0).float().tolist()
+
+
 def test_a_margin_of_0_is_no_success():
     x = torch.rand(3, *SHAPE)
     query = Query(lambda images: torch.zeros(len(images), 2), PGD(), zeros(x), strict=True)

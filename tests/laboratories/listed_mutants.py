@@ -206,6 +206,9 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ("diagnosis/blackbox.py", "candidate = (x + BALLS[attack.norm].random(x, attack.eps)).clamp_(0, 1)",
      "x + BALLS[attack.norm].random(x, attack.eps)", "(x) - (BALLS[attack.norm].random(x, attack.eps))"):
         "a random point of a ball is as likely as the one opposite",
+    ("attacks/base.py", "stacked = torch.stack(margins) * (-1 if self._attack.targeted else 1)",
+     "torch.stack(margins) * (-1 if self._attack.targeted else 1)",
+     "(torch.stack(margins)) / (-1 if self._attack.targeted else 1)"): "1 / +-1 is +-1",
     ("diagnosis/truth.py",
      "move = mean * (reach / length.masked_fill(none, 1.0)).to(mean.dtype).view(-1, *[1] * (x.ndim - 1))",
      "1.0", "2.0"):
