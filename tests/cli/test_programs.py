@@ -48,6 +48,7 @@ def program(path: pathlib.Path):
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path.read_bytes())
+    assert session.get_inputs()[0].shape[0] == "batch"
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
