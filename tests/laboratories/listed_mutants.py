@@ -49,7 +49,7 @@ LISTED = (
     Listed("means weighted by 1", f"{_TRAINING}/metrics.py", "((parts, examples), (slopes, 1))",
            "((parts, 1), (slopes, 1))", ("tests/training",)),
     Listed("the monitored set of the training split", f"{_TRAINING}/sources.py",
-           'watched: Any = load_data(config.dataset, "test"', 'watched: Any = load_data(config.dataset, "train"',
+           'else load_data(config.dataset, "test"', 'else load_data(config.dataset, "train"',
            ("tests/training",)),
     Listed("the class chosen on the certifying votes", "certification/certifying.py", "    counts = votes[",
            "    chosen = votes.argmax(axis=1)\n    counts = votes[", ("tests/certification/test_radii.py",)),
@@ -63,7 +63,7 @@ LISTED = (
            'seed_everything(*((self.seed, "score", self.name, eps, batch, draw) if draw else '
            '(derive_seed(self.seed, "attack", self.name, eps, batch), "attack")))',
            ("tests/evaluation/test_evaluating.py",)),
-    Listed("the twin of the same seed", "cli/diagnose.py", "seed=config.seed + 1", "seed=config.seed",
+    Listed("the twin of the same seed", "cli/sources.py", "seed=config.seed + 1", "seed=config.seed",
            ("tests/cli/test_diagnose.py",)),
     Listed("APGD's smallest window of 1", f"{_ATTACKS}/apgd.py", "int(0.06 * self.steps), 1)", "1, 1)",
            ("tests/attacks/test_apgd.py",)),
