@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pathlib
 import random
 import signal
+import sys
+import tempfile
 
 # Before torch is imported, and inherited by the processes that tests start: a resumed run is bit-identical only at an
 # equal thread count. One: the tensors are small, and on a busy machine two threads spin and wait for each other.
@@ -16,12 +19,15 @@ import numpy as np
 import pytest
 import torch
 
+from learn2perturb.registry import REGISTRIES
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # Started by nohup, or by whatever ignores a hang-up, the tests of signals would find it ignored, as it should stay.
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 CIFAR10_FILES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
 
 
@@ -49,6 +55,32 @@ def _deterministic_seeds(request: pytest.FixtureRequest):
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _own_parts_forgotten():
+    """Take back what a test registers, and the modules of examples and of the test's folder that did."""
+    modules, entries = set(sys.modules), [(one, dict(one._entries), one._looked) for one in REGISTRIES]
+    dictionaries = [(one, dict(one)) for one in _registered_elsewhere()]
+    yield
+    for registry, known, looked in entries:
+        registry._entries, registry._looked = known, looked
+    for one, known in dictionaries:
+        if one != known:
+            one.clear()
+            one.update(known)
+    for name in set(sys.modules) - modules:
+        if not name.startswith("learn2perturb"):
+            file = getattr(sys.modules[name], "__file__", None) or ""
+            if file.startswith((str(EXAMPLES), tempfile.gettempdir())):
+                del sys.modules[name]
+                importlib.invalidate_caches()
+
+
+def _registered_elsewhere() -> list[dict]:
+    """Return the tables of parts that are imported, beside the registries."""
+    places = {"learn2perturb.noise.laws": "_registered", "learn2perturb.diagnosis.checks": "CHECKS"}
+    return [getattr(sys.modules[name], table) for name, table in places.items() if name in sys.modules]
 
 
 @pytest.fixture(autouse=True)

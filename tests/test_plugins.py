@@ -8,7 +8,6 @@ import os
 import pathlib
 import sys
 import textwrap
-from collections.abc import Iterator
 
 import pytest
 import yaml
@@ -20,7 +19,6 @@ from learn2perturb.diagnosis.checks import CHECKS, register_declared
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.evaluation import Evaluation
 from learn2perturb.experiments.tasks import perform
-from learn2perturb.noise import laws
 from learn2perturb.registry import ATTACKS, DATASETS, DEFENSES, MODELS, NOISES, REGISTRIES
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
@@ -85,26 +83,11 @@ LIST = {"defense": "defenses", "attack": "attacks", "noise": "noises", "data set
 
 
 @pytest.fixture(autouse=True)
-def own(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
-    """Work in an empty folder; registries and modules are put back."""
+def own(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """Work in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(plugins.VARIABLE, raising=False)
-    modules, checks = set(sys.modules), dict(CHECKS)
-    kept = [(one, dict(one._entries), one._looked) for one in REGISTRIES]
-    known = dict(laws._registered)
-    yield tmp_path
-    for registry, entries, looked in kept:
-        registry._entries, registry._looked = entries, looked
-    laws._registered.clear()
-    laws._registered.update(known)
-    CHECKS.clear()
-    CHECKS.update(checks)
-    for name in set(sys.modules) - modules:
-        if not name.startswith("learn2perturb"):
-            file = getattr(sys.modules[name], "__file__", None) or ""
-            if str(tmp_path) in file or str(EXAMPLES) in file:
-                del sys.modules[name]
-    importlib.invalidate_caches()
+    return tmp_path
 
 
 def installed(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, group: str, name: str, target: str) -> None:

@@ -104,7 +104,7 @@ DAMAGED = {
     "names.pt": (lambda net: _renamed(net.state_dict()), "near names: norm1.weight for bn1.weight"),
     "classes.pt": (
         lambda net: network(0, 7).state_dict(),
-        r"fc.weight is \[7, .*there and \[10, .*here; build the net",
+        r"fc.weight is \[7, .*there and \[10, .*here: .*; build the net",
     ),
 }
 

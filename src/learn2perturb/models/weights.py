@@ -154,7 +154,9 @@ def fit_weights(network: nn.Module, state: Mapping[str, Tensor], where: str, *, 
     matched = {key: value for key, value in found.items() if key in own and key not in other}
     fit = Fit(where, len(matched), left_out, missing, unexpected, shapes, tuple(fresh))
     if missing or unexpected or shapes:
-        raise CheckpointError(f"{fit}; build the network that they are of, with its number of classes")
+        raise CheckpointError(
+            f"{fit}: that does not fit; build the network that they were trained with, with its number of classes"
+        )
     with reading(f"{where} do not fit", "give the weights of this network", CheckpointError):
         network.load_state_dict(own | matched)
     return fit
