@@ -8,7 +8,6 @@ import pathlib
 import random
 import signal
 import sys
-import tempfile
 
 # Before torch is imported, and inherited by the processes that tests start: a resumed run is bit-identical only at an
 # equal thread count. One: the tensors are small, and on a busy machine two threads spin and wait for each other.
@@ -58,7 +57,7 @@ def _deterministic_seeds(request: pytest.FixtureRequest):
 
 
 @pytest.fixture(autouse=True)
-def _own_parts_forgotten():
+def _own_parts_forgotten(tmp_path_factory: pytest.TempPathFactory):
     """Take back what a test registers, and the modules of examples and of the test's folder that did."""
     modules, entries = set(sys.modules), [(one, dict(one._entries), one._looked) for one in REGISTRIES]
     dictionaries = [(one, dict(one)) for one in _registered_elsewhere()]
@@ -72,7 +71,7 @@ def _own_parts_forgotten():
     for name in set(sys.modules) - modules:
         if not name.startswith("learn2perturb"):
             file = getattr(sys.modules[name], "__file__", None) or ""
-            if file.startswith((str(EXAMPLES), tempfile.gettempdir())):
+            if file.startswith((str(EXAMPLES), str(tmp_path_factory.getbasetemp()))):
                 del sys.modules[name]
                 importlib.invalidate_caches()
 
