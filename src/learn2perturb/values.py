@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import re
 import sys
 import types
@@ -162,6 +163,11 @@ def kinds_of(cls: Any) -> dict[str, str]:
 
     Names that an annotation uses are looked up, so that ``Size`` with ``Size = float | None`` is ``float | None``.
     """
+    return dict(_kinds(cls))
+
+
+@functools.lru_cache(maxsize=256)  # options are made field by field, and resolving all annotations takes milliseconds
+def _kinds(cls: Any) -> dict[str, str]:
     return {item.name: _text_of(_hint(cls, item)) for item in dataclasses.fields(cls)}
 
 
