@@ -120,7 +120,7 @@ def test_a_run_is_not_scored_on_other_classes(tmp_path) -> None:  # type: ignore
     for name in ("bee", "dog"):
         (tmp_path / "test" / name).mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / "test" / name / "0.png")
-    asked = argparse.Namespace(run="runs/x", dataset="folder", data_dir=str(tmp_path), split="test")
+    asked = argparse.Namespace(run="runs/x", dataset="folder", data_dir=str(tmp_path), split="test", dataset_options={})
     header = {"input_shape": [1, 8, 8], "classes": ["bee", "cat"]}
     with pytest.raises(DataError, match="class 1 is 'cat' and 'dog'"):
         fitting_images(asked, header, {})
