@@ -55,7 +55,7 @@ def test_variance_falls_as_one_over_k(average, shared):
     x = torch.rand(1, *SHAPE).expand(1 if shared else 256, -1, -1, -1)
     y = torch.zeros(len(x), dtype=torch.int64)
     # For "probability" this holds in the limit only (its weights depend on the first K draws); tested exactly above.
-    counts, errors = [1, 2, 4, 8, 16, 32], []
+    counts, errors = [1, 4, 16], []
     for eot in counts:
         repeats = [
             input_gradient(model, LOSSES["margin"], x, y, eot=eot, average=average) - model.expected_gradient(x)

@@ -13,6 +13,7 @@ import learn2perturb as l2p
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "verify_run.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sharing", "code", "answer"), [("per_example", 0, "yes"), ("per_batch", 1, "NO ")])
 def test_shared_noise_is_caught(sharing, code, answer, tmp_path, monkeypatch, capsys):
     config = l2p.TrainConfig(

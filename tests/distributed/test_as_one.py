@@ -93,6 +93,7 @@ def test_more_processes_train_every_defense_as_one_does(name, count, tmp_path):
     compare(config(defense=name), count=count, tmp_path=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -98,8 +98,15 @@ def test_one_map_for_all_rows_where_draws_are_shared():
     assert not torch.allclose(passed(network, same)[:5], rows[0])
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("sharing", ["per_example", "per_batch"])
+@pytest.mark.parametrize(
+    ("sharing", "layout"),
+    [
+        ("per_example", torch.channels_last),
+        pytest.param("per_example", torch.contiguous_format, marks=pytest.mark.slow),
+        ("per_batch", torch.contiguous_format),
+        pytest.param("per_batch", torch.channels_last, marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_training_pass_draws_the_same_noise_and_has_the_same_gradients(sharing, layout):
     found = []
     for rows in (0, ROWS):

@@ -249,6 +249,7 @@ def test_two_studies_at_once_share_the_work(tiny, tmp_path):
     assert found.complete and set(ended(tmp_path / "store").values()) == {1}
 
 
+@pytest.mark.slow  # a minute of processor time; twenty kills of the whole are in test_study_engines.py
 @pytest.mark.timeout(500)  # processes start slowly on a machine that is busy
 def test_a_worker_that_is_killed_costs_nothing(tiny, tmp_path):
     """Of two workers the one that trains is killed by SIGKILL; the study ends complete, equal, nothing twice."""

@@ -16,7 +16,7 @@ from tests.literature.zoo import HONEST, MASKED, RANDOM, ZOO, by_name
 HANDFUL = (
     pytest.param("bit depth, 4 bits", marks=pytest.mark.slow),
     pytest.param("decoy: linear", marks=pytest.mark.slow),
-    "noise with one seed",
+    pytest.param("noise with one seed", marks=pytest.mark.slow),
     "undefended",
 )
 
