@@ -9,6 +9,7 @@ import inspect
 import pathlib
 import statistics
 from collections.abc import Iterator
+from enum import Enum
 
 import pytest
 
@@ -134,3 +135,5 @@ def test_a_class_that_has_subclasses_is_abstract_and_every_other_is_final():
     open_ones = {one for one in bases if not is_abstract(one) and not issubclass(one, Exception)}
     assert {f"{one.__module__}.{one.__name__}" for one in open_ones} == set()
     assert [one for one in bases if getattr(one, "__final__", False)] == []
+    leaves = {one for one in known - bases if not is_abstract(one) and not issubclass(one, Exception | tuple | Enum)}
+    assert {f"{one.__module__}.{one.__name__}" for one in leaves if "__final__" not in vars(one)} == set()

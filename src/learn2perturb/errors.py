@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import signal
 from collections.abc import Iterable
+from typing import final
 
 
 def _shortened(text: str) -> str:
@@ -79,6 +80,7 @@ class MissingDependencyError(Learn2PerturbError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
 
+@final
 class Interrupted(KeyboardInterrupt):
     """A signal has stopped the work; the text says what is saved. ``except Exception`` does not hold it up.
 

@@ -9,7 +9,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.registry import MODELS
@@ -21,6 +21,7 @@ _LIBRARY = re.compile(r"(timm|torchvision):([\w.]+)(\?pretrained)?")
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
+@final
 @dataclass(frozen=True)
 class NetworkName:
     """What the name of a network says.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NamedTuple, TextIO, cast
+from typing import Any, NamedTuple, TextIO, cast, final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -43,6 +43,7 @@ class _Start(NamedTuple):
         return f", {rate:.3g} a second, about {left} left"
 
 
+@final
 class Reporter:
     """One bar and lines above it, on standard error; off a terminal, a line every ``interval`` seconds.
 

@@ -19,7 +19,7 @@ import zlib
 from abc import ABC
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, final
 
 from learn2perturb.errors import CheckpointError
 from learn2perturb.reading import MOST_RECORD, parse_json, read_bytes
@@ -221,6 +221,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+@final
 @dataclasses.dataclass(frozen=True)
 class PackedBits:
     """Booleans, eight to a byte (``numpy.packbits``), in base64."""
@@ -251,6 +252,7 @@ class PackedBits:
         return np.unpackbits(np.frombuffer(raw, dtype=np.uint8), count=count).astype(bool).reshape(self.shape)
 
 
+@final
 @dataclasses.dataclass(frozen=True)
 class PackedIntegers:
     """Class numbers (uint8, uint16 or int64, the smallest that holds them), little-endian, zlib, base64."""

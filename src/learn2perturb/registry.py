@@ -8,12 +8,13 @@ import importlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 from learn2perturb import plugins
 from learn2perturb.errors import ConfigError, UnknownNameError
 
 
+@final
 @dataclass(frozen=True)
 class Entry:
     """One registered thing: where it lives, who published it, and facts that are needed without importing it.
@@ -99,6 +100,7 @@ def _top(target: str) -> str:
     return target.partition(":")[0].partition(".")[0]
 
 
+@final
 class Registry:
     """Names of one kind of thing, with aliases; iterates over its entries in order of registration.
 

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, cast, final
 
 # Control characters but for tab and line end, marks that turn the direction of text, halves of characters (which stand
 # for the bytes of a file name that is no UTF-8).
@@ -66,6 +66,7 @@ def markdown_row(cells: Iterable[object]) -> str:
     return "| " + " | ".join(re.sub(r"([\\|`<])", r"\\\1", one_line(cell)) for cell in cells) + " |"
 
 
+@final
 class Steady:
     """A text stream that never fails: what cannot be written is dropped, and ``lost`` says why.
 

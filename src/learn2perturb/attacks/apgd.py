@@ -102,6 +102,7 @@ class APGD(Attack):
         return found, broken
 
 
+@final
 @dataclass
 class _State:
     """Where each image of a run stands; every field has one row an image.

@@ -93,6 +93,7 @@ class AutoAttack(Attack):
         return best_of(query, x, y, runs, drop=drop, draws=1 if drop else self.draws)
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class AutoAttackReport:
     """What AutoAttack leaves of N images, judged by M fresh draws and, beside it, as published.

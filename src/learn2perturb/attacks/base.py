@@ -37,6 +37,7 @@ _COMPARED = 4  # images on which a finite ensemble is compared with its members
 TOLERANCE = 1e-6  # of pixel values and distances: float32 rounding, far below 1/255
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class AttackResult:
     """What an attack did to a batch of N images.

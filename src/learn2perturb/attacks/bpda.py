@@ -161,6 +161,7 @@ def _replacing(kept: list[Tensor], name: str, surrogate: Backward | None) -> Cal
     return hook
 
 
+@final
 class _Replaced(torch.autograd.Function):
     """The values of one tensor with the gradient of another."""
 

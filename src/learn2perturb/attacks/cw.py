@@ -100,6 +100,7 @@ class CW(Attack):
         return _Search(self, query, x, y).run()
 
 
+@final
 @dataclass(eq=False)
 class _State:
     """The images of a search step that are still in it; every field has one row an image."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ def to_torchattacks(attack: Attack, model: nn.Module) -> Any:
     _check(attack)
     base = foreign_library("torchattacks.attack").Attack
 
+    @final
     class Exported(base):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
             super().__init__(type(attack).__name__, model)
@@ -63,6 +64,7 @@ def to_foolbox(attack: Attack) -> Any:
     base = foreign_library("foolbox.attacks.base")
     criteria, distances = foreign_library("foolbox.criteria"), foreign_library("foolbox.distances")
 
+    @final
     class Exported(base.MinimizationAttack if attack.minimum_norm else base.FixedEpsilonAttack):  # type: ignore[misc]
         distance = distances.LpDistance(orders[attack.norm])
 
@@ -112,6 +114,7 @@ def to_art(attack: Attack, classifier: Any) -> Any:
     if clip is None or float(clip[0].min()) != 0 or float(clip[1].max()) != 1:
         raise ConfigError(f"the classifier has clip_values {clip}; give clip_values=(0, 1)")
 
+    @final
     class Exported(base):  # type: ignore[misc, valid-type]
         attack_params = base.attack_params
         _estimator_requirements = (kind,)
@@ -132,6 +135,7 @@ def to_art(attack: Attack, classifier: Any) -> Any:
     return Exported()
 
 
+@final
 class _Preprocessed(nn.Module):
     """The network of an ART classifier with what the classifier does to images before it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ AVERAGES: tuple[Average, ...] = ("loss", "probability", "logits")
 _LARGEST_WEIGHT = 1e30  # of one draw against the mean probability; only keeps inf * 0 out of the gradient
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Values:
     """What the draws of one EOT average say of N images.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import final
 
 from learn2perturb.checks import check_count, check_size
 from learn2perturb.configs import Config
@@ -14,6 +15,7 @@ METHODS = ("first_noise", "smoothing", "pixeldp")
 GAPS = ("renyi",)  # no radii, but how much the risk can grow
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class CertifyConfig(Config):
     """How the majority vote of a noisy network is certified.

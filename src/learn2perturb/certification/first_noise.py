@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ _PROBES = 8
 _ROUNDING = 1e-9
 
 
+@final
 @dataclass(frozen=True)
 class FirstNoise:
     """The site of the first noise, and S for l2 changes of the image: exact, or an upper bound."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,7 @@ def entropy_bounds(votes: NDArray[np.int64], alpha: float) -> NDArray[np.float64
     return bounds
 
 
+@final
 @dataclass(frozen=True)
 class RiskGap(records.Saved):
     """How much the risk of one draw can grow within an l_inf ball, guaranteed by the first noise module.

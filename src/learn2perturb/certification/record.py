@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,6 +44,7 @@ def largest_radius(n: int, alpha: float, constant: float) -> float:
     return float(radius_of(lower_bound([n], n, alpha), constant)[0])
 
 
+@final
 @dataclass(frozen=True)
 class Certification(records.Saved):
     """Certified radii of a majority vote, one an image.

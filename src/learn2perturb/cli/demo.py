@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 from learn2perturb.cli.evaluate import summary
 from learn2perturb.cli.options import add_json, print_json, print_table, typed, words
@@ -186,6 +186,7 @@ def _rows(results: Results, defense: str) -> list[dict[str, Any]]:
 # --- the table that is printed
 
 
+@final
 @dataclass(frozen=True)
 class Line:
     """A line of the table: a defense, how it is scored (empty: single draws), and its numbers by attack."""

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, final
 
 from learn2perturb import configs
 from learn2perturb.configs import Config
@@ -22,6 +22,7 @@ from learn2perturb.values import convert, guess, kinds_of
 C = TypeVar("C", bound=Config)
 
 
+@final
 class Parser(argparse.ArgumentParser):
     """An argument parser whose refusals are :class:`ConfigError`, and which knows near names."""
 
@@ -98,6 +99,7 @@ def typed(kind: str) -> Callable[[str], Any]:
     return read
 
 
+@final
 class _Mapping(argparse.Action):
     """Collects ``--options key=value`` and ``--options '{key: value}'`` into one dictionary."""
 
@@ -129,6 +131,7 @@ def field_help(cls: type) -> dict[str, str]:
     return {name: text.replace("``", "") for name, text in configs.field_help(cls).items()}
 
 
+@final
 class _Switch(argparse.BooleanOptionalAction):
     """``--name`` and ``--no-name``; its help says what it is told to, whatever the version of Python."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.cli.options import print_json
 
 
+@final
 @dataclass(frozen=True)
 class Plan:
     """What a verb would do.

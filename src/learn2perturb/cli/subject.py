@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 from learn2perturb.checks import fraction
 from learn2perturb.cli.networks import add_network, build_named, settle_network, title_of
@@ -33,6 +33,7 @@ SPLITS = ("test", "train", "validation")
 _LONGEST_NAME = 80  # characters of a file's name that are the network's
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Subject:
     """A model in eval mode, its images, the size it was trained for, and where records of it go."""

@@ -9,7 +9,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.data.files import reason_of
 from learn2perturb.errors import DataError
@@ -91,6 +91,7 @@ def _read_to_end(tar: tarfile.TarFile) -> None:
             raise ValueError(f"more than {_MOST_BYTES} bytes follow its last file")
 
 
+@final
 class _Bounded:
     """tar's data filter, which also refuses a bomb: more files or bytes than any of these archives has."""
 
@@ -120,6 +121,7 @@ def _copy_file(url: str, output_file: str | os.PathLike[str], _: Any) -> None:
     shutil.copyfile(url2pathname(urlsplit(url).path), output_file)
 
 
+@final
 class _RichBar:
     """The bar that pooch drives: ``total``, ``update``, ``reset``, ``close``, as tqdm has them."""
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, final
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ PUBLISHED = {
 }
 
 
+@final
 @dataclass(frozen=True)
 class _Layout:
     """One way a set lies on disk: folder, archive, files of each split, the file of class names, and two readers."""

@@ -6,7 +6,7 @@ import inspect
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ SPLITS = ("train", "test")
 ROOT_VARIABLE = "LEARN2PERTURB_DATA_DIR"
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class ImageData:
     """Images and labels, with what is known of the set.

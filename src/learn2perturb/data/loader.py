@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from learn2perturb.engine.random import derive_seed
 from learn2perturb.errors import ConfigError, InputError
 
 
+@final
 class MemorySource:
     """A set held on the device; shuffles, crops and flips there, and never drops the last batch.
 

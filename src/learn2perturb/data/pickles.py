@@ -42,6 +42,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
         ) from error
 
 
+@final
 class _PickledDType:
     """Stands in for ``numpy.dtype``: remembers the code it was given; byte order and the like do not matter."""
 
@@ -52,6 +53,7 @@ class _PickledDType:
         """Ignore byte order and the like: only bytes are read here."""
 
 
+@final
 class _PickledArray:
     """Stands in for an array under construction; numpy's own unpickling never runs on data from outside."""
 

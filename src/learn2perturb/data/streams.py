@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class _Count(NamedTuple):
     last: int
 
 
+@final
 class LoaderSource:
     """The user's ``DataLoader``: every epoch starts from a seed of (seed, epoch), every fetch from one of its batch.
 
@@ -213,6 +214,7 @@ class LoaderSource:
             batch += 1
 
 
+@final
 class CheckedSource:
     """A source of the user's own: its order is kept, its batches are checked, ``limit`` keeps the first images."""
 
@@ -260,6 +262,7 @@ class CheckedSource:
                 return
 
 
+@final
 class JoinedLast:
     """A source whose last batch, of one image, is part of the one before: for networks that cannot train on one."""
 

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from learn2perturb.noise.sites import NORMS
 MEAN_INITS = ("network", "released")
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class AdvBNN(Defense):
     """Weights ``w = mu + exp(s) * eps``; loss ``CE(f(x'), y) + (kl_weight / N) * sum KL``, N the training set's size.

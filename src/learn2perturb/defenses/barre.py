@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from learn2perturb.engine.rows import mean_of_rows
 from learn2perturb.errors import ConfigError
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class BARRE(Defense):
     """Each member starts from the one before it and descends its loss on attacks on the mean of all so far.

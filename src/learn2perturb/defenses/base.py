@@ -10,7 +10,7 @@ import itertools
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
 
@@ -41,6 +41,7 @@ __all__ = [
 ALTERNATIONS = ("combined", "sequential", "released")
 
 
+@final
 @dataclass(frozen=True)
 class Stage:
     """Epochs that share optimisers: fresh ones are built when the stage begins.
@@ -56,6 +57,7 @@ class Stage:
     factor: Callable[[Clock], float]
 
 
+@final
 @dataclass(frozen=True)
 class Alternation:
     """How weights and noise take turns in an iteration (Learn2Perturb, section 3.2 and algorithm 1).

@@ -6,7 +6,7 @@ Randomization matters. How to defend against strong adversarial attacks, https:/
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, final
 
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ from learn2perturb.defenses.settings import Settings, number
 from learn2perturb.errors import ConfigError
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class BAT(Defense):
     """The first member is trained adversarially; each further one on adversarial examples of those before it.

@@ -6,6 +6,7 @@ Adversarial Robustness through Random Weight Sampling, NeurIPS 2023.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import final
 
 from torch import nn
 
@@ -18,6 +19,7 @@ from learn2perturb.noise.base import SHARINGS
 from learn2perturb.noise.sites import check, convolutions, probe
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class CTRW(Defense):
     """``v (mu + sigma eps)`` on what the first convolution takes, mu and sigma learned for each element of it.

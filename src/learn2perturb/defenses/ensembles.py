@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,7 @@ def _of_member(settings: Settings, number: int) -> Callable[[nn.Module], Optimiz
     return build
 
 
+@final
 class _Part(nn.Module):
     """The parameters of a part of a network."""
 
@@ -94,6 +95,7 @@ class _Part(nn.Module):
         self.held = nn.ParameterList(parameters)
 
 
+@final
 class Mixture(nn.Module):
     """The log of the members' mean softmax under given probabilities: what attacks on an ensemble climb in training."""
 

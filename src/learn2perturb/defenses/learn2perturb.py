@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ TAUS = ("harmonic", "released")
 RELATIVE = "relative"
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class Learn2Perturb(Defense):
     """Learned noise with alternating back-propagation. Each field is one choice that paper and code leave open.

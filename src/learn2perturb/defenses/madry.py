@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, final
 
 from learn2perturb.defenses.base import Defense
 from learn2perturb.defenses.settings import Settings
 from learn2perturb.errors import ConfigError
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class Madry(Defense):
     """``min_w E max_{|d| <= eps} CE(f_w(x + d), y)``, the maximum by PGD (eq. 2.1). https://arxiv.org/abs/1706.06083.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, final
 
 from torch import Tensor, nn
 
@@ -11,6 +11,7 @@ from learn2perturb.defenses.base import Clock, Defense, Losses, mixed_loss, of_c
 from learn2perturb.defenses.settings import Settings
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class NoDefense(Defense):
     """Cross-entropy on clean images; the row "No defense" of the paper's tables."""

@@ -24,6 +24,7 @@ from learn2perturb.errors import InputError
 Model = Callable[[Tensor], Tensor]
 
 
+@final
 @dataclass(frozen=True)
 class Clock:
     """Where a training stands: everything that schedules may depend on, all counted from 0.
@@ -50,6 +51,7 @@ class Clock:
         return self.epoch * self.batches + self.batch
 
 
+@final
 @dataclass(frozen=True)
 class Losses:
     """What one evaluation of the objective gave: the loss to descend, and its parts for the metrics (detached).

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import final
 
 from learn2perturb.defenses.base import Defense
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class PGDTraining(Defense):
     """``alpha CE(f(x), y) + beta CE(f(x'), y)``, eq. 11 of Learn2Perturb without noise.

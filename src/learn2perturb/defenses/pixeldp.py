@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,7 @@ def parseval(weight: Tensor, loops: int, step: float) -> Tensor:
     return matrix.view_as(weight)
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class PixelDP(Defense):
     """One noise layer on the output of the first convolution, before norm and activation; trained on clean images.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import final
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from learn2perturb.noise.inject import LAYERS
 VARIANTS = ("weight", "output", "input")
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class PNI(Defense):
     """Noise of the size of what it perturbs, with the half-and-half loss; weights and alpha descend it together.

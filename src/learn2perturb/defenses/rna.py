@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import final
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from learn2perturb.noise import RandomNorm, insert
 from learn2perturb.noise.sites import check, probe
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class RNA(Defense):
     """In each pass every BatchNorm is itself or a GroupNorm of the same features, each by a pick of its own.

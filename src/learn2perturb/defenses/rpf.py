@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import final
 
 from torch import nn
 
@@ -18,6 +19,7 @@ from learn2perturb.noise import RandomProjection, insert, named_noise
 from learn2perturb.noise.sites import convolutions, probe
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class RPF(Defense):
     """``share`` of the first convolution's filters are ``N(0, 1 / k^2)`` anew in every pass, the rest ``w / std / k``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, final
 
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from learn2perturb.noise import perturb
 from learn2perturb.noise.sites import convolutions, probe
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class RSE(Defense):
     """``h <- h + sigma * eps`` before every convolution, those of shortcuts too, in training and in inference.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.checks import check_choice, check_count, check_flag, check_step
 from learn2perturb.errors import ConfigError
@@ -24,6 +24,7 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Epochs, optimiser, learning-rate schedule and training adversary: what a defense trains by, with nothing open.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, final
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from learn2perturb.errors import ConfigError
 from learn2perturb.noise import perturb_images
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class SmoothAdv(Defense):
     """``-log mean_k p(y | x' + sigma eps_k)``, x' by PGD on that same loss (eqs. 5 and 6).

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, final
 
 from learn2perturb.defenses.base import Defense
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class Trades(Defense):
     """``CE(f(x), y) + trades_beta KL(p(x) || p(x'))``, x' the maximiser of that KL in the ball (eq. 5, algorithm 1).

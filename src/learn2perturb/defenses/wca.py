@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from learn2perturb.noise.correlated import VARIANCES
 from learn2perturb.noise.sites import Probe, probe
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class WCA(Defense):
     """``h + L eps`` on the input of the classifier W; loss ``CE - log tr(W L L^T W^T)``, so that the noise cannot fade.

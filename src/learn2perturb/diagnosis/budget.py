@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.sizes import reach, sweep
 
 
+@final
 @dataclass(frozen=True)
 class Budget:
     """The numbers of images, draws, steps and queries of each check.

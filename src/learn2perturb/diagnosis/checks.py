@@ -10,7 +10,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 from learn2perturb import plugins
 from learn2perturb.diagnosis.budget import Budget
@@ -31,6 +31,7 @@ def _nothing(budget: Budget, stochastic: bool) -> float:
     return 0.0
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class CheckSpec:
     """A check.

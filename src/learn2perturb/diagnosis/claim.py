@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 from learn2perturb.checks import MOST, check_choice, check_count, check_size
 from learn2perturb.errors import ConfigError, UnknownNameError
@@ -51,6 +51,7 @@ _CLAUSES = {
 }
 
 
+@final
 @dataclass(frozen=True)
 class Claim:
     """What is claimed of a model. What is None is not said: as diagnosed.

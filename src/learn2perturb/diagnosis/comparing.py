@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from learn2perturb.evaluation.result import format_eps
 _ABSENT = "not there"
 
 
+@final
 @dataclass(frozen=True)
 class Statuses:
     """The status of one check in both diagnoses."""
@@ -30,6 +31,7 @@ class Statuses:
     second: str
 
 
+@final
 @dataclass(frozen=True)
 class PairedAccuracy:
     """One accuracy of both, on the first ``n`` images; ``difference`` is the first less the second.
@@ -62,6 +64,7 @@ class PairedAccuracy:
         return f"no difference is shown: {points}"
 
 
+@final
 @dataclass(frozen=True)
 class DiagnosisComparison(records.Saved):
     """What two diagnoses say of two models; ``notes`` name the settings in which they differ."""

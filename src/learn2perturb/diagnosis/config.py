@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, final
 
 from learn2perturb.checks import check_choice, check_count, check_flag
 from learn2perturb.configs import ENGINES, Config
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from learn2perturb.diagnosis.claim import Claim
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseConfig(Config):
     """How the robustness of a model is diagnosed: everything but the model, its images and other networks.

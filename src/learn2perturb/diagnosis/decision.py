@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from learn2perturb.sizes import usual_eps
 FINALISTS = 4
 
 
+@final
 @dataclass(frozen=True)
 class Decision:
     """The measurement of lowest accuracy, and the claim with its trial where there is one."""

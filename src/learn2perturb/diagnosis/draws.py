@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import final
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ _DIRECTIONS = 32
 _FEWEST_PAIRS = 8
 
 
+@final
 @dataclass(frozen=True)
 class Slope:
     """Slope of log variance against log K over ``COUNTS``, the mean over images, and its standard error.

@@ -31,6 +31,7 @@ from learn2perturb.records import PackedBits, plain
 _KEPT = 8  # attacks whose images are kept to the end
 
 
+@final
 @dataclass(frozen=True)
 class Subject:
     """A model in one of the states that a diagnosis attacks or scores it in: as it is, or with its noise off.
@@ -64,6 +65,7 @@ class Subject:
         return attack if self.stochastic else dataclasses.replace(attack, eot=1)
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Attacked:
     """Adversarial images (n) and which of them were classified rightly in each scoring."""

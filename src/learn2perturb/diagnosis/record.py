@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, final
 
 from learn2perturb import records
 from learn2perturb.brief import brief
@@ -30,6 +30,7 @@ _FIRST_WORDS = {
 }
 
 
+@final
 @dataclass(frozen=True)
 class Judged:
     """One statistical statement: a difference of accuracies is no more than ``allowed``.
@@ -55,6 +56,7 @@ class Judged:
     freedom: float = math.inf
 
 
+@final
 @dataclass(frozen=True)
 class Check:
     """One of the checks: its verdict, a sentence, the numbers, what was missing, and what else is to be known."""
@@ -69,6 +71,7 @@ class Check:
     notes: tuple[str, ...] = ()
 
 
+@final
 @dataclass(frozen=True)
 class Point:
     """One accuracy on a curve, with its 95 % interval."""
@@ -78,6 +81,7 @@ class Point:
     interval: Interval
 
 
+@final
 @dataclass(frozen=True)
 class Curve:
     """Accuracy against ``axis``: ``eps``, ``draws`` or ``steps``; ``n`` images."""
@@ -87,6 +91,7 @@ class Curve:
     points: tuple[Point, ...]
 
 
+@final
 @dataclass(frozen=True)
 class Measurement:
     """One attack and its scores on the first ``n`` images: raw bits (scorings, n), and what the attack cost.
@@ -108,6 +113,7 @@ class Measurement:
     by_itself: bool = False
 
 
+@final
 @dataclass(frozen=True)
 class Diagnosis(records.Saved):
     """The checks of one model, and what they come to.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, final
 
 from learn2perturb.evaluation.intervals import Interval
 from learn2perturb.evaluation.significance import exceeds, holm
@@ -34,6 +34,7 @@ class Scored(Protocol):
         """The number of images."""
 
 
+@final
 @dataclass(frozen=True)
 class Trial:
     """A claim against what the attacks left.

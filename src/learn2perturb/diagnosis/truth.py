@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import final
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ BEST_AHEAD = 0.02
 DESCENT = "descent on values"
 
 
+@final
 @dataclass(frozen=True)
 class Ratios:
     """Finite difference of the margin along the gradient, over the squared gradient: 1 where the gradient is true.
@@ -58,6 +60,7 @@ class Ratios:
         return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
+@final
 @dataclass(frozen=True)
 class Truth:
     """The ratios at the images, and over neighbourhoods of them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import final
 
 from learn2perturb.diagnosis.checks import ATTACK, CHECKS, FAILURES
 from learn2perturb.diagnosis.claim import ANY, Claim
@@ -16,6 +17,7 @@ from learn2perturb.evaluation.significance import TWO_SIGMA, beyond, exceeds, ho
 FEWEST_IMAGES = 100
 
 
+@final
 @dataclass(frozen=True)
 class Draft:
     """A check before its claims are judged.
@@ -43,6 +45,7 @@ class Draft:
     evidence: dict[str, float] = field(default_factory=dict)
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Statement:
     """``mean(first - second) <= allowed``, paired over images; ``second`` may be a number.

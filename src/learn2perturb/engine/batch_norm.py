@@ -6,7 +6,7 @@ PyTorch's own SyncBatchNorm is for cards only, and replaces the layers of a netw
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from learn2perturb.engine.ranks import Ranks, Share
 _ops = torch.ops.aten
 
 
+@final
 class _Normalised(torch.autograd.Function):
     """``(x - mean) / sqrt(var + eps) * weight + bias``, mean and var being those of all rows of all processes.
 

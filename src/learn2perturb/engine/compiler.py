@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
+from typing import final
 
 from torch import nn
 
 
+@final
 class Findings:
     """What has failed to compile since the outermost work began, and whether noise is being inlined.
 

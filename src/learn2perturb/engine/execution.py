@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from learn2perturb.engine.compiler import tried_anew
 from learn2perturb.errors import ConfigError
 
 
+@final
 @dataclass(frozen=True)
 class ExecutionMode:
     """One way to run forward and backward passes.

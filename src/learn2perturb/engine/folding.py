@@ -11,7 +11,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ _plans: weakref.WeakKeyDictionary[nn.Module, list[Pair]] = weakref.WeakKeyDictio
 _forwards: weakref.WeakKeyDictionary[nn.Conv2d, functools.partial[Tensor]] = weakref.WeakKeyDictionary()
 
 
+@final
 class _Uses(TorchFunctionMode):
     """Counts how often each tensor goes into a computation: a torch function that gives anything but a plain value."""
 

@@ -15,7 +15,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -92,6 +92,7 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.compile(function, dynamic=True, options=_UNCHECKED)
 
 
+@final
 class _Repeat(torch.autograd.Function):
     """(1, features) for each of some rows; its gradient sums over rows as a matrix product, which is faster."""
 
@@ -105,6 +106,7 @@ class _Repeat(torch.autograd.Function):
         return gradient.new_ones(1, len(gradient)).mm(gradient), None
 
 
+@final
 class _AddNoise(torch.autograd.Function):
     """``h + scale * eps`` on (rows, features), with eps a function of the key."""
 

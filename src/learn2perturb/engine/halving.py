@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in _SAID)
 
 
+@final
 class Halving:
     """Rows at a time that fit; None until memory has run out."""
 

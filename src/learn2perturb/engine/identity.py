@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ def fingerprint_of_images(images: Tensor, labels: Tensor) -> str:
     return fingerprint([("images", images), ("labels", labels)])
 
 
+@final
 class ImagesFingerprint:
     """The fingerprint of images that come in batches; how they are cut into batches does not count."""
 

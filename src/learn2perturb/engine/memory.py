@@ -12,6 +12,7 @@ import functools
 import platform
 import threading
 from collections.abc import Callable, Iterator
+from typing import final
 
 _TRIM, _TOP_PAD, _MMAP = -1, -2, -3  # of malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 _KEEPING = {_TRIM: 2_000_000_000, _TOP_PAD: 64 << 20, _MMAP: 32 << 20}
@@ -19,6 +20,7 @@ _KEEPING = {_TRIM: 2_000_000_000, _TOP_PAD: 64 << 20, _MMAP: 32 << 20}
 _USUAL = {_TRIM: 64 << 20, _TOP_PAD: 128 << 10, _MMAP: 32 << 20}
 
 
+@final
 class _Keeping:
     """How many bodies keep memory now. The heap is the process's, so what they set ends with the last of them."""
 

@@ -305,6 +305,7 @@ def plain_calls() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if _share.get() is None else torch._C.DisableTorchFunction()
 
 
+@final
 class _Sum(torch.autograd.Function):
     """The sum over all processes of a tensor, through which gradients flow: those of all processes, summed too."""
 
@@ -323,6 +324,7 @@ def differentiable_sum(tensor: Tensor, ranks: Ranks) -> Tensor:
     return tensor if ranks.alone else _Sum.apply(tensor, ranks)
 
 
+@final
 class _Valued(torch.autograd.Function):
     """A number of another value: that of the whole batch, whose gradient here is that of this share."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from learn2perturb.engine.ranks import Share
 Treatment = Callable[[Share, Callable[..., Any], Sequence[Any], dict[str, Any]], Any]
 
 
+@final
 class _OfAShare(TorchFunctionMode):
     """Sees every call of a torch function in the body, and treats those that differ on a part of a batch."""
 

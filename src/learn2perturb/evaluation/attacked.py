@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,7 @@ def eight_bits(images: Pixels) -> NDArray[np.uint8]:
     return np.round(255 * np.clip(images.astype(np.float64), 0, 1)).astype(np.uint8)
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class AttackedRow:
     """The images of one row: which they are, what the attack made of them, and what each scoring answered.
@@ -101,6 +102,7 @@ class AttackedRow:
         return AttackedRow(self.about, self.index[places], self.adversarial[places], self.predictions[:, places], clean)
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class AttackedImages:
     """Images as they were and as attacks made them; one ``.npz`` file, whose arrays numpy reads without this package.

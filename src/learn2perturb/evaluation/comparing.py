@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, final
 
 import numpy as np
 
@@ -25,6 +25,7 @@ _EOT = ("eot", "eot_average", "eot_draws")
 _BEFORE = {"eot_draws": "fresh"}
 
 
+@final
 @dataclass(frozen=True)
 class Difference:
     """Accuracy of the first less that of the second, paired over ``n`` images.
@@ -75,6 +76,7 @@ class Difference:
         return f"neither is shown to be better: {points}"
 
 
+@final
 @dataclass(frozen=True)
 class Comparison(records.Saved):
     """Differences of two evaluations, row by row; ``left_out`` has no partner, ``notes`` say what is not known."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import final
 
 from learn2perturb.checks import check_choice, check_count, check_flag
 from learn2perturb.configs import ENGINES, Config
@@ -12,6 +13,7 @@ from learn2perturb.errors import ConfigError, UnknownNameError
 PREDICTORS = ("single", "vote", "mean_probability", "mean_logits")
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Config):
     """How a network is attacked and scored: everything but the network, the images and the attacks themselves.

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ _IMAGES, _DRAWS = 4, 32
 Runs = Callable[[Tensor], Tensor]
 
 
+@final
 @dataclass(frozen=True)
 class Deployed:
     """A program that was written, and how it compares with the network.

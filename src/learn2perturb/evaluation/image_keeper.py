@@ -18,6 +18,7 @@ from learn2perturb.evaluation.attacked import EACH, AttackedImages, Numbers, Pix
 Choice = Callable[[Numbers], Numbers]  # predictions (draws, images) of a batch -> which of its images are kept
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Kept:
     """Some images of a batch, or of all: their numbers in it, and what the attack made of them."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,6 +34,7 @@ ONE_DRAW = (
 )
 
 
+@final
 @dataclass(frozen=True)
 class Interval:
     """A confidence interval and how it was found; ``resamples`` is 0 where nothing was resampled.
@@ -70,6 +71,7 @@ class Interval:
         return abs(self.low - other.low) <= allowed and abs(self.high - other.high) <= allowed
 
 
+@final
 @dataclass(frozen=True)
 class Estimate:
     """A mean over images with its standard error, the error's degrees of freedom, and its interval."""
@@ -80,6 +82,7 @@ class Estimate:
     freedom: float = math.inf
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Scores:
     """Which images were right in each scoring, and which of them were scored in one pass.
@@ -260,6 +263,7 @@ def paired_difference(first: Scores, second: Scores | float, *, confidence: floa
     return Estimate(mean, math.sqrt(total), interval, freedom)
 
 
+@final
 @dataclass(frozen=True)
 class _Draws:
     """Variance of a mean by its draws.

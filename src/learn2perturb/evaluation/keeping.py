@@ -20,6 +20,7 @@ from learn2perturb.evaluation.result import Evaluation, Row
 from learn2perturb.terminal import say
 
 
+@final
 @dataclass(frozen=True)
 class PartialEvaluation(records.Saved):
     """The first rows of an evaluation that was not finished; ``key`` says of which."""

@@ -96,6 +96,7 @@ class Contained(nn.Module):
             return self.model(x)
 
 
+@final
 @dataclass(frozen=True)
 class _Drawn:
     """Whether a pass draws random numbers, and whether another pass draws others."""
@@ -104,6 +105,7 @@ class _Drawn:
     fresh: bool
 
 
+@final
 class _Drawing(TorchDispatchMode):
     """Keeps the random numbers that operations of torch draw: (their operation, what it gave)."""
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ WORST_OF = (1, 10, 100)
 POOLED_NOTE = "of the same adversarial examples, which were crafted against the single draw"
 
 
+@final
 @dataclass(frozen=True)
 class PooledScore:
     """Accuracy of an ensemble over all draws of a single-draw row, on that row's own images.
@@ -46,6 +47,7 @@ class PooledScore:
     note: str = POOLED_NOTE
 
 
+@final
 @dataclass(frozen=True)
 class Row:
     """One attack at one size against one predictor, scored ``draws`` times on ``n`` images.
@@ -108,6 +110,7 @@ class Row:
         return format_eps(self.eps) + ("" if norm == "linf" or self.eps is None else f" {norm}")
 
 
+@final
 @dataclass(frozen=True)
 class Evaluation(records.Saved):
     """The rows of one evaluation, the labels of its images, and how, where and when it was made.

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.attacks import AutoAttack
 from learn2perturb.data.cifar import PUBLISHED
@@ -26,6 +26,7 @@ _Found = tuple[Evaluation, Row]
 _BY_HAND = ("link", "venue", "reported", "external", "unreliable")
 
 
+@final
 @dataclass(frozen=True)
 class RobustBenchEntry:
     """The fields of a RobustBench model-info file, and why each one that is null is so."""
@@ -34,6 +35,7 @@ class RobustBenchEntry:
     notes: tuple[str, ...]
 
 
+@final
 @dataclass(frozen=True)
 class _Threat:
     """What a row must be of, to say something of the network that is exported.

@@ -35,6 +35,7 @@ CONFIDENCE = 0.95
 _COUNTS = ("zero_gradients", "c_rising", "loss_falling")  # of images, in an attack's result and in the row
 
 
+@final
 @dataclasses.dataclass
 class _Batch:
     """What came of one batch: predictions (draws, images), pooled ones (images), and numbers to be summed up."""

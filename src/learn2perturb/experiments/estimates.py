@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -31,6 +31,7 @@ _BEGINNING = 1.0  # seconds until a task is at its work: images and weights are 
 _DIAGNOSIS_PASSES = 40_000  # of an image, about, of a quick diagnosis
 
 
+@final
 @dataclass(frozen=True)
 class Pace:
     """Seconds an image: of a step of training, of a forward pass, of a forward and backward pass."""
@@ -40,6 +41,7 @@ class Pace:
     both: float
 
 
+@final
 class Estimates:
     """Seconds that trainings and cells of a study take on this machine; each kind of network is measured once."""
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import yaml
 
@@ -19,6 +19,7 @@ _FOLDER = Path(__file__).parent / "paper"
 _EMPTY: dict[str, Any] = {"keys": [], "cells": {}, "suspect": [], "parameters": {}, "claims": []}
 
 
+@final
 @dataclass(frozen=True)
 class Published:
     """One number of a paper: accuracy in [0, 1], its deviation where given, and why it is suspect where it is."""
@@ -32,6 +33,7 @@ class Published:
         return text + ("" if self.suspect is None else " (suspect)")
 
 
+@final
 @dataclass(frozen=True)
 class Claimed:
     """What the paper says of a figure: runs with the labels ``best`` lie highest up to ``most`` on the axis.
@@ -44,6 +46,7 @@ class Claimed:
     most: float = math.inf
 
 
+@final
 @dataclass(frozen=True)
 class Facts:
     """A published table: ``keys`` say what the levels of a cell's name are, such as (network, pixels, defense).

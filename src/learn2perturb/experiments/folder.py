@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, final
 
 from learn2perturb import records
 from learn2perturb.experiments.results import Results
@@ -14,6 +14,7 @@ from learn2perturb.experiments.results import Results
 CONTENTS = "study.json"
 
 
+@final
 @dataclass(frozen=True)
 class StudyFolder(records.Saved):
     """The contents of a folder of views.

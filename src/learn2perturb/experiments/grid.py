@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.evaluation.result import format_eps
@@ -25,6 +25,7 @@ _NUMBERED = ("worst_of", "certified")  # worst_of.10, certified.0.25
 Labels = tuple[str, ...]
 
 
+@final
 @dataclass(frozen=True)
 class Place:
     """Where a number stands: labels of its row and its column, and where on the axis of a curve."""
@@ -34,6 +35,7 @@ class Place:
     x: float | None = None
 
 
+@final
 @dataclass(frozen=True)
 class Grid:
     """The pairs of a table or a curve by place.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.errors import CheckpointError
 from learn2perturb.experiments.results import Answer, Results
@@ -25,6 +25,7 @@ from learn2perturb.records import Saved
 from learn2perturb.training.metrics import read_metrics
 
 
+@final
 @dataclass(frozen=True)
 class Network:
     """A network that is trained: where it is, the hash of its weights, the header of its file."""
@@ -34,6 +35,7 @@ class Network:
     header: dict[str, Any]
 
 
+@final
 @dataclass(eq=False)
 class Ledger:
     """The addresses of a study's runs and cells in a store. Asked again, it looks again for what was missing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.certification.record import Certification
 from learn2perturb.diagnosis.record import Diagnosis
@@ -16,6 +16,7 @@ from learn2perturb.experiments.spec import Pair
 from learn2perturb.records import Saved
 
 
+@final
 @dataclass(frozen=True)
 class Measured:
     """Of which images a number is, and how they were scored: numbers that differ in it are not alike."""
@@ -28,6 +29,7 @@ class Measured:
         return f"{self.n} images of {self.images}, {self.scoring}"
 
 
+@final
 @dataclass(frozen=True)
 class Reading:
     """A number, or words; ``interval`` is over images and draws."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import final
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ def share_draws(model: nn.Module) -> None:
             module.sharing = "per_batch"
 
 
+@final
 class ReleasedScores:
     """Score as the released code does: BatchNorm in train mode, so with the statistics of the batch that is scored.
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.experiments.spec import Pair, RunPlan, Study, matches
 from learn2perturb.records import Saved
 
 
+@final
 @dataclass(frozen=True)
 class Answer:
     """The record of a pair: an Evaluation, a Certification or a Diagnosis; None where it is not computed yet."""
@@ -21,6 +22,7 @@ class Answer:
     path: Path | None = None
 
 
+@final
 @dataclass(frozen=True)
 class Results:
     """The answers of a study in its order, the metrics of its trainings, one dictionary an epoch, and their folders."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.checks import check_choice, check_count, check_flag, fraction
 from learn2perturb.errors import ConfigError
@@ -17,6 +17,7 @@ TWIN, OTHERS = "twin", "others"  # sources of transferred images: the run with i
 OWN = "own"  # the predictor that the defense's paper predicts by
 
 
+@final
 @dataclass(frozen=True)
 class Scoring:
     """How a cell is scored.
@@ -55,6 +56,7 @@ class Scoring:
         check_choice("split", self.split, ("test", "train", "validation"))
 
 
+@final
 @dataclass(frozen=True)
 class RunPlan:
     """One network: trained by ``config``, or found at ``weights``. ``axes`` tell it from others of its ``name``."""
@@ -104,6 +106,7 @@ class RunPlan:
         return value.get(tail) if tail and isinstance(value, Mapping) else value
 
 
+@final
 @dataclass(frozen=True)
 class CellPlan:
     """What is asked of a run: its accuracy under an attack, certificates, or a diagnosis.
@@ -148,6 +151,7 @@ class CellPlan:
         return getattr(self.scoring, key, None)
 
 
+@final
 @dataclass(frozen=True)
 class ViewPlan:
     """A table or a figure of a study; see ``docs/studies.md`` for what each key does."""
@@ -167,6 +171,7 @@ class ViewPlan:
     notes: tuple[str, ...] = ()
 
 
+@final
 @dataclass(frozen=True)
 class Pair:
     """A run and what is asked of it, with the runs that images are crafted on, by name."""
@@ -199,6 +204,7 @@ class Pair:
         return self.run.label(key) if found is None else found
 
 
+@final
 @dataclass(frozen=True)
 class Study:
     """A study at one of its levels: everything that is to be computed, and how it is shown."""

@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.certification.record import Certification
 from learn2perturb.diagnosis.record import Diagnosis
@@ -58,6 +58,7 @@ def run_address(config: TrainConfig, data: str) -> str:
     return address(kind="run", config=settings, data=data)
 
 
+@final
 @dataclass(frozen=True)
 class Finished:
     """What is known of a network that is trained: the hash of its weights, how long it took, where."""
@@ -68,6 +69,7 @@ class Finished:
     where: Mapping[str, Any]
 
 
+@final
 class Store:
     """A folder of trained networks and records."""
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.brief import brief
 from learn2perturb.checks import check_choice, check_count
@@ -31,6 +31,7 @@ _TOO_LATE = 2.0  # seconds before the end in which nothing new is begun
 _PATIENCE = 2.0  # seconds until a task that another process has is looked at again
 
 
+@final
 @dataclass(frozen=True)
 class Placing:
     """Where the tasks of a study are done.
@@ -76,6 +77,7 @@ class Placing:
         return Processes(store, self.device, self.jobs or 1)
 
 
+@final
 @dataclass(frozen=True)
 class StudyRun:
     """What a call of :func:`study` has come to.
@@ -160,6 +162,7 @@ def study(
     return StudyRun(work(name), failures, computed, trials)
 
 
+@final
 class _Loop:
     """Begins what can be begun while there is room, and takes what has ended."""
 
@@ -238,6 +241,7 @@ class _Loop:
                 self.say(f"{task}: its process died; it goes on in another")
 
 
+@final
 class _Left:
     """About how long the rest takes, from estimates that what is done corrects."""
 

@@ -21,7 +21,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, final
 
 from learn2perturb.checks import check_choice, check_count
 from learn2perturb.errors import ConfigError, MissingDependencyError, UnknownNameError
@@ -34,6 +34,7 @@ from learn2perturb.records import Saved
 SAMPLERS = ("random", "optuna")
 
 
+@final
 @dataclass(frozen=True)
 class Range:
     """What a setting is drawn from: between ``low`` and ``high``, evenly or evenly in its logarithm; or ``choices``."""
@@ -44,6 +45,7 @@ class Range:
     choices: tuple[Any, ...] = ()
 
 
+@final
 @dataclass(frozen=True)
 class SweepPlan:
     """A search as a study says it.
@@ -69,6 +71,7 @@ class SweepPlan:
     trial_seed: int = 0
 
 
+@final
 @dataclass(frozen=True)
 class Trial:
     """A setting that was tried, and the mean accuracy on validation images that it got; None where it failed."""
@@ -77,6 +80,7 @@ class Trial:
     objective: float | None
 
 
+@final
 @dataclass(frozen=True)
 class Trials(Saved):
     """What a search has tried, and what it chose."""
@@ -158,6 +162,7 @@ class Sampler(Protocol):
         """Take what the settings of the last ``ask`` got."""
 
 
+@final
 class RandomSampler:
     """Draws each setting on its own."""
 
@@ -179,6 +184,7 @@ class RandomSampler:
         """Take nothing: draws do not depend on what came before."""
 
 
+@final
 class OptunaSampler:
     """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011), seeded."""
 

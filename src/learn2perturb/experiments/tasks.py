@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, final
 
 from torch import nn
 
@@ -48,6 +48,7 @@ _IMAGES = 4  # broken and held ones that are kept beside a record, for its page
 _UNNAMED = ("eps", "seed")  # a row has its eps beside its name
 
 
+@final
 @dataclass(frozen=True)
 class Task:
     """What one process is asked to do; ``key`` is the address of what comes of it, ``path`` its place."""
@@ -64,6 +65,7 @@ class Task:
         return f"train {self.title}" if self.kind == TRAIN else self.title
 
 
+@final
 @dataclass(frozen=True)
 class Outcome:
     """How a task ended: ``done``, ``stopped`` (it goes on another time), ``failed``, ``held`` (by another process)."""
@@ -336,6 +338,7 @@ def _images(pair: Pair, header: Mapping[str, Any]) -> ImageData:
     return data
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class _Work:
     """A cell with all that its record is computed from."""

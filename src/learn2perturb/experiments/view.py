@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, final
 
 from learn2perturb import records
 from learn2perturb.experiments.facts import Published
@@ -12,6 +12,7 @@ from learn2perturb.experiments.facts import Published
 UNITS = {"l2": "l2, [0, 1] pixel scale", "linf": "l_inf, [0, 1] pixel scale", "radius": "radius, [0, 1] pixel scale"}
 
 
+@final
 @dataclass(frozen=True)
 class Bounds:
     """Ends of a 95 % interval."""
@@ -20,6 +21,7 @@ class Bounds:
     high: float
 
 
+@final
 @dataclass(frozen=True)
 class ViewCell:
     """One number of a view.
@@ -54,6 +56,7 @@ class ViewCell:
     records: tuple[str, ...] = ()
 
 
+@final
 @dataclass(frozen=True)
 class ViewDifference:
     """Accuracy less that of the baseline, paired over images and seeds, as a share of 1.
@@ -88,6 +91,7 @@ class ViewDifference:
         return said if over else f"{said} for these seeds, not shown for others"
 
 
+@final
 @dataclass(frozen=True)
 class PaperCheck:
     """Our number beside the paper's.
@@ -110,6 +114,7 @@ class PaperCheck:
     reasons: tuple[str, ...] = ()
 
 
+@final
 @dataclass(frozen=True)
 class Statement:
     """What the paper says in words of a figure, and whether our numbers say so: at ``holds`` of ``points`` places."""
@@ -119,6 +124,7 @@ class Statement:
     points: int
 
 
+@final
 @dataclass(frozen=True)
 class View(records.Saved):
     """A table or a figure of a study, with all it rests on.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from learn2perturb.models.blocks import (
 from learn2perturb.models.normalize import normalization_layer
 
 
+@final
 class DigitsCNN(nn.Module):
     """A stem and two residual blocks, 16 and 32 channels, option-A shortcuts."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 
 
+@final
 class Normalize(nn.Module):
     """Map ``x`` (N, C, H, W) to ``(x - mean) / std`` per channel; the constants are buffers outside the state dict.
 

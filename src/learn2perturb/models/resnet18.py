@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from learn2perturb.models.blocks import (
 from learn2perturb.models.normalize import normalization_layer
 
 
+@final
 class ResNet18(nn.Module):
     """Four stages of two blocks, 64 to 512 channels, 3 x 3 stem without pooling, option-B shortcuts."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from learn2perturb.models.blocks import (
 from learn2perturb.models.normalize import normalization_layer
 
 
+@final
 class CifarResNet(nn.Module):
     """Post-activation ResNet with parameter-free (option-A) shortcuts; images in [0, 1] to logits."""
 

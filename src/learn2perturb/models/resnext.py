@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from learn2perturb.models.normalize import normalization_layer
 _EXPANSION = 2
 
 
+@final
 class GroupedBlock(nn.Module):
     """``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))``; conv2 is 3 x 3 and grouped."""
 
@@ -36,6 +37,7 @@ class GroupedBlock(nn.Module):
         return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
 
 
+@final
 class ResNeXt(nn.Module):
     """Three stages of three grouped blocks; the width of a group doubles from stage to stage."""
 

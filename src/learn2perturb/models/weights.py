@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from safetensors.torch import load_file
@@ -26,6 +26,7 @@ _NO_MATTER = ("num_batches_tracked", "total_ops", "total_params", "n_averaged")
 _SHOWN = 4
 
 
+@final
 @dataclass(frozen=True)
 class Fit:
     """How the tensors of a file fit a network.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from learn2perturb.models.normalize import normalization_layer
 SHORTCUTS = ("conv", "pad")
 
 
+@final
 class PoolShortcut(nn.Module):
     """PixelDP's shortcut: the mean of ``stride`` x ``stride`` pixels, zero channels on both sides; no parameters."""
 
@@ -29,6 +30,7 @@ class PoolShortcut(nn.Module):
         return F.pad(x, (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
 
 
+@final
 class PreActivationBlock(nn.Module):
     """``conv2(act(bn2(conv1(act(bn1(x)))))) + shortcut``: the branch ends in a convolution.
 
@@ -60,6 +62,7 @@ class PreActivationBlock(nn.Module):
         return out + self.shortcut(active if self.shared else x)
 
 
+@final
 class WideResNet(nn.Module):
     """Three stages of four pre-activation blocks, 160 to 640 channels, a norm before the classifier (WRN-28-10)."""
 

@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ _ADDITIONS = (
 )  # fmt: skip
 
 
+@final
 @dataclass
 class Call:
     """What one submodule was seen to do in the probe pass."""
@@ -53,6 +54,7 @@ class Call:
     output: Any = None
 
 
+@final
 @dataclass
 class Probe:
     """What the probe pass saw: every call, in order, and what made the two sides of every residual addition."""
@@ -62,6 +64,7 @@ class Probe:
     shortcuts: list[str] = field(default_factory=list)
 
 
+@final
 class _Flow(TorchFunctionMode):
     """Follows tensors through one forward pass: which submodule made each, and after how many layers."""
 

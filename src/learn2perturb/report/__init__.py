@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 import types
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.report.page import report
 
 __all__ = ["report"]
 
 
+@final
 class _Callable(types.ModuleType):
     """This package, called as the function that it holds, since both have one name in ``learn2perturb``."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.diagnosis import Diagnosis
 from learn2perturb.diagnosis.claim import Claim
@@ -23,6 +23,7 @@ MOST_RUNS = 40  # of which classes and trainings are shown one by one
 MARKS = {"passed": "✓", "failed": "✗", "not shown": "?", "does not apply": "–"}
 
 
+@final
 @dataclass(frozen=True)
 class Content:
     """A page: its first screen, the views of studies, the table of accuracies, and the sections under it."""

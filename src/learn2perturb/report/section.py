@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 
+@final
 @dataclass(frozen=True)
 class Chart:
     """A chart with its place on the page."""
@@ -14,6 +15,7 @@ class Chart:
     spec: dict[str, Any]
 
 
+@final
 @dataclass(frozen=True)
 class Shown:
     """A table as text, with which columns are numbers; ``folded`` where a chart above shows the same."""
@@ -25,6 +27,7 @@ class Shown:
     folded: bool = False
 
 
+@final
 @dataclass(frozen=True)
 class Listing:
     """Lines under a small heading."""
@@ -33,6 +36,7 @@ class Listing:
     lines: tuple[str, ...]
 
 
+@final
 @dataclass(frozen=True)
 class Shot:
     """An image, what an attack made of it, and what it added, as PNG files in text; how the draws voted on both."""
@@ -47,6 +51,7 @@ class Shot:
     clean_votes: tuple[tuple[str, int], ...]
 
 
+@final
 @dataclass(frozen=True)
 class Gallery:
     """Images under one row, chosen by a rule; ``row`` is its label, ``told`` what is to be known of them."""
@@ -57,6 +62,7 @@ class Gallery:
     shots: tuple[Shot, ...]
 
 
+@final
 @dataclass(frozen=True)
 class Section:
     """A heading and what is under it: sentences, tables, lists, settings, charts, checks, images."""
@@ -71,6 +77,7 @@ class Section:
     galleries: tuple[Gallery, ...] = ()
 
 
+@final
 @dataclass(frozen=True)
 class RunProgress:
     """How far a run of a study is: epochs, records, and about how long the rest takes, in words."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.certification import Certification
 from learn2perturb.diagnosis import Diagnosis
@@ -23,6 +23,7 @@ _KINDS: dict[str, type[Evaluation | Diagnosis | Certification | View]] = {
 }
 
 
+@final
 @dataclass(frozen=True)
 class Training:
     """A run folder: its settings, and a dictionary for each epoch."""
@@ -32,6 +33,7 @@ class Training:
     epochs: tuple[dict[str, Any], ...]
 
 
+@final
 @dataclass(frozen=True)
 class Material:
     """Everything that a page shows.

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 from learn2perturb.errors import ConfigError, Learn2PerturbError
 from learn2perturb.progress import duration
@@ -28,6 +28,7 @@ _NAMES = (HOST, "localhost")
 _STATE, _PAGE = "/state", "/"
 
 
+@final
 @dataclass(frozen=True)
 class Look:
     """What a study has at one moment: its page, the version of it, how far each run is, and what went wrong."""
@@ -43,6 +44,7 @@ class Look:
         return {"version": self.version, "runs": [asdict(run) for run in self.runs], "trouble": self.trouble}
 
 
+@final
 class Watch:
     """Looks at a study in a store, once for everybody who asks at the same time. Reads alone: a study may be at work.
 
@@ -109,6 +111,7 @@ def progress(ledger: Ledger) -> Iterator[RunProgress]:
         yield RunProgress(run.title, total if trained else epochs, total, done, len(pairs), told)
 
 
+@final
 class _Server(ThreadingHTTPServer):
     """Serves one page to this machine; ``watch`` says what."""
 
@@ -116,6 +119,7 @@ class _Server(ThreadingHTTPServer):
     watch: Watch
 
 
+@final
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
     timeout = 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from learn2perturb.noise import noise_parameters
 Optimizers = dict[str, torch.optim.Optimizer]
 
 
+@final
 @dataclass(frozen=True)
 class Iteration:
     """What one iteration did.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 
+@final
 class WeightAverage:
     """``a <- a + (1 - d_t) (w - a)`` after step t = 1, 2, ..., with ``d_t = min(decay, (1 + t) / (10 + t))``.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 
+@final
 class BestEpoch:
     """The epoch with the best score so far, the first of equals, and the network's state after it.
 

@@ -7,7 +7,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replac
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.checks import check_choice, check_count, fitting_step, fraction
 from learn2perturb.configs import ENGINES, Config
@@ -24,6 +24,7 @@ LATER = ("init_from", "freeze", "keep_best", "early_stopping", "dataset_options"
 RECIPES = ("paper", "released", "common", "fast", "laptop")
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(OpenSettings, Config):
     """Everything that decides a training. A field that is None is filled by the recipe.

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.engine.ranks import ALONE, Ranks
 from learn2perturb.errors import Interrupted, signal_name
@@ -17,6 +17,7 @@ _TWICE = 5.0  # seconds
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
+@final
 class Interrupt:
     """Turns signals into a flag that is read between steps; a second signal stops at once.
 

@@ -26,6 +26,7 @@ from learn2perturb.training.config import LOGGER_NAMES
 from learn2perturb.training.metrics import noise_scales, read_metrics
 
 
+@final
 @dataclass(frozen=True)
 class Beginning:
     """What a logger is told at first.

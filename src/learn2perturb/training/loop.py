@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor, nn
 
@@ -50,6 +50,7 @@ from learn2perturb.training.state import Training, check_network
 SHOWN = 8  # images that loggers are given at the end
 
 
+@final
 @dataclass(frozen=True)
 class Run:
     """A finished training.
@@ -170,6 +171,7 @@ def _told(folder: Path | None) -> Iterator[None]:
         raise Interrupted.of(stop, kept) from None
 
 
+@final
 class _Loop:
     """Epochs and batches from where a training stands to its end, and what is written down on the way."""
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, final
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ def noise_scales(line: dict[str, Any]) -> list[str]:
     return [key for key, value in line.items() if isinstance(value, dict) and f"{key}_mean" in line]
 
 
+@final
 class Totals:
     """Running sums of an epoch: they are saved with a checkpoint, so that a resumed epoch reports all of its steps."""
 
@@ -125,6 +126,7 @@ def noise_values(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+@final
 class MetricsFile:
     """Lines of JSON, appended; what a checkpoint says of them comes first, whatever the file has become since.
 

@@ -68,6 +68,7 @@ class NaNGuard:
         return bool(self.flag.item())
 
 
+@final
 @dataclass
 class _Recording:
     """One kind of step: the tensors that a replay reads, what it runs, and where it leaves its results."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import nn
@@ -80,6 +80,7 @@ def _memory_explained(rows: int) -> Iterator[None]:
         ) from error
 
 
+@final
 class Training:
     """The state of one training: built from the config, moved forward step by step, saved, restored."""
 

@@ -9,6 +9,7 @@ loop of this package.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,7 @@ def training_step(model: nn.Module, settings: Settings, gamma: float = 1e-4) -> 
     return step
 
 
+@final
 class OneByOne(Dataset[tuple[Tensor, int]]):
     """Images converted, padded, cropped and mirrored one at a time, as a chain of transforms does it."""
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _DRAWS_PER_WORD = 4  # 16 random bits are the least that a normal number with honest tails is made of
 
 
+@final
 @dataclass(frozen=True)
 class Work:
     """What an algorithm needs.
@@ -77,6 +78,7 @@ def noise_numbers(model: nn.Module) -> int:
     return sum(math.prod(module.shape) for module in noise_modules(model) if module.where.of_features)
 
 
+@final
 @dataclass(frozen=True)
 class Rates:
     """What this machine was measured to do, each at its best of a few short tries.

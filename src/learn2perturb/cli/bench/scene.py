@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from learn2perturb.runs.environment import environment
 MODES = tuple(name for name in ENGINES if name != "auto")
 
 
+@final
 @dataclass(frozen=True)
 class Scene:
     """Where and on what is measured.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, final
 
 from learn2perturb.checks import check_choice, check_count
 from learn2perturb.errors import ConfigError, UnknownNameError
@@ -27,6 +27,7 @@ _NOT_FOR = {
 }
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
     """What is measured, and how often.

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 import torch
 
@@ -20,6 +20,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
 
+@final
 @dataclass(frozen=True)
 class Worker:
     """Something to time.
@@ -33,6 +34,7 @@ class Worker:
     warm: Callable[[], object] | None = None
 
 
+@final
 @dataclass(frozen=True)
 class Timing:
     """What the runs of one worker took.
