@@ -17,7 +17,6 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -40,6 +39,8 @@ class Declared(NamedTuple):
 
 def declared(group: str) -> list[Declared]:
     """Return what installed packages declare in ``learn2perturb.GROUP``, in order of their names."""
+    if not _mentioned(tuple(_folders())):
+        return []
     # Here, since this import alone takes a tenth of a second.
     from importlib.metadata import entry_points
 
@@ -48,6 +49,33 @@ def declared(group: str) -> list[Declared]:
         package = f"{point.dist.name} {point.dist.version}" if point.dist is not None else ""
         found.append(Declared(point.name, f"{point.module}:{point.attr}", package))
     return found
+
+
+def _folders() -> Iterator[tuple[str, int]]:
+    """Give the places of packages, with when something was last put into each."""
+    for place in sys.path:
+        with contextlib.suppress(OSError):
+            yield place or os.curdir, os.stat(place or os.curdir).st_mtime_ns
+
+
+@functools.lru_cache(maxsize=8)
+def _mentioned(folders: tuple[tuple[str, int], ...]) -> bool:
+    """Tell whether a package in these places may declare parts: read from its files, in milliseconds."""
+    mark = f"[{OURS}.".encode()
+    for place, _ in folders:
+        if not os.path.isdir(place):
+            return True  # an archive: importlib.metadata reads it
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if entry.name.endswith((".dist-info", ".egg-info")) and mark in _said_by(entry.path):
+                    return True
+    return False
+
+
+def _said_by(about: str) -> bytes:
+    with contextlib.suppress(OSError), open(os.path.join(about, "entry_points.txt"), "rb") as file:
+        return file.read()
+    return b""
 
 
 def without_imports(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -128,7 +156,7 @@ def _absolute(module: str) -> str:
 
 def _import_one(name: str) -> ModuleType:
     if name.endswith(".py"):
-        return _import_file(Path(name))
+        return _import_file(name)
     here = os.getcwd()
     sys.path.insert(0, here)  # as `python -m` does; a console script has its own folder there
     try:
@@ -137,8 +165,11 @@ def _import_one(name: str) -> ModuleType:
         sys.path.remove(here)
 
 
-def _import_file(path: Path) -> ModuleType:
+def _import_file(file: str) -> ModuleType:
     """Import a file under its own name, by which parts of it are found again."""
+    from pathlib import Path  # not at the top, nor what is below: --help imports this module and needs none of these
+
+    path = Path(file)
     name = path.stem
     if not name.isidentifier():
         raise ConfigError(f"{name!r} is no name of a module; use letters, digits and underscores")
@@ -149,7 +180,7 @@ def _import_file(path: Path) -> ModuleType:
         if Path(getattr(there, "__file__", None) or "").resolve() != path.resolve():
             raise ConfigError(f"a module {name!r} is imported already, from elsewhere; rename the file")
         return there
-    from importlib import util  # not at the top: --help imports this module and needs none of these
+    from importlib import util
 
     spec = util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # it ends in .py
@@ -171,6 +202,7 @@ def is_ours(module: str) -> bool:
 def source_of(module: str) -> dict[str, Any]:
     """Return where the code of a module is from: its name, its file with the SHA-256, and the package it came in."""
     import hashlib
+    from pathlib import Path
 
     file = getattr(sys.modules.get(module) or _imported_quietly(module), "__file__", None)
     source: dict[str, Any] = {"module": module}

@@ -72,7 +72,8 @@ def record_state(path: pathlib.Path) -> Any:
 
 
 def without_place(record: Any) -> Any:
-    """Leave out the name of the folder that a record was made in."""
+    """Leave out the name of the folder that a record was made in, which is in the command, too."""
     if isinstance(record.get("metadata"), dict):
-        record["metadata"].pop("model", None)
+        for key in ("model", "command"):
+            record["metadata"].pop(key, None)
     return record

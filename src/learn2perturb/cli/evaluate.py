@@ -26,7 +26,6 @@ from learn2perturb.defenses.settings import NORMS
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.presets import AVERAGES, DEFAULT_ATTACKS, EOT_DRAWS, PRESETS, named_attack, preset
-from learn2perturb.records import check_writable
 from learn2perturb.registry import ATTACKS
 from learn2perturb.runs.trained import own_eps, own_norm, own_predictor
 
@@ -150,6 +149,7 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from learn2perturb.attacks.spec import attacks_of_size, in_norm
     from learn2perturb.engine.devices import choose_device
     from learn2perturb.evaluation import Unfinished, evaluate
+    from learn2perturb.records import check_writable
 
     device = choose_device(arguments.device)
     out = record_path(arguments)

@@ -11,7 +11,6 @@ from learn2perturb.cli.options import typed
 from learn2perturb.cli.saving import saved
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.reading import starts_with
-from learn2perturb.records import check_writable
 from learn2perturb.terminal import number_among
 
 if TYPE_CHECKING:
@@ -44,6 +43,8 @@ def check_images_asked(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--save-images {arguments.save_images} is no .npz file; give one such as attacked.npz")
         if path.exists() and _MARK not in starts_with(path, 1000):
             raise CheckpointError(f"{path} exists and holds no kept images; give another --save-images")
+        from learn2perturb.records import check_writable  # with all that writes files, which --help does not wait for
+
         check_writable(path)
 
 
