@@ -276,3 +276,9 @@ def test_a_worker_that_reads_other_data_does_not_answer_for_them(one, tmp_path, 
     outcome = tasks.perform(tmp_path, task)
     assert outcome.state == tasks.FAILED and "compare data_dir" in outcome.message
     assert not (task.path.exists() if kind == "cell" else (task.path / MODEL).exists())
+
+
+def test_options_of_a_data_set_are_not_those_of_another():
+    trained = {"dataset": "folder", "dataset_options": {"size": 8}}
+    assert tasks.options_of(trained, "folder") == {"size": 8}
+    assert tasks.options_of(trained, "digits") == {}

@@ -38,7 +38,7 @@ from learn2perturb.plugins import import_all
 from learn2perturb.records import Saved, plain
 from learn2perturb.runs.checkpoint import MODEL, checkpoints, read_model
 from learn2perturb.runs.loading import load, locate
-from learn2perturb.runs.trained import check_images, images_of, own_eps, own_predictor, settings_of
+from learn2perturb.runs.trained import check_images, images_of, options_of, own_eps, own_predictor, settings_of
 from learn2perturb.training.loop import train
 from learn2perturb.training.metrics import read_metrics
 
@@ -135,7 +135,7 @@ def cell_address(pair: Pair, header: Mapping[str, Any], weights: str, sources: M
     return address(
         kind=pair.cell.kind,
         weights=weights,
-        data=data_address(dataset, split, data_dir, download, json.dumps(settings.get("dataset_options") or {})),
+        data=data_address(dataset, split, data_dir, download, json.dumps(options_of(settings, dataset))),
         held_out=held_out,
         attack=None if attack is None else {"type": type(attack).__name__, **plain(attack)},
         own=None if pair.cell.kind == "accuracy" else pair.cell.settings,

@@ -53,6 +53,11 @@ def own_predictor(header: Mapping[str, Any]) -> tuple[str, int | None]:
     return header.get("predictor") or "single", header.get("members")
 
 
+def options_of(settings: Mapping[str, Any], dataset: str | None) -> dict[str, Any]:
+    """Return the options that a data set was trained on with; none where the training was on another."""
+    return dict(settings.get("dataset_options") or {}) if dataset == settings.get("dataset") else {}
+
+
 def images_of(
     settings: Mapping[str, Any],
     name: str,
@@ -70,9 +75,8 @@ def images_of(
     """
     from learn2perturb.data import load_data
 
-    own = settings.get("dataset")
-    options = {**((settings.get("dataset_options") or {}) if dataset in (None, own) else {}), **(options or {})}
-    dataset = dataset or own
+    dataset = dataset or settings.get("dataset")
+    options = {**options_of(settings, dataset), **(options or {})}
     if not dataset:
         raise ConfigError(f"{name} was trained on data that have no name here; give a registered data set: --dataset NAME")
     root = root or settings.get("data_dir")
