@@ -508,6 +508,25 @@ DEFENSES.register(
     adversarial=True,
 )
 DEFENSES.register(
+    "mart",
+    "learn2perturb.defenses.mart:MART",
+    "a boosted loss on adversarial examples, and stability most where the clean image is wrong",
+    paper="Wang et al., Improving Adversarial Robustness Requires Revisiting Misclassified Examples",
+    year=2020,
+    recordable=True,
+    stochastic=False,
+    adversarial=True,
+)
+DEFENSES.register(
+    "hat",
+    "learn2perturb.defenses.hat:HAT",
+    "TRADES, and examples beyond the adversarial ones that a standard network labels",
+    paper="Rade, Moosavi-Dezfooli, Reducing Excessive Margin to Achieve a Better Accuracy vs. Robustness Trade-off",
+    year=2022,
+    stochastic=False,
+    adversarial=True,
+)
+DEFENSES.register(
     "learn2perturb",
     "learn2perturb.defenses.learn2perturb:Learn2Perturb",
     "learned feature noise by alternating back-propagation, with PGD adversarial training",

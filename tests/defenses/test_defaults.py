@@ -20,6 +20,10 @@ OWN: dict[str, dict[str, Any]] = {
     "PGDTraining": {},
     "Madry": {},
     "Trades": {},
+    # Wang et al. 2020: lambda 5 (code for ResNet-18).
+    "MART": {"kl_weight": 5.0},
+    # Rade, Moosavi-Dezfooli 2022: x + 2r, beta 2.5, gamma 0.5 (readme of the code).
+    "HAT": {"helper": None, "reach": 2.0, "kl_weight": 2.5, "helper_weight": 0.5},
     # Jeddi et al. 2020: gamma 1e-4, noise from epoch 20, algorithm 1; theta from 0.25, at least 0.01 (released code).
     "Learn2Perturb": {
         "gamma": 1e-4, "noise_from_loss": True, "noise_delay": 20, "theta_step": "combined", "weight_steps": 1,
@@ -61,6 +65,8 @@ KIND: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "PGDTraining": ("single", 10, BOTH),
     "Madry": ("single", 10, ("mixed",)),
     "Trades": ("single", 10, ("trades",)),
+    "MART": ("single", 10, ()),
+    "HAT": ("single", 10, ()),
     "Learn2Perturb": ("single", 10, BOTH),
     "PNI": ("single", 10, BOTH),
     "AdvBNN": ("mean_probability", 50, BOTH),
@@ -137,9 +143,9 @@ def test_kind_of_a_defense(name):
 
 
 def test_whose_steps_can_be_recorded():
-    """All of the package's but PixelDP's, whose noise follows a ramp, and those that hold the adversary's draws."""
+    """All but PixelDP's, whose noise follows a ramp, HAT, of two networks, and what holds the adversary's draws."""
     assert [entry.name for entry in DEFENSES if not entry.facts.get("recordable")] == [
-        "rpf", "rna", "ctrw", "bat", "barre", "pixeldp",
+        "hat", "rpf", "rna", "ctrw", "bat", "barre", "pixeldp",
     ]  # fmt: skip
 
 

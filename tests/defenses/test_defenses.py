@@ -24,7 +24,7 @@ NAMES = [entry.name for entry in DEFENSES]
 # Their papers train on clean images only.
 CLEAN_ONLY = ("none", "rse", "pixeldp", "wca")
 EXPECTED = {
-    "none", "pgd_at", "madry", "trades", "learn2perturb", "learn2perturb_r",
+    "none", "pgd_at", "madry", "trades", "mart", "hat", "learn2perturb", "learn2perturb_r",
     "pni", "adv_bnn",
     "rse", "rse_at", "pixeldp",
     "smoothadv", "wca", "wca_at", "rpf", "rna", "ctrw", "bat", "barre",
@@ -86,7 +86,7 @@ def test_every_defense_meets_every_network(name, network, tmp_path):
     result = evaluate(
         twin, data, {"fgsm": FGSM()}, draws=2, predictor=defense.predictor, members=2, limit=3, noise_off=False
     )
-    stochastic = name not in ("none", "pgd_at", "madry", "trades")
+    stochastic = DEFENSES.entry(name).fact("stochastic")
     assert [(row.n, row.draws, row.stochastic) for row in result.rows] == [(3, 2 if stochastic else 1, stochastic)] * 2
 
 

@@ -78,8 +78,9 @@ def compare(config, *more, count=2, tmp_path, tolerance=1e-10):
     check_alike(trained(config, *more), many, tolerance)
 
 
-# One of each kind of noise and of loss; 20 steps of two processes of each of the others take seconds to a minute.
-QUICK = ("pgd_at", "trades", "learn2perturb", "pni", "adv_bnn", "wca_at", "bat")
+# One of each kind of noise and of loss, and one with a network beside it; 20 steps of each of the others, by two
+# processes, take seconds to a minute.
+QUICK = ("pgd_at", "trades", "hat", "learn2perturb", "pni", "adv_bnn", "wca_at", "bat")
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,8 @@ class Stage:
 
     Attributes:
         epochs: length of the stage.
-        optimizers: builds them for the model; ``weights`` is required, ``noise`` holds the noise parameters.
+        optimizers: builds them for the model; ``weights`` is required, ``noise`` holds the noise parameters, those of
+            other names step with ``weights``.
         factor: what the base learning rate of every group is multiplied by at a clock.
     """
 
@@ -179,6 +180,10 @@ class Defense(ABC):
     def measure(self, model: nn.Module, x: Tensor) -> None:
         """Set what follows from images (N, C, H, W), once, before the first step; the model is in train mode."""
         return
+
+    def beside(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """Return networks that a training of ``model`` needs beside it, by name: saved to resume, no part of it."""
+        return {}
 
     def stages(self, settings: Settings) -> tuple[Stage, ...]:
         """Return the stages of a training; by default one, with SGD and the schedule of ``settings``."""

@@ -142,7 +142,8 @@ def label_loss(logits: Tensor, y: Tensor, settings: Settings) -> Tensor:
     return F.cross_entropy(logits, y, label_smoothing=settings.label_smoothing)
 
 
-def _clean_loss(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Losses:
+def clean_loss(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Losses:
+    """Return the cross-entropy of clean images alone: what every objective is before its adversary starts."""
     logits = prediction(model, x, settings)
     loss = label_loss(logits, y, settings)
     return Losses(loss, clean=loss.detach(), clean_correct=logits.detach().argmax(1) == y)
@@ -163,7 +164,7 @@ def mixed_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: S
     """
     attacked = clock.epoch >= settings.adversarial_delay
     if not attacked or settings.beta == 0:
-        return _clean_loss(model, x, y, settings)
+        return clean_loss(model, x, y, settings)
     guessing = settings.attack_labels == "predicted"
     logits = prediction(model, x, settings) if settings.alpha or guessing else None
     labels = logits.detach().argmax(1) if guessing and logits is not None else y
@@ -234,31 +235,21 @@ class TradesAdversary(Attack):
         return x_adv
 
 
-def trades_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: Settings) -> Losses:
-    """Return ``CE(f(x), y) + trades_beta * mean_i KL(p(x_i) || p(x'_i))`` (TRADES, eq. 5); gradients through both p.
-
-    x' is :class:`TradesAdversary`'s with the radius, steps and step size of ``settings``; labels and the weights
-    ``alpha`` and ``beta`` play no part. The attack comes first, as in the released code. With ``awp`` the whole
-    objective is taken at weights that were moved against it. Before ``adversarial_delay`` it is the clean loss alone.
-    """
-    if clock.epoch < settings.adversarial_delay:
-        return _clean_loss(model, x, y, settings)
-    adversary = TradesAdversary(
+def trades_adversary(settings: Settings) -> TradesAdversary:
+    """Return TRADES' adversary with the radius, steps and step size of ``settings``."""
+    return TradesAdversary(
         eps=settings.eps,
         step_size=settings.attack_step_size,
         steps=settings.attack_steps,
         norm=settings.norm,
         **_draws_of_adversary(settings),
     )
-    x_adv = adversary.craft(model, x, y, mode=mode_of_attack(settings))
 
-    def parts(network: Model) -> tuple[Tensor, Tensor, Tensor]:
-        logits, adv_logits = prediction(network, x, settings), prediction(network, x_adv, settings)
-        divergence = kl_divergence(adv_logits, logits).mean()
-        return label_loss(logits, y, settings) + settings.trades_beta * divergence, logits, adv_logits
 
-    network: Model = against_weights(model, settings.awp, lambda f: parts(f)[0]) if settings.awp else model
-    total, logits, adv_logits = parts(network)
+def losses_of_pair(
+    total: Tensor, logits: Tensor, adv_logits: Tensor, y: Tensor, extra: Mapping[str, Tensor] | None = None
+) -> Losses:
+    """Return an objective ``total`` with what the clean and the adversarial logits (N, K) of its batch say."""
     with torch.no_grad():
         clean, adversarial = F.cross_entropy(logits, y), F.cross_entropy(adv_logits, y)
     return Losses(
@@ -267,4 +258,26 @@ def trades_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: 
         adversarial=adversarial,
         clean_correct=logits.detach().argmax(1) == y,
         adversarial_correct=adv_logits.detach().argmax(1) == y,
+        extra=extra or {},
     )
+
+
+def trades_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: Settings) -> Losses:
+    """Return ``CE(f(x), y) + trades_beta * mean_i KL(p(x_i) || p(x'_i))`` (TRADES, eq. 5); gradients through both p.
+
+    x' is :class:`TradesAdversary`'s with the radius, steps and step size of ``settings``; labels and the weights
+    ``alpha`` and ``beta`` play no part. The attack comes first, as in the released code. With ``awp`` the whole
+    objective is taken at weights that were moved against it. Before ``adversarial_delay`` it is the clean loss alone.
+    """
+    if clock.epoch < settings.adversarial_delay:
+        return clean_loss(model, x, y, settings)
+    x_adv = trades_adversary(settings).craft(model, x, y, mode=mode_of_attack(settings))
+
+    def parts(network: Model) -> tuple[Tensor, Tensor, Tensor]:
+        logits, adv_logits = prediction(network, x, settings), prediction(network, x_adv, settings)
+        divergence = kl_divergence(adv_logits, logits).mean()
+        return label_loss(logits, y, settings) + settings.trades_beta * divergence, logits, adv_logits
+
+    network: Model = against_weights(model, settings.awp, lambda f: parts(f)[0]) if settings.awp else model
+    total, logits, adv_logits = parts(network)
+    return losses_of_pair(total, logits, adv_logits, y)

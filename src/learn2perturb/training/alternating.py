@@ -97,7 +97,7 @@ def iterate(
         defense: gives the order of steps, the regulariser and the projection.
         model: in train mode.
         clock: where the training stands.
-        optimizers: ``weights`` and, with learned noise, ``noise``.
+        optimizers: ``weights`` and, with learned noise, ``noise``; those of other names step with ``weights``.
         objective: evaluates the loss on the batch, anew at each call (fresh noise, fresh adversarial examples); of a
             batch in parts, that of each with its share of the images.
         check: called with the losses before anything is updated; raises to stop.
@@ -132,6 +132,11 @@ def iterate(
             torch.nn.utils.clip_grad_norm_(own, clip_norm)
         return found[0][0] if len(found) == 1 else _joined(found)
 
+    def step_weights() -> None:
+        for name, optimizer in optimizers.items():
+            if name != "noise":
+                optimizer.step()
+
     if noise and plan.kind == "released":
         # The released code first steps theta on the regulariser alone; its momentum then decays a second time below.
         slopes = regulariser_slopes()
@@ -145,7 +150,7 @@ def iterate(
             defense.after_step(model, clock)
     losses = backward()
     if not noise:
-        optimizers["weights"].step()
+        step_weights()
         defense.after_step(model, clock)
         return Iteration(losses)
 
@@ -154,16 +159,16 @@ def iterate(
     slopes = regulariser_slopes()
     regulariser_slope = None if slopes is None else _mean_size(slopes)
     if plan.kind == "sequential":
-        optimizers["weights"].step()
+        step_weights()
         for _ in range(plan.weight_steps - 1):
             backward()
-            optimizers["weights"].step()
+            step_weights()
         for _ in range(plan.noise_steps):
             backward()
             _descend(noise, regulariser_slopes(), plan, optimizers["noise"])
             defense.after_step(model, clock)
     else:
-        optimizers["weights"].step()
+        step_weights()
         _descend(noise, None if plan.kind == "released" else slopes, plan, optimizers["noise"])
         defense.after_step(model, clock)
     return Iteration(losses, loss_slope, regulariser_slope)

@@ -127,6 +127,10 @@ class Training:
         if out is not None:
             self.identity["data"] = identity_of_data(self.source)
         self.mode.place(self.model)
+        # What the defense trains or asks beside the network, by name.
+        self.beside = self.defense.beside(self.model)
+        for own in self.beside.values():
+            self.mode.place(own.to(self.device))
         self._measure()
         self._looked_at: set[str] = set()
         # Where steps are recorded nothing may wait for the device, so a flag there says whether a loss was NaN.
@@ -285,13 +289,11 @@ class Training:
             resume["best"] = self.best.state()
         if self.average is not None or self.chosen is not None:
             # The file of the network holds what anyone wants, the average or the best; the training goes on from these.
-            weights = {
-                key: value.detach().cpu().contiguous().clone() if isinstance(value, torch.Tensor) else value
-                for key, value in self.model.state_dict().items()
-            }
-            resume["weights"] = weights
+            resume["weights"] = _on_cpu(self.model.state_dict())
         if self.average is not None:
             resume["average"] = self.average.state()
+        if self.beside:
+            resume["beside"] = {name: _on_cpu(own.state_dict()) for name, own in self.beside.items()}
         with self.averaged() if self.chosen is None else self.chosen.installed(self.model):
             model = model_bytes(self.model, self.metadata())
         self._hold_folder(metrics)
@@ -381,6 +383,8 @@ class Training:
         assert self.folder is not None
         if self.average is not None:
             self.average.restore(resume["average"])
+        for name, own in self.beside.items():
+            own.load_state_dict(resume["beside"][name])
         self.mode.place(self.model)
         self.epoch, self.batch = resume["epoch"], resume["batch"]
         self.extended += [dict(one) for one in resume.get("extended", ())]
@@ -544,6 +548,14 @@ class Training:
         count = sum(map(len, labels))
         clean, pgd = (torch.tensor(right) / max(count, 1)).tolist()
         return {f"{self.monitored}_clean": clean, f"{self.monitored}_pgd": pgd, f"{self.monitored}_n": count}
+
+
+def _on_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict with copies of its tensors on the CPU."""
+    return {
+        key: value.detach().cpu().contiguous().clone() if isinstance(value, torch.Tensor) else value
+        for key, value in state.items()
+    }
 
 
 def check_network(training: Training, x: torch.Tensor, y: torch.Tensor) -> int:
