@@ -19,6 +19,7 @@ from learn2perturb.diagnosis.checks import CHECKS, register_declared
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.evaluation import Evaluation
 from learn2perturb.experiments.tasks import perform
+from learn2perturb.naming import made_by
 from learn2perturb.registry import ATTACKS, DATASETS, DEFENSES, MODELS, NOISES, REGISTRIES
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
@@ -269,3 +270,16 @@ def test_a_part_may_be_registered_again_from_the_same_place_only():
     assert ATTACKS.register("twice", "my.place:One", "second").summary == "second"
     with pytest.raises(ConfigError, match="'twice' is registered already"):
         ATTACKS.register("twice", "other.place:One", "third")
+
+
+@pytest.mark.parametrize(
+    "how", [lambda: made_by("puts_right:build"), lambda: plugins.import_all(["puts_right"])], ids=["network", "part"]
+)
+def test_a_module_of_the_working_folder_may_put_the_path_right_by_itself(how, tmp_path, monkeypatch):
+    (tmp_path / "puts_right.py").write_text("import os, sys\nsys.path.remove(os.getcwd())\nbuild = lambda: abs\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = list(sys.path)
+    monkeypatch.delitem(sys.modules, "puts_right", raising=False)
+    how()
+    assert sys.path == before

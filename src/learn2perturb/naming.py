@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
 
 from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.plugins import working_folder_first
 from learn2perturb.registry import MODELS
 
 HUB, ZOO = "hf-hub:", "zoo:"
@@ -87,11 +86,10 @@ def made_by(factory: str, *, itself: bool = False) -> Any:
         ConfigError: there is no such module or function, it fails, or it gives no model.
     """
     module_name, _, function_name = factory.partition(":")
-    here = os.getcwd()
-    sys.path.insert(0, here)
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-        made = function if itself and _takes_arguments(function) else function()
+        with working_folder_first():
+            function = getattr(importlib.import_module(module_name), function_name)
+            made = function if itself and _takes_arguments(function) else function()
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{factory}: {error}; run from the folder of the file, and write its name without .py"
@@ -102,8 +100,6 @@ def made_by(factory: str, *, itself: bool = False) -> Any:
         raise ConfigError(
             f"{factory} failed: {type(error).__name__}: {error}; it is called without arguments and returns the model"
         ) from error
-    finally:
-        sys.path.remove(here)
     if not callable(made):
         raise ConfigError(f"{factory} returned a {type(made).__name__}; it must return the model, images to logits")
     return made

@@ -157,12 +157,20 @@ def _absolute(module: str) -> str:
 def _import_one(name: str) -> ModuleType:
     if name.endswith(".py"):
         return _import_file(name)
-    here = os.getcwd()
-    sys.path.insert(0, here)  # as `python -m` does; a console script has its own folder there
-    try:
+    with working_folder_first():
         return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def working_folder_first() -> Iterator[None]:
+    """Let the body find modules of the working folder, as `python -m` does; a console script has its own there."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
     finally:
-        sys.path.remove(here)
+        with contextlib.suppress(ValueError):  # a module may have put the path right by itself
+            sys.path.remove(here)
 
 
 def _import_file(file: str) -> ModuleType:

@@ -108,4 +108,4 @@ def test_the_command_line_takes_a_norm(monkeypatch, tmp_path, capsys):
     assert (said["norm"], said["eps"]) == ("l2", 0.5)
     assert said["curves"]["eps"][-1][0] == 4.0
     assert main(words) == 2
-    assert "an l_inf radius; give --eps 0.5" in capsys.readouterr().err
+    assert "8/255 is an l_inf radius, so give one of this norm: eps=0.5" in capsys.readouterr().err

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from learn2perturb.attacks import Attack, build_attack
+from learn2perturb.attacks.balls import BALLS
 from learn2perturb.errors import ConfigError
-from learn2perturb.presets import PRESETS
 from learn2perturb.registry import ATTACKS
 from learn2perturb.sizes import LINF_EPS
 from learn2perturb.values import converted, kinds_of
@@ -32,39 +33,57 @@ def build_attacks(specs: Mapping[str, tuple[str, dict[str, Any]]], eps: float = 
     return attacks
 
 
-def in_norm(
-    specs: Mapping[str, tuple[str, dict[str, Any]]], norm: str, eps: float
-) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return attacks in ``norm`` with the radius ``eps``, where they know that norm and do not name another.
+def attacks_of_size(
+    specs: Mapping[str, tuple[str, dict[str, Any]]],
+    own: Callable[[str], float],
+    *,
+    norm: str = "linf",
+    asked: Sequence[float] = (),
+    usual_steps: Container[str] = (),
+) -> dict[str, Attack]:
+    """Return row name -> attack, each in a norm of its own, ``norm``, or the one that it knows, and of a size in that.
 
-    The steps of presets are made for l_inf; in another norm they are what is usual for the radius.
+    The one place that decides both, for verbs and studies: a size of one norm is never used in another.
+
+    Args:
+        specs: row name -> registered attack and settings, whose ``norm`` and ``eps`` stay.
+        own: gives the size in a norm; called where an attack brings none and none is asked for.
+        norm: of those that name none and know it.
+        asked: sizes that whoever runs the attacks gives them: steps are judged by the largest, and no size is set.
+        usual_steps: rows whose ``step_size`` is a preset's, made for l_inf; elsewhere it is what is usual there.
+
+    Raises:
+        ConfigError: a setting is unknown or not allowed, or a norm has no size.
     """
-    if norm == "linf":
-        return dict(specs)
     found = {}
     for row, (name, settings) in specs.items():
-        kind = ATTACKS.entry(name).load()
-        if "norm" not in settings and norm in kind.norms and not kind.minimum_norm:
-            kept = {key: value for key, value in settings.items() if key != "step_size" or row not in PRESETS}
-            settings = {"eps": eps} | kept | {"norm": norm}
-        found[row] = (name, settings)
+        place = _norm_of(name, settings, norm)
+        sized = _takes_size(name, place) and "eps" not in settings
+        size = max(asked, default=None) if asked or not sized else own(place)
+        if place != "linf" and place in BALLS:
+            settings = {key: value for key, value in settings.items() if key != "step_size" or row not in usual_steps}
+            settings["norm"] = place
+        if sized and place != "linf":
+            settings = {"eps": size, **settings}
+        (attack,) = build_attacks({row: (name, settings)}, LINF_EPS if size is None else size).values()
+        found[row] = attack if asked or not sized or size is None else attack.resized(size)
     return found
 
 
-def attacks_of_size(
-    specs: Mapping[str, tuple[str, dict[str, Any]]], own: float, *, asked: Sequence[float] = ()
-) -> dict[str, Attack]:
-    """Return row name -> attack of the size ``own`` where it brings none.
+def _norm_of(name: str, settings: Mapping[str, Any], norm: str) -> str:
+    """Return the norm that an attack is in where ``norm`` is that of those that name none."""
+    kind = ATTACKS.entry(name).load()
+    default = _default(name, "norm", "linf")
+    known = norm in kind.norms and not kind.minimum_norm
+    return str(settings.get("norm", norm if known else default))
 
-    With ``asked``, sizes that whoever runs the attacks gives them, steps are judged by the largest and no size is set.
 
-    Raises:
-        ConfigError: a setting is unknown or not allowed.
-    """
-    attacks = build_attacks(specs, max(asked, default=own))
-    if asked:
-        return attacks
-    return {
-        name: attack if "eps" in specs[name][1] or not attack.sized else attack.resized(own)
-        for name, attack in attacks.items()
-    }
+def _takes_size(name: str, norm: str) -> bool:
+    """Tell whether an attack has a radius that is anybody's choice: no number of pixels, and no norm to look for."""
+    return norm in BALLS and _default(name, "eps", LINF_EPS) < math.inf
+
+
+def _default(name: str, setting: str, otherwise: Any) -> Any:
+    entry = ATTACKS.entry(name)
+    fields = getattr(entry.load(), "__dataclass_fields__", {})
+    return entry.arguments.get(setting, fields[setting].default if setting in fields else otherwise)

@@ -14,7 +14,6 @@ from learn2perturb.cli.planning import Plan
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.sources import FOLDER, sources_of_run, sources_on_data
 from learn2perturb.cli.subject import (
-    Subject,
     add_subject,
     check_subject,
     load_subject,
@@ -53,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     add_config(
         parser, DiagnoseConfig, title="how it is diagnosed", skip=("budget",),
-        otherwise={"eps": "in l_inf the run's, else 8/255"},
+        otherwise={"eps": "the run's in this norm; in l_inf else 8/255", "norm": "the run's"},
     )  # fmt: skip
     add(
         "--source", action="append", default=[], metavar="NAME=RUN",
@@ -93,26 +92,26 @@ def run(arguments: argparse.Namespace) -> int:
     figures = check_folder(arguments.figures)
     config = config_of(DiagnoseConfig, arguments)
     claim = None if arguments.claim is None else stated(arguments.claim)
-    eps = config.eps
-    if eps is None and arguments.norm == "l2" and (claim is None or claim.eps is None):
-        raise ConfigError("--norm l2 needs --eps: that of a run is an l_inf radius; give --eps 0.5")
     if arguments.sources_dir is not None and not (arguments.train_sources and arguments.named):
         raise ConfigError("--sources-dir is for --train-sources of module:function; those of a run go to RUN/sources")
     if arguments.out:
         new_record(arguments, Path(), "diagnosis")  # refuse a wrong place before hours of work
 
     from learn2perturb.diagnosis import diagnose
+    from learn2perturb.diagnosis.threat import threat_of_training
     from learn2perturb.records import check_writable
 
     subject = load_subject(arguments)
+    asked = config.eps
+    norm, eps = threat_of_training(subject.config, norm=config.norm, eps=asked, claim=claim)
+    config = replace(config, claim=claim, norm=norm, eps=eps)
     check_writable(new_record(arguments, subject.folder, "diagnosis"))
     device = next((str(p.device) for p in getattr(subject.model, "parameters", list)()), None)
     sources = {name: _model(place, device) for name, place in named.items()}
     noise_off = None if arguments.noise_off is None else _model(arguments.noise_off, device)
     if arguments.train_sources:
         if arguments.named:
-            other = "l2" in (arguments.norm, claim and claim.norm)  # training is in l_inf
-            size = LINF_EPS if eps is None or other else eps
+            size = LINF_EPS if asked is None or config.norm == "l2" else asked  # training is in l_inf
             sources |= sources_on_data(
                 arguments.dataset,
                 arguments.data_dir,
@@ -124,7 +123,6 @@ def run(arguments: argparse.Namespace) -> int:
             )
         else:
             sources |= sources_of_run(Path(arguments.run), subject.config, sources, device=device)
-    config = replace(config, claim=claim, eps=_own_eps(subject, claim) if eps is None else eps)
     found = diagnose(subject.model, subject.data, config, sources=sources, noise_off=noise_off, name=subject.name)
     found = replace(found, metadata=found.metadata | _origin(arguments))
     record = saved(lambda: save_record(found, arguments, subject.folder, "diagnosis"))
@@ -147,11 +145,6 @@ def stated(text: str) -> Claim:
     from learn2perturb.diagnosis.claim import Claim
 
     return Claim.of(text)
-
-
-def _own_eps(subject: Subject, claim: Claim | None) -> float | None:
-    """Return the size that the network was trained for, unless the claim names one, or a norm that has another."""
-    return subject.eps if claim is None or (claim.eps is None and claim.norm != "l2") else None
 
 
 def _origin(arguments: argparse.Namespace) -> dict[str, Any]:

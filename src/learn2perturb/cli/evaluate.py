@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +147,7 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     check_choice("norm", arguments.norm, NORMS, optional=True)
     check_images_asked(arguments)
 
-    from learn2perturb.attacks.spec import attacks_of_size, in_norm
+    from learn2perturb.attacks.spec import attacks_of_size
     from learn2perturb.engine.devices import choose_device
     from learn2perturb.evaluation import Unfinished, evaluate
     from learn2perturb.records import check_writable
@@ -157,8 +158,10 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     model, data = subject.model, subject.data
     sizes = sizes_of(asked)
     norm = arguments.norm or own_norm(subject.config)
-    own = max(sizes) if sizes else own_eps(subject.config, norm)
-    attacks = attacks_of_size(in_norm(specs, norm, own), own, asked=sizes)
+    written = {named_attack(text)[0] for text in arguments.attack}
+    attacks = attacks_of_size(
+        specs, partial(own_eps, subject.config), norm=norm, asked=sizes, usual_steps=set(specs) - written
+    )
     attacks, notes = without_doubles(model, attacks)
     notes += short_attacks(attacks, sizes)
     if arguments.norm is None and norm != "linf":

@@ -119,6 +119,7 @@ class CellPlan:
         only: labels that a run must have.
         released: batch size, where it is scored as the released code does.
         settings: of the certificate or the diagnosis.
+        preset_step: whether the step of the attack is a preset's, made for l_inf.
     """
 
     name: str
@@ -131,6 +132,7 @@ class CellPlan:
     released: int | None
     settings: Mapping[str, Any]
     scoring: Scoring
+    preset_step: bool = False
 
     @property
     def title(self) -> str:

@@ -318,12 +318,13 @@ def _cell(name: str, values: Mapping[str, Any], axes: Mapping[str, Any], scoring
     eps = None if values.get("eps") is None else convert("float", values["eps"])
     if eps is not None:
         check_size("eps", eps, norm="any", zero=True)
-    attack = None
+    attack, preset_step = None, False
     if values.get("attack") is not None:
         attack = attack_named(values["attack"])
         more = {key.partition(".")[2]: value for key, value in values.items() if key.startswith("attack.")}
         more |= {"eot": values["eot"]} if "eot" in values else {}
         attack = attack[0], {**attack[1], **{key: guess(v) if isinstance(v, str) else v for key, v in more.items()}}
+        preset_step = "step_size" not in more and _step_of_preset(values["attack"])
     source = values.get("source")
     if source is not None and kind == "certificate":
         raise ConfigError("a certificate needs no source; leave it out")
@@ -333,7 +334,14 @@ def _cell(name: str, values: Mapping[str, Any], axes: Mapping[str, Any], scoring
     check_count("released", released, optional=True)
     named = {key: (eps if key == "eps" else value) for key, value in axes.items()}
     only = _mapping(values.get("only"), "only")
-    return CellPlan(name, named, kind, attack, eps, source, only, released, settings, how)
+    return CellPlan(name, named, kind, attack, eps, source, only, released, settings, how, preset_step)
+
+
+def _step_of_preset(value: Any) -> bool:
+    """Tell whether the step of an attack that is written so is that of a preset."""
+    if isinstance(value, Mapping):
+        return "step_size" not in value and str(value.get("name", "")) in PRESETS
+    return str(value) in PRESETS
 
 
 def attack_named(value: Any) -> tuple[str, dict[str, Any]]:

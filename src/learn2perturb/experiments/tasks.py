@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, final
@@ -23,6 +24,7 @@ from learn2perturb.attacks.spec import attacks_of_size
 from learn2perturb.certification import certify
 from learn2perturb.data import ImageData, load_data
 from learn2perturb.diagnosis import diagnose
+from learn2perturb.diagnosis.threat import threat_of_training
 from learn2perturb.engine.devices import choose_device
 from learn2perturb.engine.identity import fingerprint_of_images, fingerprint_of_state, fingerprint_of_weights
 from learn2perturb.errors import ConfigError, DataError, Interrupted, Learn2PerturbError
@@ -38,7 +40,15 @@ from learn2perturb.plugins import import_all
 from learn2perturb.records import Saved, plain
 from learn2perturb.runs.checkpoint import MODEL, checkpoints, read_model
 from learn2perturb.runs.loading import load, locate
-from learn2perturb.runs.trained import check_images, images_of, options_of, own_eps, own_predictor, settings_of
+from learn2perturb.runs.trained import (
+    check_images,
+    images_of,
+    options_of,
+    own_eps,
+    own_norm,
+    own_predictor,
+    settings_of,
+)
 from learn2perturb.training.loop import train
 from learn2perturb.training.metrics import read_metrics
 
@@ -143,13 +153,29 @@ def cell_address(pair: Pair, header: Mapping[str, Any], weights: str, sources: M
         source=pair.cell.source if pair.cell.source == TWIN else None,
         sources=dict(sources) if pair.cell.kind == "diagnosis" else sorted(sources.values()),
         released=pair.cell.released,
-        eps=None if pair.cell.kind == "accuracy" else eps_of(pair, header),
+        **_threat_in_address(pair, header),
     )
 
 
-def eps_of(pair: Pair, header: Mapping[str, Any]) -> float:
-    """Return the size of the attack: the cell's, else what the network was trained for, else 8/255."""
-    return float(pair.cell.eps or own_eps(settings_of(header, pair.run.title)))
+def _threat_in_address(pair: Pair, header: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of :func:`threat_of` is in an address; that of an attack is in its settings."""
+    return {"eps": None} if pair.cell.kind == "accuracy" else threat_of(pair, header)
+
+
+def eps_of(pair: Pair, header: Mapping[str, Any], norm: str = "linf") -> float:
+    """Return the size of the attack in a norm: the cell's, else what the network was trained for, else the usual."""
+    return float(own_eps(settings_of(header, pair.run.title), norm) if pair.cell.eps is None else pair.cell.eps)
+
+
+def threat_of(pair: Pair, header: Mapping[str, Any]) -> dict[str, Any]:
+    """Return size and norm of a diagnosis, as far as its claim does not say them; the l_inf size of a certificate."""
+    named, eps = pair.cell.settings, pair.cell.eps
+    own = named.get("eps") if named.get("eps") is not None else eps
+    if pair.cell.kind == "certificate":
+        return {"eps": eps_of(pair, header) if own is None else own}
+    settings = settings_of(header, pair.run.title)
+    norm, size = threat_of_training(settings, norm=named.get("norm"), eps=own, claim=named.get("claim"))
+    return {"eps": size} | ({} if norm in (None, "linf") else {"norm": norm})
 
 
 def is_random(pair: Pair, header: Mapping[str, Any]) -> bool:
@@ -176,10 +202,13 @@ def attack_of(pair: Pair, header: Mapping[str, Any]) -> Attack | None:
     if pair.cell.attack is None:
         return None
     name, settings = pair.cell.attack
-    size = eps_of(pair, header)
-    (attack,) = attacks_of_size({pair.cell.name: (name, dict(settings))}, size).values()
+    (attack,) = attacks_of_size(
+        {pair.cell.name: (name, dict(settings))}, partial(eps_of, pair, header),
+        norm=own_norm(settings_of(header, pair.run.title)),
+        usual_steps=(pair.cell.name,) if pair.cell.preset_step else (),
+    ).values()  # fmt: skip
     if attack.sized and pair.cell.eps is not None:
-        attack = attack.resized(size)
+        attack = attack.resized(pair.cell.eps)
     random = is_random(pair, header) if not pair.sources else True
     return replace(attack, eot=1) if attack.eot > 1 and (not random or pair.cell.source == TWIN) else attack
 
@@ -393,7 +422,7 @@ def _accuracy(work: _Work) -> Saved:
 def _certificate(work: _Work) -> Saved:
     pair, scoring = work.pair, work.pair.cell.scoring
     return certify(
-        work.model, work.data, **{"eps": eps_of(pair, work.header), **pair.cell.settings}, limit=scoring.limit,
+        work.model, work.data, **{**pair.cell.settings, **threat_of(pair, work.header)}, limit=scoring.limit,
         seed=scoring.seed, device=work.place, name=pair.run.title, progress=work.progress,
     )  # fmt: skip
 
@@ -402,7 +431,7 @@ def _diagnosis(work: _Work) -> Saved:
     pair, scoring = work.pair, work.pair.cell.scoring
     sources = {name: work.network(run) for name, run in pair.sources.items()}
     return diagnose(
-        work.model, work.data, **{"eps": eps_of(pair, work.header), **pair.cell.settings}, sources=sources,
+        work.model, work.data, **{**pair.cell.settings, **threat_of(pair, work.header)}, sources=sources,
         limit=scoring.limit, seed=scoring.seed, device=work.place, engine=scoring.engine, name=pair.run.title,
         progress=work.progress,
     )  # fmt: skip
