@@ -193,3 +193,47 @@ def test_a_function_has_no_submodules():
     x = torch.rand(2, *SHAPE)
     with pytest.raises(InputError, match="the model is a function, which has none; give the network itself"):
         BPDA(attack=FGSM(), modules="0")(lambda images: Linear(SHAPE)(images), x, torch.zeros(2).long())
+
+
+class Caller(nn.Module):
+    """Calls its submodule as it is told to."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.inner = Takes()
+        self.call = call
+
+    def forward(self, x):
+        return self.call(self.inner, x)
+
+
+class Takes(nn.Module):
+    def forward(self, x=None, scale=1):
+        return x[0] if isinstance(x, list) else scale * x
+
+
+@pytest.mark.parametrize(
+    "call", [lambda inner, x: inner(x=x), lambda inner, x: inner([x]), lambda inner, x: inner(2, x)]
+)
+def test_a_submodule_that_gets_no_tensor_first_is_refused(call):
+    x = torch.rand(2, *SHAPE)
+    model = Caller(call)
+    assert model(x).shape == x.shape
+    with bpda(model, "inner"), pytest.raises(InputError, match="'inner' gets no tensor as its first argument"):
+        model(x)
+
+
+def test_what_else_the_submodule_gets_reaches_it():
+    x = torch.rand(2, *SHAPE)
+    model = Caller(lambda inner, images: inner(images, 3))
+    with bpda(model, "inner"):
+        assert torch.equal(model(x), 3 * x)
+
+
+@pytest.mark.parametrize(("layers", "named"), [(8, "0, 1, 2, 3, 4, 5, 6, 7$"), (9, r"0, 1, 2, 3, 4, 5, 6, 7, \.\.\.$")])
+def test_a_refusal_names_eight_submodules(layers, named):
+    with (
+        pytest.raises(ConfigError, match=f"it has: {named}"),
+        bpda(nn.Sequential(*[nn.ReLU() for _ in range(layers)]), "x"),
+    ):
+        pass

@@ -10,7 +10,7 @@ from torch import nn
 
 import learn2perturb as l2p
 from learn2perturb.attacks import FGSM, PGD, Transfer
-from learn2perturb.attacks.spec import build_attacks
+from learn2perturb.attacks.spec import attacks_of_size, build_attacks, in_norm
 from learn2perturb.defenses.objectives import TradesAdversary
 from learn2perturb.errors import ConfigError
 from learn2perturb.presets import PRESETS, preset
@@ -96,3 +96,42 @@ def test_what_is_no_size_is_refused_everywhere(eps):
     ):
         with pytest.raises(ConfigError, match="eps"):
             call()
+
+
+def test_attacks_written_for_linf_are_put_into_another_norm():
+    specs = {
+        "pgd20": preset("pgd20", 3),  # of a preset: its step is for l_inf
+        "mine": ("pgd", {"step_size": 0.2, "steps": 3}),
+        "own": ("pgd", {"norm": "linf", "steps": 3}),
+        "sized": ("pgd", {"eps": 1.5}),
+        "cw": ("cw", {}),  # looks for the smallest
+        "square": ("square", {"queries": 5}),
+        "few": ("few_pixel", {}),  # knows no l2
+    }
+    found = in_norm(specs, "l2", 0.5)
+    assert list(found) == list(specs)
+    assert "step_size" in specs["pgd20"][1]
+    kept = {key: value for key, value in specs["pgd20"][1].items() if key != "step_size"}
+    assert found["pgd20"] == ("pgd", {"eps": 0.5} | kept | {"norm": "l2"})
+    assert found["mine"] == ("pgd", {"eps": 0.5, "step_size": 0.2, "steps": 3, "norm": "l2"})
+    assert found["sized"] == ("pgd", {"eps": 1.5, "norm": "l2"})
+    assert found["square"] == ("square", {"eps": 0.5, "queries": 5, "norm": "l2"})
+    assert {name: found[name] for name in ("own", "cw", "few")} == {name: specs[name] for name in ("own", "cw", "few")}
+    assert in_norm(specs, "linf", 0.1) == specs
+
+
+def test_attacks_have_the_size_of_the_run_unless_they_bring_one():
+    specs = {
+        "plain": ("pgd", {}),
+        "own": ("pgd", {"eps": 0.3}),
+        "least": ("cw", {}),
+        "step": ("pgd", {"step_size": 0.1}),
+    }
+    found = attacks_of_size(specs, 0.2)
+    assert {name: attack.eps for name, attack in found.items()} == {
+        "plain": 0.2, "own": 0.3, "least": math.inf, "step": 0.2,
+    }  # fmt: skip
+    asked = attacks_of_size(specs, 0.01, asked=(0.02, 0.2))  # who runs them gives them their sizes
+    assert asked["step"].eps == 0.2 and asked["own"].eps == 0.3 and asked["plain"].eps == PGD().eps
+    with pytest.raises(ConfigError, match="attack 'step'"):
+        attacks_of_size({"step": ("pgd", {"step_size": 0.1})}, 0.01, asked=(0.02, 0.03))

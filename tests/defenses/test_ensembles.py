@@ -87,6 +87,24 @@ def test_a_step_of_the_second_member_equals_a_transcription(name):
     assert torch.equal(model[1].weight, first[0])  # the first is trained no more
 
 
+def test_the_first_member_of_bat_is_trained_on_attacks_on_itself():
+    settings = config("bat", epochs=4, options={"count": 3}).resolve()
+    defense = build_defense("bat", settings.options)
+    model = defense.prepare(dense(), SHAPE).double().train()
+    x, y = torch.rand(5, *SHAPE, dtype=torch.float64), torch.arange(5) % 3
+    with torch.no_grad():
+        for other in model.perturbation.others:
+            other[1].weight.normal_()
+    defense.begin_step(model, Clock(0, 0, 4))
+    first = [model[1].weight.detach().clone(), model[1].bias.detach().clone()]
+    expected = F.cross_entropy(fools([(1.0, *first)], x, y).flatten(1) @ first[0].T + first[1], y)
+    loss = defense.loss(model, x, y, Clock(0, 0, 4), settings).total
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    loss.backward()
+    assert model[1].weight.grad is not None
+    assert all(other[1].weight.grad is None for other in model.perturbation.others)
+
+
 def test_bat_draws_as_its_paper_and_barre_evenly():
     assert build_defense("bat").chances(2) == [0.9, 0.1]
     assert build_defense("bat", {"count": 3, "weight": 0.2}).chances(3) == pytest.approx([0.64, 0.16, 0.2])

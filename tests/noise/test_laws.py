@@ -271,3 +271,23 @@ def test_a_distribution_of_ones_own_is_one_entry(forgotten):
         register_distribution("own/shifted", lambda u: 12**0.5 * u)
     with pytest.raises(ConfigError, match="already"):
         register_distribution("gaussian", triangular)
+
+
+@pytest.mark.parametrize(("mean", "deviation", "known"), [
+    (0.0, 1.0, True), (0.009, 1.0, True), (-0.009, 1.0, True), (0.0, 1.0045, True), (0.0, 0.9955, True),
+    (0.015, 1.0, False), (-0.015, 1.0, False), (0.0, 1.0075, False), (0.0, 0.9925, False),
+])  # fmt: skip
+def test_a_distribution_has_mean_0_and_variance_1_within_one_per_cent(mean, deviation, known, forgotten):
+    asked = []
+
+    def from_uniform(u):
+        asked.append(u)
+        return mean + deviation * 12**0.5 * (u - 0.5)
+
+    if known:
+        register_distribution("own/moved", from_uniform)
+    else:
+        with pytest.raises(ConfigError, match="it must have 0 and 1"):
+            register_distribution("own/moved", from_uniform)
+    (u,) = asked  # the middles of 65,536 equal steps
+    assert len(u) == 65_536 and u[0].item() == 2**-17 and u[-1].item() == 1 - 2**-17
