@@ -28,12 +28,9 @@ from tests.laboratories.cases import Case, Outcome, run
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "learn2perturb"
 STORE = pathlib.Path("runs/laboratories/lines")
-# The tests of the mutated folders, and those elsewhere that run their lines within seconds.
-PLACES = (
-    "tests/attacks", "tests/evaluation", "tests/certification", "tests/defenses", "tests/noise", "tests/diagnosis",
-    "tests/engine", "tests/test_*.py", "tests/cli/test_defaults.py",
-)  # fmt: skip
-WORDS = ("-q", "-m", "not slow and not compat and not browser", "-p", "no:cacheprovider", "-p", "no:benchmark")
+# Tests elsewhere that run lines of the mutated folders within seconds.
+ELSEWHERE = ("tests/cli/test_defaults.py", "tests/cli/test_options.py", "tests/compat/test_*others.py")
+WORDS = ("-q", "-m", "not slow and not browser", "-p", "no:cacheprovider", "-p", "no:benchmark")
 LONGEST = 30.0  # seconds: a test that takes longer judges no mutant
 
 
@@ -129,7 +126,12 @@ def _merged(parts: list[dict[str, set[int]]]) -> dict[str, frozenset[int]]:
     return {file: frozenset().union(*(part.get(file, ()) for part in parts)) for file in sorted(files)}
 
 
-def cover(*, places: Iterable[str] = PLACES, store: pathlib.Path = STORE, jobs: int = 1) -> dict[str, Test]:
+def places_of(folders: Iterable[str]) -> tuple[str, ...]:
+    """Return where the tests are that judge mutants of ``folders``: those of the folders, and a few elsewhere."""
+    return (*(f"tests/{folder}" for folder in folders), *ELSEWHERE)
+
+
+def cover(*, places: Iterable[str], store: pathlib.Path = STORE, jobs: int = 1) -> dict[str, Test]:
     """Return what is known of the tests by name, measured where it is not known for this source and these tests."""
     store = store.resolve() / mark_of_source()
     store.mkdir(parents=True, exist_ok=True)
@@ -203,7 +205,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.laboratories.covering", description=__doc__)
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default 1)")
     parser.add_argument("--store", type=pathlib.Path, default=STORE, help=f"where it is kept (default {STORE})")
-    parser.add_argument("places", nargs="*", default=PLACES, help="files and folders of tests (default: the judges')")
+    parser.add_argument("places", nargs="+", help="files and folders of tests")
     arguments = parser.parse_args()
     tests = cover(places=arguments.places, store=arguments.store, jobs=arguments.jobs)
     print(f"{len(tests)} tests, {sum(one.seconds for one in tests.values()):.0f} s")

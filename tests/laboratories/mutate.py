@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import compileall
 import contextlib
 import functools
+import gc
 import hashlib
 import importlib
 import io
@@ -26,10 +28,11 @@ import pytest
 import scipy.stats  # noqa: F401
 import sklearn.datasets  # noqa: F401
 import torch
+import torch._dynamo
 
 from tests.laboratories.cases import Case, Outcome, run
 from tests.laboratories.choosing import tests_of
-from tests.laboratories.covering import ROOT, SOURCE, WORDS, busy, cover, mark_of_source
+from tests.laboratories.covering import ROOT, SOURCE, WORDS, busy, cover, mark_of_source, places_of
 from tests.laboratories.listed_mutants import EQUIVALENT, LISTED, SPEED
 from tests.laboratories.mutants import Mutant, mutants
 
@@ -48,10 +51,10 @@ class Trial:
     tests: tuple[str, ...] = field(repr=False)
 
 
-def every() -> dict[str, Mutant]:
+def every(folders: Iterable[str] = FOLDERS) -> dict[str, Mutant]:
     """Return the mutants of the folders by a name that stays when other places change, equivalent ones left out."""
     found: dict[str, Mutant] = {}
-    for folder in FOLDERS:
+    for folder in folders:
         for path in sorted((SOURCE / folder).rglob("*.py")):
             met: Counter[tuple[str, str, str]] = Counter()
             for mutant in mutants(SOURCE, path.relative_to(SOURCE).as_posix()):
@@ -62,13 +65,13 @@ def every() -> dict[str, Mutant]:
     return found
 
 
-def sample(n: int, seed: int) -> list[Mutant]:
+def sample(n: int, seed: int, folders: Iterable[str] = FOLDERS) -> list[Mutant]:
     """Return ``n`` mutants, each place as likely as any other; a change elsewhere leaves most of a sample as it was."""
 
     def place(name: str) -> bytes:
         return hashlib.sha256(f"{seed} {name}".encode()).digest()
 
-    found = every()
+    found = every(folders)
     return [found[name] for name in sorted(found, key=place)[:n]]
 
 
@@ -186,10 +189,14 @@ def _pytest(source: pathlib.Path, judge: Judge, *, stop: bool) -> tuple[int, str
 def main() -> int:
     """Try the listed mutants and a sample; 1 if a listed one survives, or more than ``MOST`` of the sample."""
     arguments = _arguments()
-    drawn = every().values() if arguments.only else sample(arguments.n, arguments.seed)
-    drawn = [one for one in drawn if not arguments.only or any(text in str(one) for text in arguments.only)]
+    if arguments.only:
+        found = every(arguments.folders).values()
+        drawn = [one for one in found if any(text in str(one) for text in arguments.only)]
+    else:
+        drawn = sample(arguments.n, arguments.seed, arguments.folders)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    known = cover(store=arguments.out / "lines", jobs=arguments.jobs)
+    _prepare()
+    known = cover(places=places_of(arguments.folders), store=arguments.out / "lines", jobs=arguments.jobs)
     listed = [] if arguments.only or not arguments.listed else _listed()
     rest = [Trial(str(one), one, tests_of(one, known, arguments.limit)) for one in drawn]
     found = _run(listed, None, arguments) | _run(rest, arguments.limit, arguments)
@@ -204,12 +211,21 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.laboratories.mutate", description=__doc__)
     parser.add_argument("--n", type=int, default=200, help="mutants of the sample (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
+    parser.add_argument("--folders", nargs="+", default=FOLDERS, choices=FOLDERS, help="of the sample (default all)")
     parser.add_argument("--only", nargs="+", help="instead of a sample, every mutant whose file:line: change has this")
     parser.add_argument("--no-listed", dest="listed", action="store_false", help="leave the listed mutants out")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default 2)")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of tests of a mutant (default 60)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/laboratories"), help="results, kept")
     return parser.parse_args()
+
+
+def _prepare() -> None:
+    """Do once what every mutant's process would do again: compile what it copies, and look over what is loaded."""
+    sys.dont_write_bytecode = False
+    compileall.compile_dir(str(SOURCE), quiet=1)
+    gc.collect()
+    gc.freeze()
 
 
 def _listed() -> list[Trial]:

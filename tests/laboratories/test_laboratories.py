@@ -320,11 +320,21 @@ def test_the_first_test_of_a_file_does_not_pay_for_its_imports(tmp_path):
 
 def test_a_sample_hardly_changes_when_other_places_do(monkeypatch):
     whole = mutate.every()
-    monkeypatch.setattr(mutate, "every", lambda: whole)
+    monkeypatch.setattr(mutate, "every", lambda _: whole)
     first = mutate.sample(60, 1)
     assert first == mutate.sample(60, 1) != mutate.sample(60, 2)
-    monkeypatch.setattr(mutate, "every", lambda: dict(list(whole.items())[50:]))
+    monkeypatch.setattr(mutate, "every", lambda _: dict(list(whole.items())[50:]))
     assert len({*first} & {*mutate.sample(60, 1)}) >= 55
+
+
+def test_a_sample_of_some_folders_is_judged_by_the_tests_of_these_and_a_few_elsewhere():
+    drawn = mutate.sample(50, 1, ("noise", "defenses"))
+    assert {one.path.split("/")[0] for one in drawn} == {"noise", "defenses"}
+    places = covering.places_of(("noise",))
+    files = covering.test_files(places)
+    assert {"tests/noise/test_laws.py", "tests/cli/test_defaults.py", "tests/compat/test_ours_in_others.py"} <= {*files}
+    assert not [path for path in files if path.startswith(("tests/attacks", "tests/defenses"))]
+    assert all(covering.test_files([place]) for place in places)
 
 
 def test_what_changes_speed_alone_is_no_mutant():
