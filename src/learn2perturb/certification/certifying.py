@@ -72,6 +72,7 @@ def certify(
     with target.judged(progress) as told:
         source = target.source(data, batch_size=batch_size, seed=seed, limit=config.limit)
         x, y = target.images(source)
+        target.check_alike(config, {})
         # Before anything else looks at the model: what is refused here is refused in seconds, not after the votes.
         constant, site, exact, mechanism = _constant(model, x, method, sigma)
         check_fixed(model, x, seed)

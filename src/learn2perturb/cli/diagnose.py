@@ -24,6 +24,7 @@ from learn2perturb.diagnosis.config import DiagnoseConfig
 from learn2perturb.errors import ConfigError
 from learn2perturb.naming import is_factory, made_by
 from learn2perturb.sizes import LINF_EPS
+from learn2perturb.terminal import number_among
 
 if TYPE_CHECKING:
     from learn2perturb.diagnosis import Claim, Diagnosis
@@ -126,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = diagnose(subject.model, subject.data, config, sources=sources, noise_off=noise_off, name=subject.name)
     found = replace(found, metadata=found.metadata | _origin(arguments))
     record = saved(lambda: save_record(found, arguments, subject.folder, "diagnosis"))
-    drawn = [] if figures is None else diagnosis_figures(found, figures)
+    drawn = [] if figures is None or number_among()[0] else diagnosis_figures(found, figures)
     if arguments.json:
         print_json(summary(found) | {"record": place_of(record), "figures": [str(path) for path in drawn]})
     else:

@@ -41,7 +41,7 @@ VERBS = {
     "list": "show networks, attacks, defenses, data sets and recipes, with their options",
     "bench": "time training steps, attacks, data: execution modes against a baseline and the roofline",
 }
-SHARED = ("train", "evaluate", "certify")  # what several processes of torchrun do together
+SHARED = ("train", "evaluate", "diagnose", "certify")  # what several processes of torchrun do together
 SUCCESS, FAILURE, BAD_INPUT = 0, 1, 2
 COMPLETION = "--print-completion"
 _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
@@ -169,7 +169,8 @@ def _coded(work: Callable[[], int]) -> int:
         return FAILURE if isinstance(error, TrainingError) else BAD_INPUT
     except KeyboardInterrupt as stop:
         ended = stop if isinstance(stop, Interrupted) else Interrupted()
-        _say(f"{ended}; type the same command again")
+        if not number_among()[0]:  # once, of several processes
+            _say(f"{ended}; type the same command again")
         return ended.exit_code
     except OSError as error:
         where = f" {str(error.filename)!r}" if error.filename else ""

@@ -138,7 +138,8 @@ def random_search(bench: Bench, reported: Attacked) -> Draft:
         return Draft(4, f"gradients left none of {n} images, so nothing remained to be searched", evidence=evidence)
     x, y = bench.x[:n][left], y[left]
     finalists = _best_samples(bench, x, y)
-    margins = torch.stack([_margin(bench, f"finalist {k}", points, y) for k, points in enumerate(finalists)])
+    judged = bench.each(lambda k: _margin(bench, f"finalist {k}", finalists[k], y), len(finalists))
+    margins = torch.stack(judged)
     best = finalists[margins.argmax(dim=0), torch.arange(count, device=x.device)]
     # Judged once more by draws that chose nothing: the best of several means is too high by luck.
     broken = int((_margin(bench, "judged", best, y) > 0).sum())
@@ -163,14 +164,20 @@ def _best_samples(bench: Bench, x: Tensor, y: Tensor) -> Tensor:
     points = x.expand(budget.finalists, *x.shape).clone()
     margins = torch.full((budget.finalists, len(x)), -torch.inf, device=x.device, dtype=torch.float64)
     rows = torch.arange(len(x), device=x.device)
-    for sample in range(budget.samples):
+
+    def candidate(sample: int) -> Tensor:
         seed_everything(bench.seed, "random point", sample)
-        candidate = (x + BALLS[attack.norm].random(x, attack.eps)).clamp_(0, 1)
-        found = _margin(bench, f"random point {sample}", candidate, y, budget.sample_draws).double()
+        return (x + BALLS[attack.norm].random(x, attack.eps)).clamp_(0, 1)
+
+    def judged(sample: int) -> Tensor:
+        return _margin(bench, f"random point {sample}", candidate(sample), y, budget.sample_draws).double()
+
+    for sample, found in enumerate(bench.each(judged, budget.samples)):
         worst = margins.argmin(dim=0)
         better = found > margins[worst, rows]
-        points[worst[better], rows[better]] = candidate[better]
-        margins[worst[better], rows[better]] = found[better]
+        if bool(better.any()):  # drawn once more: kept, they would be so many times the images
+            points[worst[better], rows[better]] = candidate(sample)[better]
+            margins[worst[better], rows[better]] = found[better]
     return points
 
 

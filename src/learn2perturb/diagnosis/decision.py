@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from learn2perturb.diagnosis.record import Measurement
 from learn2perturb.diagnosis.trial import Trial, put_on_trial
 from learn2perturb.engine.random import seed_everything
 from learn2perturb.errors import ConfigError
-from learn2perturb.evaluation.intervals import Scores, passes_of
+from learn2perturb.evaluation.intervals import Scores
 from learn2perturb.evaluation.passes import checked_logits
 from learn2perturb.evaluation.predictors import AVERAGE, scores, winners
 from learn2perturb.evaluation.result import format_eps
@@ -171,13 +170,11 @@ def _answers(bench: Bench, x: Tensor, claim: Claim | None) -> Scores:
     The same draws for every attack: the lowest of several is then no lower by the luck of its own.
     """
     rule, members = ("single", 1) if claim is None else (str(claim.predictor), claim.members or 1)
-    scorings = []
     with torch.no_grad(), bench.subject.ready() as model:
-        for draw in range(bench.budget.scorings):
-            right = []
-            for batch, rows in enumerate(bench.batches(len(x))):
-                seed_everything(bench.seed, "decision", batch, draw)
-                answer = winners(scores(rule, lambda images: checked_logits(model, images), x[rows], members))
-                right.append(answer == bench.y[rows].cpu().numpy())
-            scorings.append(np.concatenate(right))
-    return Scores(np.stack(scorings), passes_of(len(x), bench.batch_size), random=True)
+
+        def right(rows: slice, batch: int, draw: int) -> Tensor:
+            seed_everything(bench.seed, "decision", batch, draw)
+            answer = winners(scores(rule, lambda images: checked_logits(model, images), x[rows], members))
+            return torch.from_numpy(answer == bench.y[rows].cpu().numpy())
+
+        return bench.scorings(right, len(x), bench.budget.scorings, bench.subject)

@@ -38,6 +38,7 @@ from learn2perturb.diagnosis.verdict import conclude, judge
 from learn2perturb.engine import execution
 from learn2perturb.engine.modes import live_dropouts
 from learn2perturb.engine.random import seed_everything
+from learn2perturb.engine.ranks import ALONE, Ranks, current
 from learn2perturb.errors import ConfigError, DataError, InputError
 from learn2perturb.evaluation.arrays import BlackBox, tell_queries
 from learn2perturb.evaluation.inputs import (
@@ -47,8 +48,9 @@ from learn2perturb.evaluation.inputs import (
     replay_of,
     warn_of_probabilities,
 )
+from learn2perturb.evaluation.origin import weights_of
 from learn2perturb.evaluation.passes import Model, classes_of, passes_differ
-from learn2perturb.evaluation.replays import contained, draws_anew
+from learn2perturb.evaluation.replays import contained, draws_anew, seeds_decide
 from learn2perturb.evaluation.result import format_eps
 from learn2perturb.evaluation.target import Target, check_callable
 from learn2perturb.evaluation.values import ValuesOnly, no_gradient
@@ -121,6 +123,10 @@ def diagnose(
     with target.judged(progress, compared) as told:
         images = target.source(data, batch_size=batch_size, seed=seed, limit=plan.images)
         x, y = _images(target, images, seed)
+        target.check_alike(
+            replace(config, eps=attack.eps, norm=attack.norm, claim=stated),
+            {f"weights of source {key}": weights_of(source) for key, source in (sources or {}).items()},
+        )
         decision.check_images(stated, len(x))
         plan = with_grid(resized(plan, len(x)), attack.norm, attack.eps, _checked_pixels(attack, x))
         classes = images.num_classes or max(2, int(y.max()) + 1)
@@ -146,7 +152,7 @@ def diagnose(
         subject = Subject(contained(model, x[:8], seed), draws_noise, gradient=not blind)
         bench = Bench(
             subject, x, y, attack, plan, seed=seed, mode=mode, batch_size=batch_size, expected_passes=work,
-            progress=told,
+            progress=told, ranks=_sharing(target, model, x, seed),
         )  # fmt: skip
         given = {key: _source(source, x, seed, classes) for key, source in (sources or {}).items()}
         quiet = None
@@ -202,6 +208,12 @@ def _askable(model: Model, x: Tensor, classes: int) -> tuple[Model, str]:
     """Return the model, and why it has no gradients: then as one that is asked for values only."""
     reason = no_gradient(model, x[:1])
     return (ValuesOnly(model, classes), reason) if reason else (model, "")
+
+
+def _sharing(target: Target, model: Model, x: Tensor, seed: int) -> Ranks:
+    """Return the processes that share the batches: this one alone where a pass follows from those before."""
+    counted = isinstance(target.model, BlackBox)  # which one process asks, and no more than it must
+    return current() if counted or seeds_decide(model, x[:8], seed) else ALONE
 
 
 def _source(model: Model, x: Tensor, seed: int, classes: int) -> Subject:

@@ -84,15 +84,30 @@ def real(bench: Bench, *, claimed: bool, replay: str = "") -> Draft:
         seed_everything(bench.seed, "rows")
         rows_differ = _rows_differ(model, x)
         passes = COUNTS[-1] * budget.slope_repeats
-        seed_everything(bench.seed, "gradient slope")
-        found, what = gradient_slope(model, x, y, passes) if bench.subject.gradient else None, "gradient"
-        if found is None:
+
+        def of_passes() -> tuple[Slope | None, str]:
+            seed_everything(bench.seed, "gradient slope")
+            found = gradient_slope(model, x, y, passes) if bench.subject.gradient else None
+            if found is not None:
+                return found, "gradient"
             seed_everything(bench.seed, "value slope")
-            found, what = value_slope(model, x, passes), "logits"
-        seed_everything(bench.seed, "row slope")
-        rows = row_slope(model, x, budget.slope_repeats) if rows_differ and budget.slope_repeats > 1 else None
+            return value_slope(model, x, passes), "logits"
+
+        def of_rows() -> tuple[Slope | None, str]:
+            seed_everything(bench.seed, "row slope")
+            enough = rows_differ and budget.slope_repeats > 1
+            return row_slope(model, x, budget.slope_repeats) if enough else None, ""
+
+        (found, what), (rows, _) = (
+            (None if numbers is None else Slope(*numbers), said)
+            for numbers, said in bench.each(lambda number: _plain(*(of_passes, of_rows)[number]()), 2)
+        )
     enough = budget.slope_repeats >= _FEWEST_BLOCKS
     return _told(found, what, rows, differ=differ, rows_differ=rows_differ, enough=enough)
+
+
+def _plain(slope: Slope | None, said: str) -> tuple[tuple[float, float, float | None] | None, str]:
+    return None if slope is None else (slope.value, slope.standard_error, slope.recurs), said
 
 
 def _told(

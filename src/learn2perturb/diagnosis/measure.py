@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from learn2perturb.engine import execution
 from learn2perturb.engine.halving import Halving
 from learn2perturb.engine.modes import dropouts_off
 from learn2perturb.engine.random import derive_seed, seed_everything
+from learn2perturb.engine.ranks import ALONE, Ranks
+from learn2perturb.engine.shared_work import each
 from learn2perturb.evaluation.intervals import Scores, accuracy_interval, passes_of
 from learn2perturb.evaluation.parts import attacked
 from learn2perturb.evaluation.passes import Model, checked_logits, classes_of
@@ -28,6 +30,7 @@ from learn2perturb.noise import noise_disabled
 from learn2perturb.progress import Progress
 from learn2perturb.records import PackedBits, plain
 
+T = TypeVar("T")
 _KEPT = 8  # attacks whose images are kept to the end
 
 
@@ -101,7 +104,9 @@ class Bench:
         batch_size: int,
         expected_passes: float,
         progress: Progress | None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks  # that share the batches
         self.subject, self.x, self.y, self.attack, self.budget = subject, x, y, attack, budget
         self.seed, self.mode, self.batch_size, self.progress = seed, mode, batch_size, progress
         self._fits = Halving()
@@ -131,21 +136,29 @@ class Bench:
         """
         source, victim = source or self.subject, victim or self.subject
         attack = source.suited(attack if source.gradient or not attack.needs_gradient else self._descent(attack))
-        parts, forwards, backwards, seconds = [], 0.0, 0.0, 0.0
+        batches, before = self.batches(n), self._passes
         with source.ready() as model, execution.running(self.mode):
-            for batch, rows in enumerate(self.batches(n)):
+
+            def one(batch: int) -> tuple[Tensor, dict[str, float]]:
+                rows = batches[batch]
                 x = self.mode.place_images(self.x[rows])
                 y = self.y[rows] if targets is None else targets[rows]
                 own = dataclasses.replace(attack, seed=derive_seed(self.seed, "diagnose", name, batch))
                 result = attacked(own, model, x, y, self._fits)
-                parts.append(result.x_adv.to(self.x.dtype).contiguous())
-                forwards += result.forward_passes * len(x)
-                backwards += result.backward_passes * len(x)
-                seconds += result.seconds
-                self._passes += len(x) * max(result.backward_passes, result.forward_passes / 3)
-                if self.progress is not None:
-                    self.progress(self._passes, max(self._expected, self._passes), name)
-        x_adv = torch.cat(parts)
+                passes = len(x) * max(result.backward_passes, result.forward_passes / 3)
+                self._progress(self._passes + self.ranks.world * passes, name)
+                told = {
+                    "forwards": result.forward_passes * len(x), "backwards": result.backward_passes * len(x),
+                    "seconds": result.seconds, "passes": passes,
+                }  # fmt: skip
+                return result.x_adv.to(self.x.dtype).contiguous(), told
+
+            found = self.each(one, len(batches))
+        forwards, backwards, seconds, passes = (
+            sum((told[key] for _, told in found), 0.0) for key in ("forwards", "backwards", "seconds", "passes")
+        )
+        self._passes = before + passes
+        x_adv = torch.cat([part for part, _ in found])
         scores = self.score(name, x_adv, victim)
         parameters = plain(attack)
         parameters.pop("seed", None)
@@ -201,15 +214,24 @@ class Bench:
 
     def score(self, name: str, x: Tensor, victim: Subject) -> Scores:
         """Return which images were classified rightly in each scoring: fresh draws from a stream of its own."""
-        scorings = []
         with torch.no_grad(), victim.ready() as model:
-            for draw in range(self.budget.scorings if victim.stochastic else 1):
-                right = []
-                for batch, rows in enumerate(self.batches(len(x))):
-                    seed_everything(self.seed, "score", name, batch, draw)
-                    right.append(checked_logits(model, x[rows]).argmax(dim=1) == self.y[rows])
-                scorings.append(torch.cat(right).cpu().numpy())
-        return Scores(np.stack(scorings), passes_of(len(x), self.batch_size), victim.stochastic)
+
+            def right(rows: slice, batch: int, draw: int) -> Tensor:
+                seed_everything(self.seed, "score", name, batch, draw)
+                return checked_logits(model, x[rows]).argmax(dim=1) == self.y[rows]
+
+            return self.scorings(right, len(x), self.budget.scorings if victim.stochastic else 1, victim)
+
+    def scorings(self, right: Callable[[slice, int, int], Tensor], n: int, draws: int, victim: Subject) -> Scores:
+        """Return the scores of which ``right`` tells those of some rows, by the number of their batch and the draw."""
+        batches = self.batches(n)
+
+        def one(number: int) -> Tensor:
+            draw, batch = divmod(number, len(batches))
+            return right(batches[batch], batch, draw)
+
+        found = torch.cat(self.each(one, draws * len(batches)))
+        return Scores(found.view(draws, n).cpu().numpy(), passes_of(n, self.batch_size), victim.stochastic)
 
     def mean_margin(self, purpose: str, x: Tensor, y: Tensor, draws: int) -> Tensor:
         """Return ``max_{j != y} z_j - z_y`` of each image, the mean over fresh draws, shape (n,)."""
@@ -235,15 +257,18 @@ class Bench:
 
     def _mean(self, purpose: str, x: Tensor, draws: int, value: Callable[[Tensor, slice], Tensor]) -> Tensor:
         draws = draws if self.subject.stochastic else 1
-        parts = []
+        batches = self.batches(len(x))
         with torch.no_grad(), self.subject.ready() as model:
-            for batch, rows in enumerate(self.batches(len(x))):
+
+            def one(batch: int) -> Tensor:
+                rows = batches[batch]
                 seed_everything(self.seed, purpose, batch)
                 total = value(checked_logits(model, x[rows]), rows)
                 for _ in range(draws - 1):
                     total = total + value(checked_logits(model, x[rows]), rows)
-                parts.append(total / draws)
-        return torch.cat(parts)
+                return total / draws
+
+            return torch.cat(self.each(one, len(batches)))
 
     def _descent(self, attack: Attack) -> Attack:
         """Return what stands for an attack by gradients where there are none: a descent on values in the same ball.
@@ -252,6 +277,15 @@ class Bench:
         """
         steps, directions = self.budget.descent_steps, self.budget.descent_directions
         return SPSA(attack.eps, norm=attack.norm, targeted=attack.targeted, steps=steps, directions=directions)
+
+    def each(self, work: Callable[[int], T], count: int) -> list[T]:
+        """Return what ``work`` gives for each number below ``count``; the processes share it, see ``shared_work``."""
+        return each(work, count, self.ranks, self.x.device)
+
+    def _progress(self, passes: float, name: str) -> None:
+        self._passes = passes
+        if self.progress is not None:
+            self.progress(passes, max(self._expected, passes), name)
 
     def batches(self, n: int) -> list[slice]:
         """Return the rows of each pass over the first ``n`` images."""

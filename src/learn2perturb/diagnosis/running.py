@@ -14,6 +14,7 @@ from learn2perturb.diagnosis.checks import CHECKS, CheckSpec
 from learn2perturb.diagnosis.measure import Attacked, Bench, Subject
 from learn2perturb.diagnosis.record import Curve
 from learn2perturb.diagnosis.verdict import Draft
+from learn2perturb.engine.random import seed_everything
 
 NO_NOISE = "the model has no noise to switch off"
 
@@ -83,6 +84,8 @@ def _run(check: CheckSpec, shared: Mapping[str, Any], *, claimed: bool, blind: b
         return Draft(check.number, does_not_apply=gradientless.NONE), []
     if not claimed and "noise" in check.needs:
         return Draft(check.number, does_not_apply=NO_NOISE), []
+    # A check of someone's own may draw as it likes: what was done before, and by which process, leaves no trace.
+    seed_everything(shared["bench"].seed, "check", check.number)
     found = check.called(shared, gradients=not blind)
     draft, curves = found if isinstance(found, tuple) else (found, [])
     return draft, [curves] if isinstance(curves, Curve) else list(curves)

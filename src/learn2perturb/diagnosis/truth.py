@@ -171,10 +171,11 @@ def _compared(
 
     Sums over ``draws``, each at the image itself or, ``around`` it, at a random point as far as ``reach``.
     """
-    ball, y = BALLS[norm], bench.y[: len(x)]
-    found, zero = [], 0
+    ball, y, batches = BALLS[norm], bench.y[: len(x)], bench.batches(len(x))
     with bench.subject.ready() as model:
-        for batch, rows in enumerate(bench.batches(len(x))):
+
+        def one(batch: int) -> tuple[Tensor, int]:
+            rows = batches[batch]
             seed_everything(bench.seed, "neighbours", batch)
             points = {draw: _point(ball, x[rows], reach if around else 0.0) for draw in draws}
             asked = functools.partial(_asked, bench, model, y[rows], batch)
@@ -188,9 +189,10 @@ def _compared(
                 up, down = ((point + side * move).clamp_(0, 1) for side in (1, -1))
                 rise += asked(draw, up).double() - asked(draw, down).double()
                 said += (slopes[draw].double() * (up.double() - down.double())).flatten(1).sum(dim=1)
-            found.append((rise / said.masked_fill(said == 0, 1.0)).masked_fill(none, 0.0))
-            zero += int(none.sum())
-    return torch.cat(found), zero
+            return (rise / said.masked_fill(said == 0, 1.0)).masked_fill(none, 0.0), int(none.sum())
+
+        found = bench.each(one, len(batches))
+    return torch.cat([ratio for ratio, _ in found]), sum(none for _, none in found)
 
 
 def _point(ball: Ball, x: Tensor, reach: float) -> Tensor:

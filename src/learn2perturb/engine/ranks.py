@@ -22,12 +22,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from learn2perturb.errors import ConfigError, ElsewhereError, TrainingError
+from learn2perturb.errors import ConfigError, ElsewhereError, Interrupted, TrainingError
 from learn2perturb.terminal import number_among
 
 T = TypeVar("T")
 TIMEOUT_VARIABLE = "LEARN2PERTURB_RANK_TIMEOUT"
 _TIMEOUT = 600.0
+# Of work whose processes meet after whole batches of an attack, not after steps. One that dies is missed at once.
+LONG_TIMEOUT = 6 * 3600.0
 # So long a process waits for the word of others before it says who is missing; they time out at nearly the same moment.
 _GRACE = 3.0
 _REMEMBERED = 10_000
@@ -221,7 +223,8 @@ class Ranks:
     def _left(self, error: BaseException) -> None:
         """Leave word for the others of why this process ends."""
         if not isinstance(error, ElsewhereError):
-            said = " ".join(f"{error}".split())[:500] or type(error).__name__
+            stopped = isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted)
+            said = " ".join(f"{Interrupted() if stopped else error}".split())[:500] or type(error).__name__
             with contextlib.suppress(RuntimeError):
                 _store().set(f"{self.name}/failed/{self.rank}", said)
 
@@ -372,10 +375,13 @@ def _local() -> int:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Ranks]:
+def joined(timeout: float = _TIMEOUT) -> Iterator[Ranks]:
     """Join the other processes for the body, if this one was started as one of several.
 
     A process group that is there already is used, and left as it is. Inside another :func:`joined` this is the same.
+
+    Args:
+        timeout: seconds after which one that does not answer is given up, where the environment says nothing of it.
 
     Raises:
         ConfigError: the timeout that the environment says is no number of seconds.
@@ -386,7 +392,7 @@ def joined() -> Iterator[Ranks]:
     if not here.alone or not (ready or number_among()[1] > 1):
         yield here
         return
-    timeout, name = _seconds(), _next_meeting()
+    timeout, name = _seconds(timeout), _next_meeting()
     if not ready:
         _open(timeout, name)
     ranks = _introduced(timeout, name)
@@ -443,10 +449,10 @@ def _open(timeout: float, name: str) -> None:
         ) from None
 
 
-def _seconds() -> float:
+def _seconds(otherwise: float) -> float:
     given = os.environ.get(TIMEOUT_VARIABLE, "")
     try:
-        seconds = float(given or _TIMEOUT)
+        seconds = float(given or otherwise)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):

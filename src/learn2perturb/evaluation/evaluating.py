@@ -22,7 +22,7 @@ from learn2perturb.data import BatchSource, check_labels, warn_of_subset
 from learn2perturb.data.loader import MemorySource
 from learn2perturb.engine import execution
 from learn2perturb.engine.random import derive_seed, seed_everything
-from learn2perturb.engine.ranks import current
+from learn2perturb.engine.ranks import ALONE, current
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation.arrays import BlackBox, tell_queries
 from learn2perturb.evaluation.attacked import AttackedImages, AttackedRow, Numbers, Pixels
@@ -39,7 +39,7 @@ from learn2perturb.evaluation.passes import (
     circumstances,
     passes_differ,
 )
-from learn2perturb.evaluation.replays import SEEDS, contained, draws_anew
+from learn2perturb.evaluation.replays import SEEDS, contained, draws_anew, seeds_decide
 from learn2perturb.evaluation.result import CLEAN, Evaluation, Row
 from learn2perturb.evaluation.rows import CONFIDENCE, RowRun
 from learn2perturb.evaluation.target import Target
@@ -106,6 +106,7 @@ def evaluate(
     with target.judged(progress) as told:
         work = _Work(target, source, table, config, mode, told, images)
         work.read()
+        target.check_alike(config, {run.label: run.numbers for run in work.runs}, images=work.by_row)
         warn_of_subset(source, torch.from_numpy(work.truth), work.num_classes)
         rows = work.rows(keep)
     _warn_of_zero_gradients(rows)
@@ -143,6 +144,7 @@ class _Work:
         self.findings: list[str] = []
         self.num_classes = 0
         self.by_row = False
+        self.ranks = ALONE  # that share the batches
         self.labels: list[NDArray[np.int64]] = []
         self.finished: list[tuple[Row, ...]] = []  # run by run
         self.attacked: list[AttackedRow] = []  # of the finished rows of attacks
@@ -197,6 +199,8 @@ class _Work:
         for run in self.runs:
             run.compile_if_long(self.expected * math.prod(x.shape[2:]), rows=len(x))
         self.by_row = isinstance(self.source, MemorySource) and self.model is model and not self.findings
+        # Alone too: the generator of a model that has one is then where it is in each of several processes.
+        self.ranks = current() if isinstance(model, BlackBox) or seeds_decide(model, x[:_PROBED], seed) else ALONE
 
     def _add(self, run: RowRun, x: Tensor, y: Tensor, index: int, before: int, total: int) -> None:
         """Attack and score one batch of one row, of whose images so many were done before."""
@@ -232,8 +236,8 @@ class _Work:
             return list(itertools.chain.from_iterable(self.finished))
         # A function's weights are not known, so that its rows cannot be told from those of another.
         # Several processes share the batches, and keep nothing: each would have to know what the others have finished.
-        ranks = current()
-        keep = keep if self.target.weights is not None and ranks.alone else None
+        ranks = self.ranks
+        keep = keep if self.target.weights is not None and current().alone else None
         if keep is not None:
             self._go_on(keep)
         size = len(self.truth)

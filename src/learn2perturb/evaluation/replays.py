@@ -75,6 +75,17 @@ def depends_on_row(model: Model, x: Tensor) -> bool:
     return float((logits - moved).abs().max()) > _TOLERANCE * (1 + float(logits.abs().max()))
 
 
+def seeds_decide(model: Model, x: Tensor, seed: int) -> bool:
+    """Tell whether the draws of a pass follow from seeds alone: not from what a generator of the model has drawn."""
+    found = []
+    with torch.no_grad(), isolated_rng():
+        for _ in range(2):
+            seed_everything(seed, "decided")
+            found.append(checked_logits(model, x.clone()))
+    tolerance = 0.0 if x.device.type == "cpu" else 1e-4  # kernels of accelerators may add in another order each time
+    return torch.allclose(found[0], found[1], rtol=tolerance, atol=tolerance)
+
+
 def contained(model: Model, x: Tensor, seed: int) -> Model:
     """Return the model, with random generators of its own if it seeds them: attacks draw from the same ones."""
     return Contained(model) if seeds_generators(model, x, seed) else model

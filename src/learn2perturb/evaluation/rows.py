@@ -106,6 +106,12 @@ class RowRun:
         switches = self.noise, self.switched, self.stochastic
         return self.name, attack, switches, self.predictors, self.draws, self.members, repr(self.mode)
 
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Those settings of the attack that are the same in every process: no object's address is among them."""
+        settings = {} if self.attack is None else _settings(self.attack)
+        return {name: value for name, value in settings.items() if value is None or isinstance(value, (int, float))}
+
     def queries(self, images: int) -> float:
         """Return about how many passes of an image the row takes, in batches of so many ``images``."""
         scorings = self.draws * self.members

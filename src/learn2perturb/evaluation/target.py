@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -17,9 +17,10 @@ from learn2perturb.engine.execution import ExecutionMode
 from learn2perturb.engine.identity import ImagesFingerprint
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import isolated_rng
-from learn2perturb.engine.ranks import joined
+from learn2perturb.engine.ranks import LONG_TIMEOUT, current, joined
 from learn2perturb.engine.shapes import Images, Labels
 from learn2perturb.errors import ConfigError, DataError
+from learn2perturb.evaluation.arrays import BlackBox
 from learn2perturb.evaluation.origin import origin, weights_of
 from learn2perturb.evaluation.own_parts import own_parts
 from learn2perturb.evaluation.passes import Model, circumstances, classes_of, device_of
@@ -56,15 +57,43 @@ class Target:
         """Run the body with the model, and ``others``, in eval mode; give what progress is told to.
 
         Modes, random generators, autocast and gradients are afterwards what they were for the caller.
+
+        Raises:
+            ConfigError: several processes would ask a black box.
         """
         with contextlib.ExitStack() as stack:
-            ranks = stack.enter_context(joined())
+            ranks = stack.enter_context(joined(LONG_TIMEOUT))
+            if not ranks.alone and isinstance(self.model, BlackBox):
+                raise ConfigError(
+                    f"the model is a black box, and {ranks.world} processes would each count their queries and ask at "
+                    "the full rate; start it without torchrun"
+                )
             told = stack.enter_context(shown(progress if ranks.first else None))
             stack.enter_context(own_modes())
             stack.enter_context(isolated_rng())
             for one in (self.model, *others):
                 stack.enter_context(in_mode(one, False))
             yield told
+
+    def check_alike(self, config: Config, others: Mapping[str, Any], *, images: bool = True) -> None:
+        """Refuse processes that were not started alike: their shares would make up no record of anything.
+
+        Args:
+            config: the settings.
+            others: whatever else must be the same, as numbers and texts.
+            images: whether the images that were read are to be compared.
+
+        Raises:
+            TrainingError: the processes differ, in what is named.
+        """
+        ranks = current()
+        if ranks.alone:
+            return
+        for name, value in (config.to_dict() | dict(others)).items():
+            ranks.agree(name, repr(value))
+        ranks.agree("weights", str(self.weights))
+        if images:
+            ranks.agree("images", self.seen.hexdigest())
 
     def source(self, data: Any, *, batch_size: int, seed: int, limit: int | None) -> BatchSource:
         """Return ``data`` as a source of batches for the model's device."""
