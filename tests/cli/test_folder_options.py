@@ -46,7 +46,7 @@ def test_a_network_by_name_is_judged_at_the_size_that_is_given(folder, capsys):
     words = ["--model", "digits_cnn", "--weights", "w.pt", "--dataset", "folder", "--data-dir", "."]
     assert main(["evaluate", *words, "--dataset-options.size", "10", *JUDGE]) == 0
     assert main(["evaluate", *words, "--dataset-options.sise", "10", *JUDGE]) == 2
-    assert "data set 'folder' has no option 'sise'; its options: size" in capsys.readouterr().err
+    assert "data set 'folder' has no option 'sise'; its options: cache, labels, size" in capsys.readouterr().err
 
 
 def test_held_out_images_are_read_at_the_size_too(folder):

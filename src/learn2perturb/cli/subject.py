@@ -68,8 +68,9 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     add("--dataset", metavar="NAME", help="registered data set (default: the run's)")
     add("--data-dir", metavar="DIR", help="folder of the data sets (default: the run's)")
     add_mapping(
-        parser, "--dataset-options", help="options of the data set: --dataset-options.size 64 (default: the run's)"
-    )
+        parser, "--dataset-options",
+        help="options of the data set: --dataset-options.size 64, .labels FILE.csv, .cache DIR (default: the run's)",
+    )  # fmt: skip
     add("--split", default="test", metavar="NAME", help="test, train, or validation (what the run held out)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from learn2perturb.brief import brief
+from learn2perturb.data.decoded import rows_on_disk
 from learn2perturb.data.subset import balanced_rows
 from learn2perturb.engine.random import derive_seed
 from learn2perturb.errors import ConfigError, DataError
@@ -19,6 +20,7 @@ from learn2perturb.registry import DATASETS
 
 SPLITS = ("train", "test")
 ROOT_VARIABLE = "LEARN2PERTURB_DATA_DIR"
+_AT_ONCE = 1024  # images
 
 
 @final
@@ -29,7 +31,8 @@ class ImageData:
     ``images``: uint8 (N, C, H, W); ``labels``: int64 (N,), from 0 to ``num_classes`` - 1. ``flip`` and ``crop_padding``
     are the augmentation that suits the set; ``mean`` and ``std`` are those of the training pixels, in [0, 1] scale.
     ``published`` tells whether images and labels are those that a set of this name was published with, where known.
-    ``whole`` names the split that these are all images of; None for a part of one, or where it is not known.
+    ``whole`` names the split that these are all images of; None for a part of one, or where it is not known. ``cache``
+    is the folder of the file that the images lie in; None where they are in memory.
 
     Raises:
         DataError: a wrong type or shape, no image, or a label outside the classes.
@@ -47,6 +50,7 @@ class ImageData:
     std: tuple[float, ...]
     published: bool | None = None
     whole: str | None = None
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -115,7 +119,8 @@ class ImageData:
 
     def _select(self, rows: Tensor) -> ImageData:
         rows = rows.to(self.images.device)
-        return replace(self, images=self.images[rows], labels=self.labels[rows], whole=None)
+        images = self.images[rows] if self.cache is None else rows_on_disk(self.images, rows, self.cache)
+        return replace(self, images=images, labels=self.labels[rows], whole=None)
 
 
 def load_data(
@@ -129,8 +134,8 @@ def load_data(
 ) -> ImageData:
     """Load the registered set ``name`` from the folder ``root``: $LEARN2PERTURB_DATA_DIR, else ``.data``, by default.
 
-    ``limit`` takes so many images, balanced over the classes; ``options`` go to the set's own loader (``size`` of
-    ``folder``).
+    ``limit`` takes so many images, balanced over the classes; ``options`` go to the set's own loader (``size``,
+    ``labels`` and ``cache`` of ``folder``).
 
     Raises:
         UnknownNameError: no data set has that name.
@@ -180,7 +185,9 @@ def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in range(images.shape[1]):
-        counts = torch.bincount(images[:, channel].flatten().cpu(), minlength=256).double()
+        counts = torch.zeros(256, dtype=torch.float64)
+        for part in images.split(_AT_ONCE):  # of a set on disk, a part in memory
+            counts += torch.bincount(part[:, channel].flatten().cpu(), minlength=256)
         mean = (counts * values).sum() / counts.sum()
         means.append(float(mean))
         stds.append(float(((counts * (values - mean) ** 2).sum() / counts.sum()).sqrt()))

@@ -17,6 +17,7 @@ from learn2perturb.data.batches import Batch, BatchSource, as_pair, pixels
 from learn2perturb.data.dataset import ImageData, checked_limit
 from learn2perturb.data.streams import CheckedSource, JoinedLast, LoaderSource
 from learn2perturb.data.subset import balanced_rows, known_labels
+from learn2perturb.data.transforms import Transforms
 from learn2perturb.engine.devices import checked_device
 from learn2perturb.engine.random import derive_seed
 from learn2perturb.errors import ConfigError, InputError
@@ -27,7 +28,8 @@ class MemorySource:
     """A set held on the device; shuffles, crops and flips there, and never drops the last batch.
 
     The order of an epoch comes from (seed, epoch) and the augmentation of a batch from (seed, epoch, batch), drawn on
-    the CPU: any batch is the same on every device and whether or not those before it were read.
+    the CPU: any batch is the same on every device and whether or not those before it were read. ``on_disk``: images
+    stay where they are, and a batch of them is taken to the device.
     """
 
     def __init__(
@@ -42,16 +44,19 @@ class MemorySource:
         num_classes: int | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        transforms: Transforms | None = None,
+        on_disk: bool = False,
     ) -> None:
-        self.images, self.labels = images.to(device), labels.to(device)
+        self.images, self.labels = images if on_disk else images.to(device), labels.to(device)
+        self.transforms = transforms
         self.batch_size, self.shuffle, self.flip, self.crop_padding = batch_size, shuffle, flip, crop_padding
         self.num_classes, self.seed = num_classes, seed
 
     def part(self, n: int) -> MemorySource:
         """Return a source of ``n`` of the images, balanced over the classes."""
-        rows = balanced_rows(self.labels, len(self.labels), n).to(self.images.device)
+        rows = balanced_rows(self.labels, len(self.labels), n)
         part = copy.copy(self)
-        part.images, part.labels = self.images[rows], self.labels[rows]
+        part.images, part.labels = self.images[rows.to(self.images.device)], self.labels[rows.to(self.labels.device)]
         return part
 
     @property
@@ -80,7 +85,7 @@ class MemorySource:
         order = None
         if self.shuffle:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-            order = torch.randperm(self.num_examples, generator=generator).to(self.images.device)
+            order = torch.randperm(self.num_examples, generator=generator).to(self.labels.device)
         for batch in range(start, self.num_batches):
             rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
             if order is None:
@@ -88,10 +93,13 @@ class MemorySource:
                 x, y = self.images[rows], self.labels[rows].clone()
                 x = x.clone() if x.dtype == torch.float32 else x
             else:
-                x, y = self.images[order[rows]], self.labels[order[rows]]
+                x, y = self.images[order[rows].to(self.images.device)], self.labels[order[rows]]
+            x = x.to(y.device)
             if self.flip or self.crop_padding:
                 generator = torch.Generator().manual_seed(derive_seed(self.seed, "augment", epoch, batch))
                 x = augment(x, generator, padding=self.crop_padding, flip=self.flip)
+            if self.transforms is not None:
+                x = self.transforms(x, self.seed, "transforms", epoch, batch)
             yield pixels(x), y
 
 
@@ -104,17 +112,20 @@ def make_source(
     seed: int = 0,
     device: torch.device | str = "cpu",
     limit: int | None = None,
+    transforms: Transforms | None = None,
 ) -> BatchSource:
     """Return ``data`` as a source of batches on ``device``.
 
-    ``data``: an ``ImageData`` (``augment`` turns on the crop and flip that suit it), a pair (images, labels) of tensors
+    ``data``: an ``ImageData`` (``augment`` turns on the crop and flip that suit it, and ``transforms`` follow), a pair
+    (images, labels) of tensors
     or arrays, a ``Dataset`` (both batched here, not augmented: a data set has its own transforms), a ``DataLoader``
     (its own batch size and order are kept), or a ``BatchSource`` (its batches are checked). ``limit`` takes a part: of
     what is held here, and of a ``Dataset``, one balanced over the classes, of other sources the first images.
 
     Raises:
         InputError: ``data`` is none of these, or its images or labels are not as they must be.
-        ConfigError: the batch size or the limit is not a whole number >= 1.
+        ConfigError: ``transforms`` are given for other data than an ``ImageData``; the batch size or limit is not
+            a whole number >= 1.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size {batch_size!r} is not allowed; give a whole number >= 1")
@@ -133,6 +144,13 @@ def make_source(
             num_classes=data.num_classes,
             seed=seed,
             device=device,
+            transforms=transforms,
+            on_disk=data.cache is not None,
+        )
+    if transforms is not None:
+        raise ConfigError(
+            f"transforms {transforms.text!r} are for data sets by name; data of yours, here a {type(data).__name__}, "
+            "have their own"
         )
     if isinstance(data, tuple) or (isinstance(data, list) and all(isinstance(p, (Tensor, np.ndarray)) for p in data)):
         x, y = as_pair(data)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
@@ -11,19 +9,17 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.errors import CheckpointError, ConfigError, InputError, MissingDependencyError, UnknownNameError
+from learn2perturb.engine.libraries import library
+from learn2perturb.errors import CheckpointError, ConfigError, InputError, UnknownNameError
 from learn2perturb.models.normalize import normalization_layer
 from learn2perturb.models.weights import fit_weights
 from learn2perturb.naming import PRETRAINED, NetworkName, made_by
 
-INSTALL = "pip install 'learn2perturb[hub]' && pip install --no-deps torchvision timm"
 # Options of timm.create_model that are not the network's: what they say follows from the name and the data.
 _NO_OPTIONS = (
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes", "in_chans",
     "features_only", "weights", "weights_backbone", "img_size",
 )  # fmt: skip
-# Held for good: the operators vanish with the object that defined them.
-_operators: list[torch.library.Library] = []
 
 
 @final
@@ -79,32 +75,6 @@ def _fields(answer: Any) -> list[str]:
     if isinstance(answer, Sequence):
         return [str(number) for number in range(len(answer))]
     return [name for name in getattr(answer, "__dict__", ()) if not name.startswith("_")]
-
-
-def library(name: str) -> types.ModuleType:
-    """Import ``timm`` or ``torchvision``, also beside a torch whose build does not match torchvision's operators.
-
-    Its wheel is built against one build of torch; beside another its library does not load, and the import then stops
-    at ``operator torchvision::nms does not exist``. Networks need none of those operators, so two empty ones will do.
-
-    Raises:
-        MissingDependencyError: it is not installed.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old names that they import: not the user's concern
-            try:
-                importlib.import_module("torchvision")
-            except RuntimeError as error:
-                if "torchvision::nms does not exist" not in str(error) or _operators:
-                    raise
-                operators = torch.library.Library("torchvision", "DEF")
-                for operator in ("nms", "qnms"):
-                    operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-                _operators.append(operators)
-            return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingDependencyError(f"networks of {name} need it ({error}): {INSTALL}") from None
 
 
 def build_foreign(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from functools import lru_cache
@@ -20,7 +21,8 @@ from learn2perturb.sizes import usual_eps, usual_step
 
 OTHER_LR = 1e-3  # of an optimiser that the recipe was not made for
 LOGGER_NAMES = ("tensorboard", "csv", "mlflow", "wandb")
-LATER = ("init_from", "freeze", "keep_best", "early_stopping", "dataset_options")
+LATER = ("init_from", "freeze", "keep_best", "early_stopping", "dataset_options", "transforms")
+_PLACES = ("cache",)  # options of a data set that say where, and not which images
 RECIPES = ("paper", "released", "common", "fast", "laptop")
 
 
@@ -41,7 +43,9 @@ class TrainConfig(OpenSettings, Config):
         download: fetch the data set if it is missing.
         limit: train on so many images only, balanced over the classes (the first ones of a loader of yours).
         validation: share of the training set that is held out and monitored, in [0, 1).
-        augment: random crop and flip; None is as suits the data set.
+        augment: random crop and flip; None is as suits the data set, and none beside ``transforms``.
+        transforms: augmentation of a data set by name: transforms of torchvision.transforms.v2, or any
+            ``module:function`` of an image, with + between them: ``RandomRotation:degrees=10 + RandomErasing:p=0.5``.
         seed: decides everything: first weights, order, augmentation, noise, random starts.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         engine: ``plain`` (float32, the reference), ``fast`` (bfloat16, channels last, folded), ``auto`` (fast where
@@ -73,6 +77,7 @@ class TrainConfig(OpenSettings, Config):
     limit: int | None = None
     validation: float = 0.0
     augment: bool | None = None
+    transforms: str | None = None
     seed: int = 0
     device: str = "auto"
     engine: str = "auto"
@@ -106,6 +111,8 @@ class TrainConfig(OpenSettings, Config):
         for name in ("download", "tensorboard", "keep_best"):
             _check(isinstance(getattr(self, name), bool), name, self, "true or false")
         _check(self.augment is None or isinstance(self.augment, bool), "augment", self, "true, false or None")
+        said = self.transforms is None or (isinstance(self.transforms, str) and bool(self.transforms.strip()))
+        _check(said, "transforms", self, "a text such as 'RandomRotation:degrees=10', or None")
         _check(0 <= self.validation < 1, "validation", self, "a share of the training set, in [0, 1)")
         _check(self.checkpoint_minutes > 0, "checkpoint_minutes", self, "> 0")
         _check(isinstance(self.options, dict), "options", self, "a mapping such as {'gamma': 1e-4}")
@@ -163,11 +170,17 @@ class TrainConfig(OpenSettings, Config):
     def deciding(self) -> dict[str, Any]:
         """Return the settings as plain values, those that came later only where they change the training."""
         neutral = later_settings() | {item.name: _default(item) for item in fields(self) if item.name in LATER}
-        return {key: value for key, value in self.to_dict().items() if key not in neutral or value != neutral[key]}
+        values = self.to_dict() | {"dataset_options": which_images(self.dataset_options)}
+        return {key: value for key, value in values.items() if key not in neutral or value != neutral[key]}
 
     def describe(self) -> str:
         """Return one line: what is trained on what, and by which recipe."""
         return f"{self.defense} | {self.model} | {self.dataset} | recipe {self.recipe} | seed {self.seed}"
+
+
+def which_images(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a data set that say which images it has."""
+    return {key: value for key, value in options.items() if key not in _PLACES}
 
 
 def _default(item: Field[Any]) -> Any:

@@ -14,7 +14,7 @@ from learn2perturb.reading import MOST_SETTINGS, parse_yaml, read_bytes, reading
 from learn2perturb.records import atomic_write
 from learn2perturb.runs import lock
 from learn2perturb.runs.environment import environment
-from learn2perturb.training.config import TrainConfig
+from learn2perturb.training.config import TrainConfig, which_images
 
 # Where a resumed training may differ from what the run folder says: none of these change what is computed.
 _FREE = ("device", "data_dir", "download", "checkpoint_minutes", "tensorboard", "loggers", "log_every")
@@ -49,6 +49,12 @@ def _read_back(config: TrainConfig) -> dict[str, Any]:
     return settings
 
 
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings without what says where images lie."""
+    options = settings.get("dataset_options")
+    return settings | {"dataset_options": which_images(options)} if isinstance(options, dict) else settings
+
+
 def _left_behind(path: Path) -> bool:
     """Tell whether ``path`` is what a training leaves that was killed before ``config.yaml`` was there."""
     return path.name == lock.NAME or (path.name.startswith(".config.yaml.") and path.suffix == ".tmp")
@@ -71,9 +77,10 @@ def check_folder(out: Path, config: TrainConfig) -> None:
             before = parse_yaml(read_bytes(path, MOST_SETTINGS).decode())
         if not isinstance(before, dict):
             raise CheckpointError(f"{path} holds no settings; give another --out")
-        now = _read_back(config)
+        now = _compared(_read_back(config))
         # A setting that did not exist when the run was made was what its recipe leaves it at.
-        before = {**_read_back(TrainConfig(defense=config.defense, recipe=config.recipe).resolve()), **before}
+        usual = _read_back(TrainConfig(defense=config.defense, recipe=config.recipe).resolve())
+        before = _compared({**usual, **before})
         differing = [key for key in now if key not in _FREE and now[key] != before.get(key)]
         if differing == ["epochs"] and _more(before.get("epochs"), config.epochs):
             return

@@ -34,6 +34,8 @@ def identity_of_data(source: BatchSource) -> str:
     tensors: list[tuple[str, Tensor]] = []
     if isinstance(getattr(inner, "images", None), Tensor) and isinstance(getattr(inner, "labels", None), Tensor):
         facts += [getattr(inner, "flip", None), getattr(inner, "crop_padding", None)]
+        transforms = getattr(inner, "transforms", None)
+        facts += [] if transforms is None else [transforms.text]
         tensors = [("images", inner.images), ("labels", inner.labels)]
     elif hasattr(inner, "loader"):
         loader = inner.loader

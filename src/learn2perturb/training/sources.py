@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from learn2perturb.data import BatchSource, ImageData, JoinedLast, class_difference, classes_of, load_data, make_source
+from learn2perturb.data.transforms import Transforms
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.training.config import TrainConfig
 
@@ -44,9 +45,11 @@ def sources(config: TrainConfig, data: Any, device: torch.device) -> Sources:
         train_set, watched = train_set.split(config.validation, config.seed)
         label = "validation"
     batch_size = config.closed().batch_size
+    transforms = None if config.transforms is None else Transforms(config.transforms)
+    own = transforms is None if config.augment is None else config.augment
     train = make_source(
-        train_set, batch_size=batch_size, shuffle=True, augment=config.augment is not False, seed=config.seed,
-        device=device, limit=config.limit,
+        train_set, batch_size=batch_size, shuffle=True, augment=own, seed=config.seed, device=device,
+        limit=config.limit, transforms=transforms,
     )  # fmt: skip
     monitor = None
     if config.monitor and watched is not None:
