@@ -21,7 +21,7 @@ from learn2perturb.defenses.objectives import (
     training_adversary,
 )
 from learn2perturb.defenses.settings import Settings
-from learn2perturb.errors import ConfigError, InputError
+from learn2perturb.errors import ConfigError, InputError, UnknownNameError
 from learn2perturb.noise import noise_parameters, perturb
 
 EPS = 0.1
@@ -254,3 +254,44 @@ def test_optimisers_are_those_of_the_settings():
     assert list(sgd_optimizers(values)(nn.Linear(2, 2))) == ["weights"]
     with pytest.raises(ConfigError, match="no parameter that requires a gradient"):
         sgd_optimizers(values)(nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_a_warm_up_rises_over_its_first_epochs_and_then_leaves_the_schedule_alone():
+    plain = learning_rate_factor(settings(schedule="cosine"), 10)
+    warm = learning_rate_factor(settings(schedule="cosine", warmup_epochs=2), 10)
+    for epoch in range(4):
+        for batch in range(5):
+            clock = Clock(epoch, batch, 5, stage_epoch=epoch)
+            steps = 5 * epoch + batch + 1
+            assert warm(clock) == pytest.approx(plain(clock) * min(steps / 10, 1.0))
+    later = Clock(7, 0, 5, stage_epoch=0)  # of the training, not of a stage
+    assert warm(later) == plain(later)
+
+
+@pytest.mark.parametrize(("optimizer", "options", "found"), [
+    ("adam", {"betas": [0.7, 0.9], "eps": 1e-3}, {"betas": (0.7, 0.9), "eps": 1e-3}),
+    ("rmsprop", {"alpha": 0.5}, {"alpha": 0.5, "momentum": 0.0}),
+    ("sgd", {"dampening": 0.1}, {"dampening": 0.1, "nesterov": False}),
+])  # fmt: skip
+def test_an_optimizer_has_its_own_options(optimizer, options, found):
+    values = settings(optimizer=optimizer, optimizer_options=options, lr=0.2, weight_decay=0.01)
+    made = sgd_optimizers(values)(nn.Linear(2, 2))["weights"]
+    (group,) = made.param_groups
+    assert type(made).__name__.lower() == optimizer
+    wanted = found | {"lr": 0.2, "weight_decay": 0.01}
+    assert {name: group[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "error", "words"),
+    [
+        ("adam", {"momentum": 0.5}, UnknownNameError, "option of optimizer 'adam'.*momentum"),
+        ("sgd", {"lr": 0.5}, UnknownNameError, "option of optimizer 'sgd'.*lr"),
+        ("adagrad", {"betas": [0.5, 0.9]}, UnknownNameError, "betas"),
+        ("adam", {"betas": [0.5, 1.9]}, ConfigError, "the optimizer refuses its options"),
+        ("adam", {"eps": "small"}, ConfigError, "the optimizer refuses its options"),
+    ],
+)
+def test_an_option_that_the_optimizer_has_not_or_refuses(optimizer, options, error, words):
+    with pytest.raises(error, match=words):
+        sgd_optimizers(settings(optimizer=optimizer, optimizer_options=options))(nn.Linear(2, 2))

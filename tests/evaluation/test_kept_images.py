@@ -14,8 +14,8 @@ from learn2perturb.attacks import FGSM, PGD
 from learn2perturb.cli.main import main
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.evaluation import AttackedImages, Evaluation, ImageKeeper, Unfinished, evaluate
-from learn2perturb.evaluation.attacked import beside, broken_and_held, eight_bits
-from learn2perturb.evaluation.pictures import amplification, difference, png, sheet
+from learn2perturb.evaluation.attacked import AttackedRow, beside, broken_and_held, eight_bits
+from learn2perturb.evaluation.pictures import amplification, difference, png, save_sheets, sheet
 from tests.foreign import write_network
 
 ATTACKS = {"one": FGSM(0.1), "more": PGD(0.1, 0.05, 2)}
@@ -244,6 +244,41 @@ def test_a_sheet_of_each_row(both):
     from PIL import Image
 
     assert Image.open(io.BytesIO(sheet(both[1], both[1].rows[0]))).size == (3 * 68, 4 * 68)
+
+
+def test_a_sheet_shows_clean_attacked_and_difference_side_by_side_enlarged():
+    from PIL import Image
+
+    clean = np.zeros((2, 1, 40, 40))
+    clean[:, :, :, 20:] = 1.0
+    adversarial = clean + np.where(clean > 0, -0.25, 0.125)
+    row = AttackedRow({"label": "pgd 8/255"}, np.array([4, 7]), adversarial, np.array([[1, 0]]), None)
+    images = AttackedImages({}, np.array([4, 7]), np.array([0, 0]), clean, (row,))
+    shown = np.asarray(Image.open(io.BytesIO(sheet(images, row))))
+    assert shown.shape == (2 * (80 + 4), 3 * (80 + 4))  # twice as large, a frame of two
+    tile = lambda column: shown[2:82, 84 * column + 2 : 84 * column + 82]  # noqa: E731
+    halves = [
+        (tile(column)[0, 0], tile(column)[0, -1], tile(column)[79, 39], tile(column)[79, 40]) for column in range(3)
+    ]
+    assert halves == [(0, 255, 0, 255), (32, 191, 32, 191), (191, 0, 191, 0)]
+    assert (shown[:2] == 255).all() and (shown[:, :2] == 255).all() and (shown[82:86] == 255).all()
+
+
+def test_a_sheet_of_nothing_is_grey_and_files_have_safe_names(tmp_path):
+    from PIL import Image
+
+    none = np.zeros((0, 1, 4, 4)), np.zeros(0, np.int64)
+    names = ["../pgd 8/255", "x" * 90, "///"]
+    rows = tuple(AttackedRow({"label": name}, none[1], none[0], none[1][None], None) for name in names)
+    images = AttackedImages({}, none[1], none[1], none[0], rows)
+    shown = np.asarray(Image.open(io.BytesIO(sheet(images, rows[0]))))
+    assert shown.shape == (64, 64) and (shown == 127).all()
+    files = save_sheets(images, tmp_path / "attacked.npz")
+    assert [file.name for file in files] == [
+        "attacked-0-pgd-8-255.png",
+        f"attacked-1-{'x' * 80}.png",
+        "attacked-2-row.png",
+    ]
 
 
 @pytest.mark.parametrize("each", [0, -1, True, "8", 2.5])

@@ -135,3 +135,26 @@ def test_how_long_it_takes_is_said_before_it_starts(steps, said, capsys, monkeyp
         evaluate(Linear((1, 2, 2)), data, {"cw": CW(steps=steps, search_steps=9)}, progress=True)
     printed = capsys.readouterr().err
     assert ("a guess from one pass of the network" in printed and "cw" in printed) == said
+
+
+@pytest.mark.parametrize(("seconds", "said"), [
+    ({"pgd": 59.0}, None),
+    ({"pgd": 120.0}, "about 2.0 min for 1 rows: a guess from one pass of the network"),
+    ({"fgsm": 30.0, "cw": 150.0, "pgd": 60.0},
+     "about 4.0 min for 3 rows, cw alone 2.5 min: a guess from one pass of the network"),
+])  # fmt: skip
+def test_the_longest_row_is_named_where_there_are_several(seconds, said):
+    told: list[str] = []
+
+    class Listening(Reporter):
+        def line(self, text):
+            told.append(text)
+
+    pace.tell_seconds(Listening(), seconds)
+    assert told == ([] if said is None else [said])
+    pace.tell_seconds(lambda *_: None, seconds)
+
+
+def test_the_queries_of_a_substitute_are_those_of_a_batch():
+    attack = Surrogate(0.1, queries=600, eot=3)
+    assert pace.guessed_passes(attack, 20) == 90 and pace.guessed_passes(attack) == 1800

@@ -13,6 +13,7 @@ from learn2perturb.certification import certify
 from learn2perturb.diagnosis import diagnose
 from learn2perturb.errors import InputError
 from learn2perturb.evaluation import Evaluation, evaluate
+from learn2perturb.evaluation.inputs import _shown
 from learn2perturb.noise import perturb, perturb_weights
 
 X, Y = torch.rand(24, 1, 6, 6), torch.arange(24) % 3
@@ -104,6 +105,13 @@ def test_buffers_that_move_in_eval_mode_are_warned_of_and_put_back_after_the_loo
     with pytest.warns(UserWarning, match=r"changes buffers of the model \(seen\)"):
         result = evaluate(Counts(), (X, Y), draws=2)
     assert "changes buffers" in str(result)
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(1, "a"), (3, "a, b, c"), (4, "a, b, c and 1 more"), (6, "a, b, c and 3 more")]
+)
+def test_three_names_are_shown_at_most(count, shown):
+    assert _shown(list("abcdef")[:count]) == shown
 
 
 @pytest.mark.parametrize("build", [DEPENDENT["no norm"], DEPENDENT["1d"]], ids=["no norm", "1d"])

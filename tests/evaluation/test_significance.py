@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from learn2perturb.errors import ConfigError, InputError
-from learn2perturb.evaluation.significance import TWO_SIGMA, beyond, exceeds, holm, mcnemar
+from learn2perturb.evaluation.significance import TWO_SIGMA, beyond, equals, exceeds, holm, least_seen, mcnemar
 
 
 def test_holm_by_hand():
@@ -74,3 +74,20 @@ def test_one_image_that_differs_tells_nothing():
     for pair in ((one, other.astype(int)), (one[None], other[None])):
         with pytest.raises(InputError, match="one boolean an image"):
             mcnemar(*pair)
+
+
+@pytest.mark.parametrize("freedom", [3.0, math.inf])
+def test_differences_by_students_distribution(freedom):
+    t = stats.t(freedom) if freedom < math.inf else stats.norm
+    assert exceeds(0.5, 0.2, 0.1, freedom) == pytest.approx(t.sf(3))
+    for difference in (-0.3, 0.3):
+        assert equals(difference, 0.2, freedom) == pytest.approx(2 * t.sf(1.5))
+    assert equals(0.0, 0.2, freedom) == 1.0 == equals(0.0, 0.0, freedom)
+    assert equals(0.1, 0.0, freedom) == 0.0
+    assert exceeds(0.2 + least_seen(0.1, freedom), 0.2, 0.1, freedom) == pytest.approx(TWO_SIGMA)
+    assert least_seen(0.3) == pytest.approx(0.6)
+
+
+def test_holm_in_any_order_with_ties():
+    assert holm([0.04, 0.01, 0.01, 0.5]) == pytest.approx([0.08, 0.04, 0.04, 0.5])
+    assert holm([0.02, 0.0201]) == pytest.approx([0.04, 0.04])  # in order: the larger one is no less

@@ -29,7 +29,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "learn2perturb"
 STORE = pathlib.Path("runs/laboratories/lines")
 # Tests elsewhere that run lines of the mutated folders within seconds.
-ELSEWHERE = ("tests/cli/test_defaults.py", "tests/cli/test_options.py", "tests/compat/test_*others.py")
+ELSEWHERE = (
+    "tests/cli/test_defaults.py", "tests/cli/test_options.py", "tests/cli/test_programs.py",
+    "tests/compat/test_*others.py", "tests/diagnosis/test_values.py", "tests/engine/test_halving.py",
+)  # fmt: skip
 WORDS = ("-q", "-m", "not slow and not browser", "-p", "no:cacheprovider", "-p", "no:benchmark")
 LONGEST = 30.0  # seconds: a test that takes longer judges no mutant
 

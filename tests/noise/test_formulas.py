@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from learn2perturb.errors import ConfigError
-from learn2perturb.noise import fixed_noise, insert, noise_modules, perturb_images
+from learn2perturb.defenses import build_defense
+from learn2perturb.errors import ConfigError, SiteError
+from learn2perturb.noise import feature_deviations, fixed_noise, insert, noise_modules, perturb, perturb_images
 from learn2perturb.noise.laws import noise_law
 
 SHAPE = (2, 3, 4)
@@ -237,3 +239,67 @@ def test_noise_on_the_images_is_fixed_and_reaches_every_layer_that_reads_them():
         32,
         32,
     )
+
+
+# --- how large features are
+
+
+def test_the_deviation_of_features_is_measured_with_the_noise_off_and_nothing_moves():
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(6), nn.ReLU())
+    network = perturb(network, input_shape=(1, 2, 3), sites=["1", "2"], init=5.0).train()
+    x, state, before = torch.randn(7, 1, 2, 3), copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    found = feature_deviations(network, x)
+    normed = (x.flatten(1) - x.flatten(1).mean(0)) / (x.flatten(1).var(0, correction=0) + 1e-5).sqrt()
+    assert [noise.site for noise in found] == ["1", "2"]
+    assert list(found.values()) == pytest.approx(
+        [one.std(correction=0).item() for one in (normed, normed.relu())], rel=1e-5
+    )
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert torch.equal(before, torch.get_rng_state()) and not torch.equal(network(x), network(x))
+
+
+def test_features_without_a_finite_size_are_refused():
+    network = perturb(nn.Sequential(nn.Flatten(), nn.Identity()), input_shape=(1, 2, 2), sites="1")
+    with pytest.raises(SiteError, match="'1' have no finite size"):
+        feature_deviations(network, torch.full((2, 1, 2, 2), math.inf))
+
+
+@pytest.mark.parametrize(("share", "minimum"), [(0.5, 0.01), (0.5, 3.0), (0.0, 0.25)])
+def test_theta_begins_at_a_share_of_the_deviation_and_no_lower_than_its_minimum(share, minimum):
+    defense = build_defense(
+        "learn2perturb", {"init": "relative", "init_share": share, "minimum": minimum, "sites": "1"}
+    )
+    network = defense.prepare(nn.Sequential(nn.Flatten(), nn.Identity()), (1, 2, 2))
+    x = 4 * torch.randn(50, 1, 2, 2)
+    (noise,) = noise_modules(network)
+    assert noise.theta.unique().tolist() == pytest.approx([max(0.25, minimum)])
+    defense.measure(network, x)
+    expected = max(share * x.std(correction=0).item(), minimum)
+    torch.testing.assert_close(noise.theta.detach(), torch.full_like(noise.theta, expected))
+
+
+# --- what a law takes
+
+
+@pytest.mark.parametrize(
+    ("law", "settings", "said"),
+    [
+        *[("projection", {"share": share}, "share is") for share in (0, 1, 1.5, 0.0, 1.0, -0.1, True, "0.5", None)],
+        *[("norms", {"channels": [size]}, "channels has") for size in (0, 3, 8, True, 1.0, -2)],
+        ("norms", {"channels": []}, "channels is empty"),
+        ("correlated", {"variance": "full"}, "variance"),
+    ],
+)
+def test_what_a_law_does_not_take(law, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        noise_law(law)((4, 2, 3, 3), site="here", **settings)
+
+
+def test_what_a_law_takes_at_its_bounds():
+    assert noise_law("projection")((4, 2, 3, 3), site="here", share=0.01).random == 1
+    assert noise_law("projection")((4, 2, 3, 3), site="here", share=0.99).random == 3
+    assert [norm.num_groups for norm in noise_law("norms")((4, 3, 3), site="here", channels=(4, 1, 2)).norms] == [
+        1,
+        4,
+        2,
+    ]
