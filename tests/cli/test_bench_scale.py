@@ -16,7 +16,7 @@ def measured(settings, count):
     seconds = {1: 4.0, 2: 2.5, 4: 2.0}[count]
     return {
         "seconds": seconds, "milliseconds": 1000 * seconds, "images_per_second": 16 / seconds,
-        "cpu_seconds": 4.0 + count, "waiting_share": 0.1, "messages": 5,
+        "cpu_seconds": 4.0 + count, "overhead": 0.05, "slower": 0.2, "waiting_share": 0.1, "messages": 5,
     }  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def test_efficiency_and_work_are_in_units_of_one_process(monkeypatch, capsys):
     assert [row["work"] for row in found.values()] == pytest.approx([1.0, 1.2, 1.6])
     assert main(["bench", "scale", *WORDS]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["2", "processes", "2500.0", "6.4", "80%", "1.20", "10.0%", "5"] in lines
+    assert ["2", "processes", "2500.0", "6.4", "80%", "1.20", "5.0%", "20.0%", "10.0%", "5"] in lines
 
 
 def test_what_means_nothing_there_is_refused(capsys):
@@ -45,3 +45,5 @@ def test_real_processes_are_timed(monkeypatch, capsys):
     assert found["1 process"]["messages"] == 0
     assert found["2 processes"]["messages"] >= 4
     assert 0 < found["2 processes"]["waiting_share"] < 1
+    assert found["1 process"]["overhead"] == found["1 process"]["slower"] == 0
+    assert found["2 processes"]["overhead"] > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from learn2perturb.data import load_data
 from learn2perturb.defenses import Defense, Losses, forward, list_defenses, training_adversary
+from learn2perturb.engine import execution
 from learn2perturb.engine.identity import fingerprint
+from learn2perturb.progress import Reporter
 from learn2perturb.registry import DEFENSES
 from learn2perturb.training import TrainConfig, train
 from tests.distributed.processes import together
@@ -184,3 +186,49 @@ def test_every_image_is_trained_on_once_and_in_the_order_of_one_process(tmp_path
     assert all(sorted(map(len, step)) == [2, 3, 3] for step in steps[:4])
     epoch = list(itertools.chain(*whole[:5]))
     assert len(set(epoch)) == len(epoch) == 38
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept(Defense):
+    """Plain training that keeps the images it has had."""
+
+    def loss(self, model, x, y, clock, settings):
+        _kept.append(x)
+        return Losses(F.cross_entropy(forward(model, x), y))
+
+
+_kept: list[torch.Tensor] = []
+
+
+def test_batch_norm_by_the_rows_of_each_process_is_an_option(tmp_path):
+    DEFENSES.register("kept", f"{__name__}:Kept", "keeps its images")
+    settings = config(defense="kept", limit=8, epochs=1, sync_batch_norm=False)
+
+    def work(rank):
+        layer = train(settings, model=network(), data=DIGITS, progress=False).model[1]
+        return _kept[0], layer.running_var, layer.running_mean
+
+    try:
+        (first, found, mean), (second, *others) = together(2, work, tmp_path)
+    finally:
+        DEFENSES._entries.pop("kept")
+    assert torch.equal(found, others[0])
+    assert torch.equal(mean, others[1])
+    with torch.no_grad():
+        answers = [network()[0](x) for x in (first, second)]
+    assert torch.allclose(found, 0.9 + 0.1 * sum(one.var((0, 2, 3)) for one in answers) / 2)
+    assert torch.allclose(mean, 0.1 * sum(one.mean((0, 2, 3)) for one in answers) / 2)
+    assert not torch.allclose(found, 0.9 + 0.1 * torch.cat(answers).var((0, 2, 3)))
+
+
+def test_that_steps_are_not_recorded_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "select", lambda *_, **__: replace(execution.PLAIN, recording=True))
+    lines = []
+    monkeypatch.setattr(Reporter, "line", lambda self, text: lines.append(text))
+
+    def work(rank):
+        trained(config(defense="none", limit=8, epochs=1))
+        return lines
+
+    for said in together(2, work, tmp_path):
+        assert any("several processes: no step is recorded as a CUDA graph" in line for line in said)

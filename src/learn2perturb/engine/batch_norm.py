@@ -6,10 +6,11 @@ PyTorch's own SyncBatchNorm is for cards only, and replaces the layers of a netw
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -41,19 +42,24 @@ class _Normalised(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var = ctx.saved_tensors
         gradient = gradients[0].contiguous(memory_format=_layout(x))
-        moved, of_weight, of_bias = _ops.native_batch_norm_backward(
-            gradient, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+        _, of_weight, of_bias = _ops.native_batch_norm_backward(
+            gradient, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
         )
         sums = ctx.ranks.sum(torch.stack([of_weight, of_bias]).to(mean.dtype)) / ctx.count
         inverse = (var + ctx.eps).rsqrt()
-        # Of the form a + b x for each channel.
-        slope = weight * inverse.square() * sums[0]
-        offset = weight * inverse * sums[1] - slope * mean
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        if moved.dtype == slope.dtype:
-            moved.addcmul_(x, slope.view(shape), value=-1).sub_(offset.view(shape))
+        scale = weight * inverse
+        # ``scale g - slope x - offset``, in two passes over the numbers: the second term is a normalisation by
+        # mean 0 and variance 1, whose kernel is the fastest there is for ``a + b x`` of each channel.
+        slope = scale * inverse * sums[0]
+        offset = scale * sums[1] - slope * mean
+        moved = _ops.native_batch_norm(
+            x, -slope, -offset, torch.zeros_like(mean), torch.ones_like(var), False, 0.0, 0.0
+        )[0]
+        scale = scale.view(1, -1, *[1] * (x.ndim - 2))
+        if moved.dtype == gradient.dtype == scale.dtype:
+            moved.addcmul_(gradient, scale)
         else:
-            moved = (moved - (x * slope.view(shape) + offset.view(shape))).to(x.dtype)
+            moved = (moved + gradient * scale).to(x.dtype)
         return moved, of_weight, of_bias, None, None, None, None, None
 
 
@@ -84,6 +90,21 @@ def batch_norm(
     weight = mean.new_ones(len(mean)) if weight is None else weight
     bias = mean.new_zeros(len(mean)) if bias is None else bias
     return _Normalised.apply(input, weight, bias, mean, var, eps, count, share.ranks)
+
+
+@torch.no_grad()
+def average_running_statistics(modules: Iterable[nn.Module], share: Share) -> None:
+    """Replace running statistics that each process has of its own rows by their mean over the rows of all."""
+    own = [
+        buffer
+        for module in modules
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
+    for buffer in own:
+        buffer.mul_(share.weight)
+    share.ranks.add_up(own)
 
 
 def _statistics(share: Share, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,9 +66,9 @@ class Ranks:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
-    def share(self, total: int) -> Share:
+    def share(self, total: int, *, own_statistics: bool = False) -> Share:
         """Return what this process has of a batch of ``total`` rows."""
-        return Share(self, total)
+        return Share(self, total, own_statistics)
 
     # -- what all of them say ---------------------------------------------------------------------------------------
 
@@ -242,10 +242,12 @@ class Share:
     Attributes:
         ranks: the processes.
         total: rows of the batch.
+        own_statistics: whether BatchNorm normalises by these rows alone, and not by the whole batch.
     """
 
     ranks: Ranks
     total: int
+    own_statistics: bool = False
 
     @property
     def whole(self) -> bool:

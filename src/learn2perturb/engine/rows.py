@@ -163,7 +163,9 @@ def _dropped(share: Share, func: Callable[..., Any], args: Sequence[Any], kwargs
 
 
 def _normed(share: Share, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """BatchNorm: by the statistics of the whole batch."""
+    """BatchNorm: by the statistics of the whole batch, unless each process is to have its own."""
+    if share.own_statistics:
+        return func(*args, **kwargs)
     return batch_norm(share, *args, **kwargs)
 
 

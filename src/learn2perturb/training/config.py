@@ -21,7 +21,7 @@ from learn2perturb.sizes import usual_eps, usual_step
 
 OTHER_LR = 1e-3  # of an optimiser that the recipe was not made for
 LOGGER_NAMES = ("tensorboard", "csv", "mlflow", "wandb")
-LATER = ("init_from", "freeze", "keep_best", "early_stopping", "dataset_options", "transforms")
+LATER = ("init_from", "freeze", "keep_best", "early_stopping", "dataset_options", "transforms", "sync_batch_norm")
 _PLACES = ("cache",)  # options of a data set that say where, and not which images
 RECIPES = ("paper", "released", "common", "fast", "laptop")
 
@@ -64,6 +64,8 @@ class TrainConfig(OpenSettings, Config):
             ``validation``, in place of the last ones.
         early_stopping: epochs without a better such accuracy after which the training ends; 0 is never.
         dataset_options: options of the data set, such as ``{"size": 64}``.
+        sync_batch_norm: of several processes, whether BatchNorm normalises by the statistics of the whole batch, as
+            one process does, or each by those of its own rows, with fewer messages: that is another training.
     """
 
     defense: str = "learn2perturb"
@@ -92,6 +94,7 @@ class TrainConfig(OpenSettings, Config):
     keep_best: bool = False
     early_stopping: int = 0
     dataset_options: dict[str, Any] = field(default_factory=dict)
+    sync_batch_norm: bool = True
 
     def __post_init__(self) -> None:
         DEFENSES.entry(self.defense)
@@ -108,7 +111,7 @@ class TrainConfig(OpenSettings, Config):
             value = getattr(self, name)
             real = isinstance(value, (int, float)) and not isinstance(value, bool)
             _check(real, name, self, "in [0, 1)" if name == "validation" else "a number > 0")
-        for name in ("download", "tensorboard", "keep_best"):
+        for name in ("download", "tensorboard", "keep_best", "sync_batch_norm"):
             _check(isinstance(getattr(self, name), bool), name, self, "true or false")
         _check(self.augment is None or isinstance(self.augment, bool), "augment", self, "true, false or None")
         said = self.transforms is None or (isinstance(self.transforms, str) and bool(self.transforms.strip()))

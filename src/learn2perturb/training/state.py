@@ -21,6 +21,7 @@ from torch import nn
 from learn2perturb.data import BatchSource, check_labels, warn_of_subset
 from learn2perturb.defenses import Clock, Defense, Losses, Stage, build_defense, forward, training_adversary
 from learn2perturb.engine import execution
+from learn2perturb.engine.batch_norm import average_running_statistics
 from learn2perturb.engine.devices import choose_device
 from learn2perturb.engine.frozen import left_in_eval, train_but
 from learn2perturb.engine.halving import Halving, out_of_memory
@@ -115,7 +116,10 @@ class Training:
                     f"accumulate is {settings.accumulate}, and several processes share out a batch anyway; leave it out"
                 )
             # Neither a recorded nor a compiled pass can wait for other processes, or draw the rows of theirs.
-            self.mode = execution.eager(self.mode)
+            eager = execution.eager(self.mode)
+            if eager != self.mode:
+                reporter.line("several processes: no step is recorded as a CUDA graph, and no pass is compiled")
+            self.mode = eager
         # None: data of the user's own, which no name brings back
         self.dataset = config.dataset if data is None else None
         self.identity: dict[str, str] = {}
@@ -431,9 +435,9 @@ class Training:
         self.defense.begin_step(self.model, clock)
 
         images = len(y)
-        step, x = partial(self._iterate, clock), self.mode.place_images(x)
+        step, x, share = partial(self._iterate, clock), self.mode.place_images(x), None
         if not self.ranks.alone:
-            share = self.ranks.share(images)
+            share = self.ranks.share(images, own_statistics=not self.config.sync_batch_norm)
             step = partial(self._iterate, clock, share=share, marked=mark(x, y))
             x, y = share.of(x), share.of(y)
         weight = self.defense.regulariser_weight(clock)
@@ -442,6 +446,9 @@ class Training:
                 iteration = step(x, y, weight)
             else:
                 iteration = self.recorded.run(self._capture_key(clock), x, y, weight, step)
+        if share is not None and share.own_statistics:
+            networks = (self.model, *self.beside.values())
+            average_running_statistics((module for network in networks for module in network.modules()), share)
         if self.average is not None:
             self.average.update(self.model)
         self.totals.add_iteration(iteration, images)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import time
-from typing import Any
+from dataclasses import replace
+from operator import truediv
+from statistics import median
+from typing import Any, final
 
 import torch
-from torch import multiprocessing
+from torch import Tensor, multiprocessing
 from torch.multiprocessing.spawn import ProcessException, spawn
 
 from learn2perturb.cli.bench.scene import Scene
@@ -16,7 +19,7 @@ from learn2perturb.cli.bench.settings import BenchSettings
 from learn2perturb.cli.bench.step import config_of
 from learn2perturb.cli.bench.timing import Worker, in_turn
 from learn2perturb.engine import execution
-from learn2perturb.engine.ranks import joined
+from learn2perturb.engine.ranks import ALONE, Ranks, joined
 from learn2perturb.errors import TrainingError
 from learn2perturb.progress import Reporter
 from learn2perturb.training.state import Training
@@ -29,7 +32,9 @@ def measure(settings: BenchSettings, reporter: Reporter) -> dict[str, dict[str, 
 
     ``efficiency`` is the speed-up over one process by the number of processes; ``waiting_share`` what of a step the
     processes spend in sums over all of them, waiting for each other included; ``messages`` how many such sums it has;
-    ``work`` the CPU time of all processes in units of that of one, which other work on the machine does not change.
+    ``work`` the CPU time of all processes in units of that of one, which other work on the machine changes least.
+    ``overhead`` is what of the CPU time is distribution itself, as a share: against as many processes at once that do
+    the same rows apart, in turn with the others; ``slower`` is the same of seconds, waiting for each other included.
     """
     scene = Scene.of(settings)
     where = scene.where()
@@ -66,6 +71,33 @@ def _timed(settings: BenchSettings, count: int) -> dict[str, Any]:
     return answer
 
 
+@final
+class _Metered:
+    """A step that all processes begin together, and what it took in each call: seconds, CPU seconds of all of them."""
+
+    def __init__(self, training: Training, x: Tensor, y: Tensor, ranks: Ranks) -> None:
+        self._training, self._x, self._y, self._ranks = training, x, y, ranks
+        self.seconds: list[float] = []
+        self.cpu: list[float] = []
+        self.waiting: list[float] = []
+
+    def __call__(self) -> None:
+        ranks = self._ranks
+        ranks.largest(0)
+        ranks.spent.clear()
+        used, start = time.process_time(), time.perf_counter()
+        with execution.running(self._training.mode):
+            self._training.run_step(self._x, self._y)
+        self.seconds.append(time.perf_counter() - start)
+        used, self.messages = time.process_time() - used, len(ranks.spent)
+        self.waiting.append(sum(ranks.spent))
+        self.cpu.append(float(ranks.sum(torch.tensor(used, dtype=torch.float64))))
+
+    def forget_first(self) -> None:
+        """Leave out the first call, which warms up."""
+        del self.seconds[0], self.cpu[0], self.waiting[0]
+
+
 def _process(rank: int, count: int, port: int, settings: BenchSettings, answers: Any) -> None:
     torch.set_num_threads(settings.threads or 1)
     os.environ.update(
@@ -73,32 +105,29 @@ def _process(rank: int, count: int, port: int, settings: BenchSettings, answers:
     )
     with joined() as ranks:
         scene = Scene.of(settings)
-        training = Training(
-            config_of(settings, "plain", str(scene.device)), None, scene.data, None, Reporter(False), ranks
-        )
+        config = config_of(settings, "plain", str(scene.device))
         x, y = scene.first_batch()
+        share = ranks.share(len(y))
 
-        def call() -> None:
-            with execution.running(training.mode):
-                training.run_step(x, y)
+        def metered(own: Ranks, x: Tensor, y: Tensor) -> _Metered:
+            return _Metered(Training(config, None, scene.data, None, Reporter(False), own), x, y, ranks)
 
-        used = 0.0
-
-        def warm() -> None:
-            nonlocal used
-            call()
-            ranks.spent.clear()
-            used = time.process_time()
-
-        timing = in_turn({"step": Worker(call, warm)}, settings.rounds or 1, scene.device, Reporter(False), "")["step"]
-        steps = len(timing.seconds)
-        seconds = float(ranks.sum(torch.tensor((time.process_time() - used) / steps, dtype=torch.float64)))
+        steps = {"together": metered(ranks, x, y)}
+        if count > 1:  # the same rows in as many processes at once, which know nothing of each other
+            steps["apart"] = metered(ALONE, share.of(x), share.of(y))
+        workers = {name: Worker(step) for name, step in steps.items()}
+        timing = in_turn(workers, settings.rounds or 1, scene.device, Reporter(False), "")["together"]
+        for step in steps.values():
+            step.forget_first()
+        together, apart = steps["together"], steps.get("apart", steps["together"])
         if ranks.first:
             answers.put(
-                timing.summary(len(scene.data))
+                replace(timing, seconds=tuple(together.seconds)).summary(len(scene.data))
                 | {
-                    "cpu_seconds": seconds,
-                    "waiting_share": sum(ranks.spent) / sum(timing.seconds),
-                    "messages": len(ranks.spent) // steps,
+                    "cpu_seconds": median(together.cpu),
+                    "overhead": median(map(truediv, together.cpu, apart.cpu)) - 1,
+                    "slower": median(map(truediv, together.seconds, apart.seconds)) - 1,
+                    "waiting_share": sum(together.waiting) / sum(together.seconds),
+                    "messages": together.messages,
                 }
             )

@@ -49,11 +49,12 @@ def _show_scale(settings: BenchSettings, measured: Rows) -> None:
     lines = [
         [
             name, f"{row['milliseconds']:.1f}", f"{row['images_per_second']:.1f}", f"{row['efficiency']:.0%}",
-            f"{row['work']:.2f}", f"{row['waiting_share']:.1%}", str(row["messages"]),
+            f"{row['work']:.2f}", *(f"{row[key]:.1%}" for key in ("overhead", "slower", "waiting_share")),
+            str(row["messages"]),
         ]
         for name, row in measured.items()
     ]  # fmt: skip
-    head = ["", "ms", "images/s", "efficiency", "work", "waiting", "messages"]
+    head = ["", "ms", "images/s", "efficiency", "work", "overhead", "slower", "waiting", "messages"]
     print_table(
         head, lines, title=f"{title('scale', settings)}, plain engine, {_some(settings.threads or 1, 'thread')} each"
     )
