@@ -8,7 +8,9 @@ import pytest
 
 from learn2perturb import build_model, perturb
 from learn2perturb.cli.main import main
+from learn2perturb.cli.reproduce import with_model
 from learn2perturb.experiments.store import Store
+from learn2perturb.experiments.study_file import build_study, read_source
 from learn2perturb.runs.checkpoint import model_bytes
 
 TINY = {
@@ -87,3 +89,26 @@ def test_bad_input(runs, capsys, words, said):
     assert main(["reproduce", *words]) == 2
     printed = capsys.readouterr().err.strip()
     assert said in printed and len(printed.splitlines()) == 1
+
+
+def test_any_network_can_be_trained_in_place_of_the_papers(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for table in ("table1", "table4", "table6"):
+        name, source = read_source(table)
+        for level in source["levels"]:
+            study = build_study(name, with_model(source, "digits_cnn"), level)
+            assert {run.config.model for run in study.runs} == {"digits_cnn"}, level
+            assert all("shortcut" not in run.config.model_options for run in study.runs)
+            assert len(study.runs) >= 3
+    tiny = ["--set", "train.dataset=digits", "--set", "train.limit=16", "--set", "train.engine=plain", "--limit", "4"]
+    small = ["--set", "only.defense=pgd_at", "--set", "seeds=[1]", "--out", "there", "--store", "st"]
+    words = ["--model", "digits_cnn", "--level", "smoke", *tiny, *small, "--set", "cells.pgd.attack.steps=1"]
+    assert main(["reproduce", "table1", *words]) == 0
+    assert {cell["row"][0] for cell in view(tmp_path / "there")["cells"]} == {"digits_cnn"}
+    assert all(cell["paper"] is None for cell in view(tmp_path / "there")["cells"])
+    for words, said in (
+        (["--model", "resnet21"], "unknown network 'resnet21'"),
+        (["run", "--model", "resnet20"], "--model says what is trained, and RUNs are trained"),
+    ):
+        assert main(["reproduce", "table1", *words]) == 2
+        assert said in capsys.readouterr().err

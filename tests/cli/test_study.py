@@ -26,7 +26,7 @@ def test_a_study_is_planned_run_and_shown(study_file, tmp_path, capsys):
     assert not (tmp_path / "runs" / "store" / "events.jsonl").exists(), "a plan does nothing"
     assert main(["study", "mine.yaml"]) == 0
     printed = capsys.readouterr()
-    assert "| " in printed.out and "runs/studies/mine" in printed.out
+    assert "---  ---" in printed.out and "runs/studies/mine" in printed.out
     assert "1 left, about" in printed.err
     assert (tmp_path / "runs" / "studies" / "mine" / "README.md").exists()
     assert main(["study", "mine.yaml", "--plan", "--json"]) == 0

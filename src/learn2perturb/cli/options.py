@@ -16,6 +16,7 @@ from learn2perturb import configs
 from learn2perturb.configs import Config
 from learn2perturb.errors import ConfigError
 from learn2perturb.reading import parse_yaml
+from learn2perturb.tables import aligned
 from learn2perturb.terminal import trusted, visible
 from learn2perturb.values import convert, guess, kinds_of
 
@@ -281,10 +282,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, title: st
             table.add_row(*(Text(visible(cell)) for cell in row))
         Console(file=trusted(sys.stdout)).print(table)
         return
-    cells = [list(head), *map(list, rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
-    cells.insert(1, ["-" * width for width in widths])
     if title:
         print(title)
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for line in aligned([head, *rows]):
+        print(line)

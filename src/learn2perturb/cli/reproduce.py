@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from learn2perturb.cli.options import typed
 from learn2perturb.cli.study import add_running, run_study, settings
 from learn2perturb.cli.subject import name_of
 from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.naming import network_name
 from learn2perturb.registry import ATTACKS
 from learn2perturb.values import kinds_of
 
@@ -21,6 +23,7 @@ DESCRIPTION = (
 EXAMPLE = "learn2perturb reproduce table6 runs/pgd_at runs/learn2perturb --limit 1000"
 _OF_STUDY = ("train", "seeds", "runs", "cells", "evaluate", "views", "only", "title", "notes")
 _OF_TRAINING = ("runs", "train", "seeds", "levels", "only", "sweep")  # keys of a study
+_OF_MODEL = ("model", "model_options")
 _LEAST = {"others": 2}  # runs that a cell with such a source needs
 
 
@@ -29,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("table", metavar="NAME", help="table1 to table6, figure2 to figure6, eot, or another study")
     add("runs", metavar="RUN", nargs="*", help="run folders, .safetensors files, zoo:NAME, or module:function")
+    add(
+        "--model", metavar="NAME",
+        help="train this network in place of the paper's: resnet20, timm:NAME, torchvision:NAME, module:function",
+    )  # fmt: skip
     add("--dataset", metavar="NAME", help="registered data set of the RUNs (default: the run's)")
     add("--data-dir", metavar="DIR", help="folder of the data sets")
     add("--limit", type=typed("int"), metavar="N", help="N images only, balanced over the classes")
@@ -50,11 +57,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.runs:
         if level is not None:
             raise ConfigError("--level says how networks are trained, and RUNs are trained; leave one of the two out")
+        if arguments.model is not None:
+            raise ConfigError("--model says what is trained, and RUNs are trained; leave one of the two out")
         source = on_runs(source, arguments.runs, {"dataset": arguments.dataset, "data_dir": arguments.data_dir})
     elif arguments.dataset is not None:
         raise ConfigError("--dataset is of RUNs; for networks that are trained give --set train.dataset=NAME")
     elif arguments.data_dir is not None:
         given["train.data_dir"] = arguments.data_dir
+    if arguments.model is not None:
+        source = with_model(source, arguments.model)
     for key in ("limit", "draws", "seed"):
         if getattr(arguments, key) is not None:
             given[f"evaluate.{key}"] = getattr(arguments, key)
@@ -62,6 +73,35 @@ def run(arguments: argparse.Namespace) -> int:
         given["eot"] = arguments.eot
     changes, own = split(given)
     return run_study(build_study(name, of_attacks(source, own), level, changes), arguments)
+
+
+def with_model(source: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """Return the study with every network that it trains replaced by ``model``, at every level.
+
+    Options of the paper's networks go with them. A number of the paper stands beside its own network alone.
+
+    Raises:
+        UnknownNameError: it names no network.
+        ConfigError: the study trains none.
+    """
+    name = network_name(model).text
+    found = deepcopy(dict(source))
+    trained = {run: own for run, own in found["runs"].items() if not (own and "weights" in own)}
+    if not trained:
+        raise ConfigError("it trains no network, so leave --model out")
+    levels = [level or {} for level in (found.get("levels") or {}).values()]
+    for place in (found, *levels):
+        place["train"] = _without_model(place.get("train"))
+        for run in trained.keys() & (place.get("runs") or {}).keys():
+            place["runs"][run] = _without_model(place["runs"][run])
+    for run in trained:
+        # An axis of one value, as the views have a row for each network.
+        found["runs"][run]["model"] = [name]
+    return found
+
+
+def _without_model(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (settings or {}).items() if key.partition(".")[0] not in _OF_MODEL}
 
 
 def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -137,7 +137,7 @@ def folder(study: Study, out: str | None) -> Path:
 
 def _shown(found: StudyRun, out: Path, arguments: argparse.Namespace) -> int:
     """Write tables and figures; print the tables, and what is missing."""
-    from learn2perturb.experiments.rendering import markdown
+    from learn2perturb.experiments.rendering import for_terminal
     from learn2perturb.experiments.views import build_views
     from learn2perturb.experiments.writing import write
 
@@ -161,7 +161,7 @@ def _shown(found: StudyRun, out: Path, arguments: argparse.Namespace) -> int:
         if found.trials is not None:
             _print_trials(found.trials)
         for view in views:
-            print(markdown(view))
+            print(for_terminal(view))
         for title, why in found.failures.items():
             print(f"failed: {title}: {why}")
         if missing:

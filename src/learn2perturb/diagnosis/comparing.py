@@ -10,12 +10,12 @@ import numpy as np
 
 from learn2perturb import records
 from learn2perturb.brief import brief
-from learn2perturb.diagnosis.layout import table
 from learn2perturb.diagnosis.record import Diagnosis
 from learn2perturb.diagnosis.verdict import percent
 from learn2perturb.errors import InputError
 from learn2perturb.evaluation.intervals import Interval, paired_difference
 from learn2perturb.evaluation.result import format_eps
+from learn2perturb.tables import aligned
 
 _ABSENT = "not there"
 
@@ -92,7 +92,7 @@ class DiagnosisComparison(records.Saved):
             for which, name, verdict, claim in zip(("first ", "second"), names, self.verdicts, self.claims, strict=True)
         ]
         rows = [(str(one.number), one.name, one.first, one.second) for one in self.checks]
-        lines += ["", *table([("", "check", "first", "second"), *rows]), ""]
+        lines += ["", *aligned([("", "check", "first", "second"), *rows]), ""]
         for one in self.accuracies:
             same = one.first == one.second
             by = "" if same else f" ({one.first}; {one.second})"

@@ -9,6 +9,7 @@ from learn2perturb.diagnosis.advice import described, repeated, settled
 from learn2perturb.diagnosis.checks import CHECKS
 from learn2perturb.diagnosis.verdict import percent
 from learn2perturb.evaluation.result import format_eps
+from learn2perturb.tables import aligned
 
 if TYPE_CHECKING:
     from learn2perturb.diagnosis.record import Check, Diagnosis
@@ -24,7 +25,7 @@ def laid_out(found: Diagnosis) -> str:
     lines = [
         head,
         "",
-        *table([_HEAD, *([str(one.number), one.name, one.status, key_figure(one)] for one in found.checks)]),
+        *aligned([_HEAD, *([str(one.number), one.name, one.status, key_figure(one)] for one in found.checks)]),
     ]
     lines += ["", f"{what}, budget {found.budget.get('name')}, clean {percent(clean.accuracy)}"]
     lines += [f"warning: {finding}" for finding in found.findings]
@@ -66,10 +67,3 @@ def _shares(evidence: Mapping[str, float], names: Sequence[str]) -> list[str]:
     rest = {name: value for name, value in evidence.items() if name not in names}
     chosen = [min(rest, key=lambda key: rest[key]) if name == "*" and rest else name for name in names]
     return [f"{name} {percent(evidence[name])}" for name in chosen if name in evidence]
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows as aligned lines, the first of them the head."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

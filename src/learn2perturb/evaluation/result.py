@@ -24,6 +24,7 @@ from learn2perturb.evaluation.intervals import (
     worst_of,
 )
 from learn2perturb.records import PackedBits, PackedIntegers
+from learn2perturb.tables import aligned
 
 CLEAN = "clean"
 WORST_OF = (1, 10, 100)
@@ -300,17 +301,8 @@ def format_eps(eps: float | None) -> str:
 def format_table(evaluation: Evaluation) -> str:
     """Plain-text table of the rows, and below it what the ensembles of the same draws give."""
     head = ("attack", "eps", "noise", "predictor", "accuracy %", "interval", "worst of 10", "n")
-    cells = [head, *(_cells(row) for row in evaluation.rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
     right = (False, True, False, False, False, False, True, True)
-    lines = [
-        "  ".join(
-            cell.rjust(width) if flush else cell.ljust(width)
-            for cell, width, flush in zip(line, widths, right, strict=True)
-        ).rstrip()
-        for line in cells
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines = aligned([head, *(_cells(row) for row in evaluation.rows)], right=right)
     lines.append("")
     lines.append(_legend(evaluation))
     pooled = [(row, score) for row in evaluation.rows for score in row.pooled if row.attack != CLEAN]

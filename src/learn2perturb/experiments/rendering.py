@@ -8,10 +8,11 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from learn2perturb.experiments.grid import text_of
 from learn2perturb.experiments.view import Bounds, PaperCheck, View, ViewCell, ViewDifference
+from learn2perturb.tables import aligned
 from learn2perturb.terminal import markdown_row, one_line
 
 MISSING = "missing"
@@ -27,11 +28,20 @@ Table = list[list[str]]
 
 def markdown(view: View) -> str:
     """Return the view in Markdown: the numbers, differences, what agrees with the paper, notes."""
+    return _laid_out(view, _markdown_table)
+
+
+def for_terminal(view: View) -> str:
+    """Return the same for a terminal: its tables are aligned and fit its width."""
+    return _laid_out(view, lambda rows: "\n".join(aligned([[one_line(cell) for cell in row] for row in rows])))
+
+
+def _laid_out(view: View, as_text: Callable[[Table], str]) -> str:
     level = "" if view.level is None else f", level {_md(view.level)}"
     parts = [f"## {_md(view.title)}", f"View {_md(view.name)} of study {_md(view.study)}{level}. {legend(view)}"]
-    parts.append(_markdown_table(table(view)))
+    parts.append(as_text(table(view)))
     if view.differences:
-        parts += ["### Differences", difference_legend(view), _markdown_table(difference_table(view))]
+        parts += ["### Differences", difference_legend(view), as_text(difference_table(view))]
     parts += _beside_the_paper(view)
     if view.notes:
         parts.append("\n".join(f"- {_md(note)}" for note in view.notes))

@@ -1,0 +1,64 @@
+"""Tables of text: no line is wider than it may be, and no character of any cell is lost."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learn2perturb.tables import aligned, terminal_width
+
+CELLS = st.text(alphabet="ab1,=:/.-+_ [", max_size=40).map(lambda text: " ".join(text.split()))
+
+
+@given(
+    st.integers(1, 6).flatmap(
+        lambda columns: st.lists(st.lists(CELLS, min_size=columns, max_size=columns), min_size=1, max_size=4)
+    ),
+    st.integers(24, 90),
+)
+@settings(max_examples=150, deadline=None)
+def test_lines_fit_and_nothing_is_lost(rows, width):
+    lines = aligned(rows, width=width)
+    assert all(len(line) <= width for line in lines), lines
+    letters = lambda texts: sorted("".join(texts).replace(" ", "").replace("-", ""))  # noqa: E731
+    parts = sum(bool(re.fullmatch(r"-+(  -+)*", line) or not line) for line in lines)
+    repeated = [row[0] for row in rows for _ in range(lines.count(""))]  # the first column is before every part
+    if parts == 1 or all(row[0] for row in rows):
+        assert letters(lines) == letters([cell for row in rows for cell in row] + repeated)
+
+
+def test_a_table_that_fits_is_as_it_was():
+    assert aligned([("a", "long name"), ("1", "x")], right=(True, False), width=80) == [
+        "a  long name", "-  ---------", "1  x",
+    ]  # fmt: skip
+
+
+def test_wide_cells_are_wrapped_at_words_and_numbers_stay_whole():
+    name = "strong=pgd:steps=50,step_size=0.00784314,eot=20,eot_average=probability"
+    lines = aligned([("attack", "eps", "interval"), (name, "8/255", "[97.10, 99.30]")], width=40)
+    assert max(map(len, lines)) <= 40
+    assert lines[0].split() == ["attack", "eps", "interval"]
+    for number in ("0.00784314", "8/255", "97.10", "99.30", "50", "20"):
+        assert any(re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.])", line) for line in lines), number
+
+
+def test_a_head_goes_on_two_lines_before_a_number_does():
+    lines = aligned([("a", "worst of 10"), ("79.90 +- 0.12", "9")], width=22)
+    assert lines == ["a              worst", "               of 10", "-------------  -------", "79.90 +- 0.12  9"]
+
+
+def test_many_columns_go_below_with_the_first_one_before_them():
+    rows = [("run", *(f"attack number {n}" for n in range(9))), ("mine", *(f"{10.0 + n:.2f}" for n in range(9)))]
+    lines = aligned(rows, width=40)
+    assert max(map(len, lines)) <= 40
+    assert sum(line.startswith("mine") for line in lines) == lines.count("") + 1 >= 2
+    assert all(f"{10.0 + n:.2f}" in " ".join(lines) for n in range(9))
+
+
+@pytest.mark.parametrize(("said", "width"), [("120", 120), ("80", 80), ("5", 20), ("no", 80)])
+def test_the_width_is_what_columns_says(said, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", said)
+    assert terminal_width() == width
