@@ -40,7 +40,7 @@ demo: $(STAMP)  ## train three defenses on the digits, attack all three, print t
 test: lint types imports  ## lint, types, import contract, then every test that is not slow
 	@$(BIN)/python -m pytest -m "not slow and not browser" --numprocesses 2 --dist loadfile --durations=10 $(PYTEST_ARGS)
 
-test-browser: $(STAMP)  ## the page in headless Chromium (apt-get install chromium)
+test-browser: $(STAMP)  ## the page and the site in headless Chromium (apt-get install chromium)
 	@$(BIN)/python -m pytest -m browser $(PYTEST_ARGS) tests/report
 
 test-slow: $(STAMP)  ## the tests that take minutes
