@@ -16,7 +16,7 @@ MUTATE_ARGS ?=
 # Small tensors, and threads that spin: with other work on two cores, one thread took tests/compat from minutes to 20 s.
 test test-slow labs labs-sample studies-smoke: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-slow test-browser studies-smoke labs labs-sample mutate paths bench coverage docs lint types imports format clean
+.PHONY: help setup demo test test-slow test-browser wheel studies-smoke labs labs-sample mutate paths bench coverage docs lint types imports format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ test-browser: $(STAMP)  ## the page and the site in headless Chromium (apt-get i
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow --durations=10 $(PYTEST_ARGS)
+
+wheel: $(STAMP)  ## build the wheel, install it where nothing of the repository is seen, and use it from there
+	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS) tests/test_wheel.py
 
 # Both go on where they were stopped, as long as the code is the same; results are in runs/laboratories.
 labs: $(STAMP)  ## the laboratories in full: crashes, kills, damaged and hostile files (about an hour)
