@@ -12,6 +12,7 @@ from torch import nn
 from learn2perturb.attacks import CW, FAB, FGSM, PGD, Attack, AttackResult, FewPixel, Square
 from learn2perturb.attacks.base import Query, check_images
 from learn2perturb.attacks.losses import dlr, margin, targeted_dlr
+from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError, InputError, Learn2PerturbError
 from tests.problems import Linear, NoisyLinear, two_logits
 
@@ -291,3 +292,24 @@ def test_the_ratio_of_three_and_of_four_classes():
         dlr(z[:, :2], torch.tensor([0]))
     with pytest.raises(InputError, match="loss 'dlr' with targets needs at least 4 classes, got 3; use loss='margin'"):
         targeted_dlr(z, y, torch.tensor([0]))
+
+
+def test_at_low_precision_a_pass_in_full_precision_confirms_what_is_broken():
+    """Rounding alone breaks nothing, and a tie is none."""
+    y = torch.zeros(4, dtype=torch.int64)
+    low = torch.tensor([1.0, 1.0, 1.0, -1.0])
+    full = torch.tensor([1.0, 0.0, -1.0, 1.0])  # broken, a tie, rounded over, not asked about
+
+    def model(x):
+        known = low if execution.current().dtype is not None else full
+        margins = known[x[:, 0, 0, 0].long()]
+        return torch.stack([-margins / 2, margins / 2], dim=1)
+
+    x = torch.arange(4.0).view(4, 1, 1, 1)
+    query = Query(model, PGD(), y, strict=True)
+    assert query.broken(x, y, low).tolist() == [True, True, True, False]
+    assert query.forwards == 0  # in full precision nothing is to be confirmed
+    with execution.running(execution.ExecutionMode("test", dtype=torch.bfloat16)):
+        assert query.broken(x, y, low).tolist() == [True, False, False, False]
+        assert query.forwards == 3
+        assert not query.broken(x, y, -low.abs()).any() and query.forwards == 3

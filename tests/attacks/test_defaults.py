@@ -112,13 +112,14 @@ NUMBERS: dict[str, dict[str, Any]] = {
     },
     "cw": {  # Kingma, Ba 2015 (Adam); the published code: a tenth of the steps, and 0.9999
         "_BETAS": (0.9, 0.999), "_TINY": 1e-8, "_INSIDE": 1 - 1e-6, "_CHECKS": 10, "_STUCK": 0.9999, "_PATIENCE": 3,
-        "_JUDGEMENTS": 20, "_CONFIRMATION": 5, "_SMOOTHING": 0.9,
+        "_JUDGEMENTS": 20, "_CONFIRMATION": 5, "_SMOOTHING": 0.9, "_FALLING": 0.99,
     },
     "few_pixel": {
         "STRATEGIES": ("best1bin", "rand1"), "_POINTS": {"cpu": 65_536}, "_POINTS_ELSEWHERE": 8_388_608,
         "_ELITE": 0.1, "_FINAL_DRAWS": 20,
     },
-    "probing": {"_PROBES": 8, "_PROBED_IMAGES": 16},
+    "probing": {"_PROBES": 8, "_PROBED_IMAGES": 16, "_PROBES_OF_A_DRAWING_MODEL": 64},
+    "rays": {"_OUTSIDE": 1.05},
     "foreign": {"_RADIUS_NAMES": ("eps", "ε", "epsilon"), "_OURS": ("targeted", "eot", "eot_average", "seed")},
 }  # fmt: skip
 # What a registered name sets.

@@ -13,7 +13,7 @@ from torch import nn
 import learn2perturb as l2p
 from learn2perturb.attacks import ARC
 from learn2perturb.data import ImageData
-from learn2perturb.defenses import Clock, build_defense
+from learn2perturb.defenses import Clock, barre, build_defense
 from learn2perturb.defenses.barre import onto_simplex
 from learn2perturb.engine.finite import members_of
 from learn2perturb.errors import ConfigError, SiteError
@@ -180,6 +180,18 @@ def test_barres_chances_leave_a_member_that_errs():
         expected = expected if batch == 0 else min(expected + 0.5 / batch / 2, 1.0)  # the last three of the training
         assert model.perturbation.probabilities[0] == pytest.approx(expected)
     assert model.training
+
+
+@pytest.mark.parametrize(("stage", "asked"), [(0, False), (1, True)])
+def test_a_single_member_has_no_chances_to_choose(stage, asked, monkeypatch):
+    made = []
+    monkeypatch.setattr(barre, "ARC", lambda *values, **named: (made.append((values, named)), ARC(*values, **named))[1])
+    defense = build_defense("barre", {"count": 2, "osp_steps": 3, "arc_steps": 2})
+    model = defense.prepare(dense(), SHAPE)
+    defense.begin_step(model, Clock(0, 0, 1, stage=stage))
+    settings = config("barre", epochs=1).resolve()
+    defense.loss(model, torch.rand(2, *SHAPE), torch.zeros(2).long(), Clock(0, 0, 1, stage=stage), settings)
+    assert made == ([((EPS,), {"steps": 2, "norm": "linf"})] if asked else [])
 
 
 @pytest.mark.parametrize("name", NAMES)

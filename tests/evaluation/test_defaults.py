@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +22,31 @@ from learn2perturb.diagnosis.budget import (
 )
 from learn2perturb.diagnosis.checks import gradient_passes
 from learn2perturb.errors import ConfigError, UnknownNameError
-from learn2perturb.evaluation import EvaluateConfig, Predictor, compare, evaluate, rows
+from learn2perturb.evaluation import (
+    EvaluateConfig,
+    Evaluation,
+    Predictor,
+    Row,
+    attacked,
+    compare,
+    deploying,
+    evaluate,
+    evaluating,
+    inputs,
+    pace,
+    pictures,
+    replays,
+    rows,
+    significance,
+    target,
+    values,
+)
 from learn2perturb.evaluation import intervals as of_images
+from learn2perturb.evaluation.arrays import black_box
 from learn2perturb.evaluation.comparing import Comparison
 from learn2perturb.evaluation.keeping import PartialEvaluation
 from learn2perturb.evaluation.result import WORST_OF
+from learn2perturb.evaluation.robustbench import model_info
 from learn2perturb.evaluation.significance import TWO_SIGMA
 from learn2perturb.experiments.facts import PAPER_EOT
 
@@ -49,6 +70,22 @@ ARGUMENTS: dict[Callable[..., Any], dict[str, Any]] = {
     of_images.bootstrap_mean: {"resamples": 2000, "seed": 0, "confidence": 0.95},
     of_images.paired_bootstrap: {"resamples": 2000, "seed": 0, "confidence": 0.95},
     of_images.accuracy_interval: {"confidence": 0.95},
+    of_images.paired_difference: {"confidence": 0.95},
+    of_images.Interval: {"resamples": 0, "note": "", "freedom": math.inf},
+    of_images.Estimate: {"freedom": math.inf},
+    of_images.Scores: {"batches": (), "random": False},
+    black_box: {"channels_last": False},
+    model_info: {"weights": None, "noise": True},
+    pace.guessed_passes: {"images": 1},
+    replays.draws_afresh: {"seed": 0},
+    target.Target.check_alike: {"images": True},
+    Evaluation.row: {"noise": True},
+    Row: {"pooled": (), "zero_gradients": None, "c_rising": None, "loss_falling": None},
+    Evaluation: {"confidence": 0.95, "resamples": 0, "batches": None},
+    EvaluateConfig: {
+        "draws": 10, "predictor": "single", "members": 10, "eps": None, "noise_off": True, "clean": True, "seed": 0,
+        "batch_size": 256, "limit": None, "engine": "plain",
+    },
 }  # fmt: skip
 
 
@@ -63,6 +100,21 @@ def test_arguments_that_are_left_out(function):
 
 
 NUMBERS = {
+    "kept images of a kind": (attacked.EACH, 8),
+    "a program beside its network": (
+        (deploying._CLOSE, deploying._FAR, deploying._IMAGES, deploying._DRAWS), (1e-3, 6.0, 4, 32),
+    ),
+    "zero gradients that are worth a warning": (evaluating._ZERO_GRADIENTS, 0.05),
+    "an answer that depends on its batch": ((inputs._IMAGES, inputs._TOLERANCE, inputs._LARGEST), (8, 1e-3, 1e6)),
+    "a model that replays": ((replays._TOLERANCE, replays._PASSES), (1e-3, 64)),
+    "intervals": (
+        (of_images._ROUNDING, of_images._SCATTER, of_images._FEW, of_images._FEWEST, of_images._USUAL),
+        (1e-9, 5.0, 4.0, 2.7, 0.95),
+    ),
+    "rounding of accuracies": (significance._ROUNDING, 1e-9),
+    "reports": ((pace._LONG, pace._ALMOST), (60.0, 0.99)),
+    "sheets": ((pictures._GAP, pictures._SIDE), (2, 64)),
+    "answers of a black box": ((values._SMALLEST, values._ROWS), (1e-12, 4)),
     "a seed gives one number only with these": (
         (EvaluateConfig.seed, EvaluateConfig.draws, EvaluateConfig.members, EvaluateConfig.batch_size, PAPER_EOT),
         (0, 10, 10, 256, 1),
