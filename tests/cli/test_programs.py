@@ -55,12 +55,12 @@ def program(path: pathlib.Path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_network_without_noise_gives_its_logits_whatever_the_batch(kind, tmp_path):
     net = network().eval()
-    done = deploy(net, tmp_path / f"net{SUFFIXES[kind]}", kind, input_shape=SHAPE, facts={"a": 1})
+    done = deploy(net, tmp_path / f"net{SUFFIXES[kind]}", kind, input_shape=SHAPE, facts={"b": 2, "a": 1})
     run = program(done.path)
     for rows in (1, 2, 5):
         assert torch.allclose(run(X[:rows]), net(X[:rows]), atol=1e-5)
     assert not done.stochastic and done.difference < 1e-4
-    assert b'{"a": 1}' in done.path.read_bytes()
+    assert b'{"a": 1, "b": 2}' in done.path.read_bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)

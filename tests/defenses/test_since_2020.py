@@ -216,3 +216,15 @@ def test_a_resumed_training_is_the_same_to_the_bit(name, tmp_path):
     shutil.rmtree(newest)
     again = train(config, model=started(), data=data, out=tmp_path / "run", progress=False).model.state_dict()
     assert [key for key, value in whole.items() if not torch.equal(value, again[key])] == []
+
+
+def test_rpf_needs_two_filters_of_a_convolution_that_is_not_transposed():
+    model = build_defense("rpf").prepare(nn.Sequential(nn.Conv2d(2, 2, 3)), SHAPE)
+    assert noise_modules(model)[0].random == 1
+    for first in (
+        nn.ConvTranspose2d(2, 4, 3),
+        nn.Conv2d(2, 1, 3),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 4, 3)),
+    ):
+        with pytest.raises(SiteError, match="no weight of its own with two filters or more"):
+            build_defense("rpf").prepare(nn.Sequential(first), SHAPE)

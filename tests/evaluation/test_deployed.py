@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from learn2perturb.errors import ConfigError
+from learn2perturb.evaluation import deploying
 from learn2perturb.evaluation.deploying import _compared
 
 X = torch.rand(4, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -96,3 +97,28 @@ def test_draws_differ_over_calls_and_over_rows_where_the_networks_do():
     kept = torch.randn(200, 3)
     with pytest.raises(ConfigError, match="does not draw its noise anew"):
         compared(lambda x: logits(x) + kept[: len(x)], drawn(rows=True), stochastic=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"), [("\n  \nfirst\nsecond", "first"), ("x" * 250, "x" * 200), ("", "KeyError")]
+)
+def test_what_cannot_be_traced_or_written_is_told_by_its_first_line(said, shown, monkeypatch):
+    class Failing(KeyError):
+        def __str__(self):
+            return said
+
+    Failing.__name__ = "KeyError"
+
+    def fails(*_, **__):
+        raise Failing
+
+    network = torch.nn.Flatten()
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    monkeypatch.setattr(deploying, "_package", lambda name: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(deploying, "_traced", lambda *_: None)
+        with pytest.raises(ConfigError, match=f"cannot be written as ONNX: {shown}; use torch-export"):
+            deploying._onnx(network, X, "")
+    monkeypatch.setattr(torch.export, "export", fails)
+    with pytest.raises(ConfigError, match=f"cannot be traced with batches of any size: {shown}; make"):
+        deploying._traced(network, X)

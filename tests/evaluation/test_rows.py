@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.attacks import FGSM, PGD, Attack
+from learn2perturb.attacks import FGSM, PGD, Attack, Square
+from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.evaluation import evaluate
+from learn2perturb.evaluation.rows import RowRun
 from learn2perturb.noise import perturb
 
 X = torch.rand(40, 1, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -145,3 +147,32 @@ def test_settings_at_their_least():
     assert (found.confidence, found.resamples, found.num_classes) == (0.95, 0, 2)
     twice = evaluate(plain, (X, Y), predictor=["vote", "single", "vote"])
     assert [row.predictor for row in twice.rows] == ["vote", "single"]
+
+
+def run_of(attack, predictor="single", *, stochastic=True):
+    return RowRun(
+        "row", attack, noise=True, switched=False, stochastic=stochastic, predictors=(predictor,), draws=3, members=5,
+        seed=0, mode=execution.PLAIN,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("attack", "predictor", "stochastic", "queries", "passes"), [
+    (None, "single", False, 1, 1), (None, "single", True, 3, 3), (None, "vote", True, 15, 15),
+    (PGD(0.1, 0.05, 4, eot=2), "single", True, 3 + 8, 3 + 3 * 8),  # forward and back: about three forward passes
+    (PGD(0.1, 0.05, 4), "single", False, 1 + 4, 1 + 3 * 4),
+    (Square(0.1, queries=20), "single", False, 1 + 20, 1 + 20),  # forward only
+])  # fmt: skip
+def test_what_a_row_takes(attack, predictor, stochastic, queries, passes):
+    run = run_of(attack, predictor, stochastic=stochastic)
+    assert run.queries(10) == queries
+    assert run.seconds_each(10, 0.5) == pytest.approx(0.5 * passes)
+
+
+@pytest.mark.parametrize(("stochastic", "attack", "passes"), [
+    (True, PGD(0.1, 0.05, 4, eot=2, restarts=3), 24), (True, FGSM(0.1, eot=5), 5), (False, PGD(0.1, 0.05, 4), None),
+])  # fmt: skip
+def test_long_attacks_on_a_random_model_are_compiled(stochastic, attack, passes, monkeypatch):
+    asked = []
+    monkeypatch.setattr(execution, "with_compiled_attack", lambda *words: (asked.append(words), words[0])[1])
+    run_of(attack, stochastic=stochastic).compile_if_long(100, rows=7)
+    assert asked == ([] if passes is None else [(execution.PLAIN, 100 * passes, 7)])
