@@ -267,10 +267,10 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "(base) - (scale * (first - second))"): "first and second are drawn alike",
     ("attacks/few_pixel.py", "kept = margins <= 0", "margins <= 0", "(margins) < (0)"):
         "a margin of 0 is asked about once more, and kept",
-    ("attacks/fab.py", "room = torch.where(sign > 0, 1 - x, torch.where(sign < 0, x, 0.0)).clamp_min(0.0)",
-     "sign > 0", "(sign) >= (0)"): "where the sign is 0 the result is multiplied by it",
-    ("attacks/fab.py", "room = torch.where(sign > 0, 1 - x, torch.where(sign < 0, x, 0.0)).clamp_min(0.0)",
-     "sign < 0", "(sign) <= (0)"): "where the sign is 0 the result is multiplied by it",
+    ("attacks/fab.py", "room = torch.where(sign > 0, 1 - x, x).clamp_min(0.0)", "sign > 0", "(sign) >= (0)"):
+        "where the sign is 0 the result is multiplied by it",
+    ("attacks/auto_attack.py", "names = attack.parts(logits_of(model, x[:1]).shape[1])", "1", "2"):
+        "one image more is asked how many classes there are",
     ("defenses/barre.py", "errors = 1 - mean_of_rows(right.to(choice.chances.dtype))", "1", "2"):
         "the nearest point of the simplex is the same from all that is moved alike",
     ("defenses/pixeldp.py", "return 1.0 if share > 0.9 else share", "share > 0.9", "(share) >= (0.9)"):

@@ -129,8 +129,8 @@ def to_plane(x: Tensor, normal: Tensor, offset: Tensor, norm: str) -> Tensor:
     """
     sign = normal.sign() * offset.sign().unsqueeze(1)
     weight = normal.abs()
-    # A coordinate without weight stays where it is: it has no room and no pace.
-    room = torch.where(sign > 0, 1 - x, torch.where(sign < 0, x, 0.0)).clamp_min(0.0)
+    # A coordinate without weight stays where it is: it has no pace, and its sign is 0.
+    room = torch.where(sign > 0, 1 - x, x).clamp_min(0.0)
     pace = (weight > 0).to(x.dtype) if norm == "linf" else weight
     tiny = torch.finfo(x.dtype).tiny
     ends = torch.where(pace > 0, room / pace.clamp_min(tiny), torch.inf)
