@@ -10,7 +10,7 @@ from torch import nn
 
 import learn2perturb as l2p
 from learn2perturb.attacks import FGSM, PGD, Transfer
-from learn2perturb.attacks.spec import attacks_of_size, build_attacks, in_norm
+from learn2perturb.attacks.spec import attacks_of_size, build_attacks
 from learn2perturb.defenses.objectives import TradesAdversary
 from learn2perturb.errors import ConfigError
 from learn2perturb.presets import PRESETS, preset
@@ -98,40 +98,41 @@ def test_what_is_no_size_is_refused_everywhere(eps):
             call()
 
 
+SIZES = {"linf": 0.2, "l2": 0.5}
+SPECS = {
+    "pgd20": preset("pgd20", 3),  # of a preset: its step is for l_inf
+    "mine": ("pgd", {"step_size": 0.2, "steps": 3}),
+    "own": ("pgd", {"norm": "linf", "steps": 3}),
+    "sized": ("pgd", {"eps": 0.3}),
+    "cw": ("cw", {"steps": 2}),  # looks for the smallest
+    "square": ("square", {"queries": 5}),
+    "few": ("few_pixel", {"generations": 2}),  # knows pixels alone
+}
+
+
 def test_attacks_written_for_linf_are_put_into_another_norm():
-    specs = {
-        "pgd20": preset("pgd20", 3),  # of a preset: its step is for l_inf
-        "mine": ("pgd", {"step_size": 0.2, "steps": 3}),
-        "own": ("pgd", {"norm": "linf", "steps": 3}),
-        "sized": ("pgd", {"eps": 1.5}),
-        "cw": ("cw", {}),  # looks for the smallest
-        "square": ("square", {"queries": 5}),
-        "few": ("few_pixel", {}),  # knows no l2
-    }
-    found = in_norm(specs, "l2", 0.5)
-    assert list(found) == list(specs)
-    assert "step_size" in specs["pgd20"][1]
-    kept = {key: value for key, value in specs["pgd20"][1].items() if key != "step_size"}
-    assert found["pgd20"] == ("pgd", {"eps": 0.5} | kept | {"norm": "l2"})
-    assert found["mine"] == ("pgd", {"eps": 0.5, "step_size": 0.2, "steps": 3, "norm": "l2"})
-    assert found["sized"] == ("pgd", {"eps": 1.5, "norm": "l2"})
-    assert found["square"] == ("square", {"eps": 0.5, "queries": 5, "norm": "l2"})
-    assert {name: found[name] for name in ("own", "cw", "few")} == {name: specs[name] for name in ("own", "cw", "few")}
-    assert in_norm(specs, "linf", 0.1) == specs
+    before = {row: (name, dict(settings)) for row, (name, settings) in SPECS.items()}
+    found = attacks_of_size(SPECS, SIZES.__getitem__, norm="l2", usual_steps=PRESETS)
+    assert list(found) == list(SPECS) and before == SPECS
+    assert {row: (attack.norm, attack.eps) for row, attack in found.items()} == {
+        "pgd20": ("l2", 0.5), "mine": ("l2", 0.5), "own": ("linf", 0.2), "sized": ("l2", 0.3), "cw": ("l2", math.inf),
+        "square": ("l2", 0.5), "few": ("l0", 1),
+    }  # fmt: skip
+    assert found["mine"].step_size == 0.2 and "step_size" in SPECS["pgd20"][1]
+    assert found["pgd20"] == PGD(0.5, steps=found["pgd20"].steps, norm="l2")
+    kept = attacks_of_size({"pgd20": SPECS["pgd20"]}, SIZES.__getitem__, norm="l2")  # nobody says that it is a preset's
+    assert kept["pgd20"].step_size == SPECS["pgd20"][1]["step_size"]
 
 
 def test_attacks_have_the_size_of_the_run_unless_they_bring_one():
-    specs = {
-        "plain": ("pgd", {}),
-        "own": ("pgd", {"eps": 0.3}),
-        "least": ("cw", {}),
-        "step": ("pgd", {"step_size": 0.1}),
-    }
-    found = attacks_of_size(specs, 0.2)
-    assert {name: attack.eps for name, attack in found.items()} == {
-        "plain": 0.2, "own": 0.3, "least": math.inf, "step": 0.2,
+    sizes = []
+    found = attacks_of_size(SPECS, lambda norm: (sizes.append(norm), SIZES[norm])[1])
+    assert {row: (attack.norm, attack.eps) for row, attack in found.items()} == {
+        "pgd20": ("linf", 0.2), "mine": ("linf", 0.2), "own": ("linf", 0.2), "sized": ("linf", 0.3),
+        "cw": ("l2", math.inf), "square": ("linf", 0.2), "few": ("l0", 1),
     }  # fmt: skip
-    asked = attacks_of_size(specs, 0.01, asked=(0.02, 0.2))  # who runs them gives them their sizes
-    assert asked["step"].eps == 0.2 and asked["own"].eps == 0.3 and asked["plain"].eps == PGD().eps
-    with pytest.raises(ConfigError, match="attack 'step'"):
-        attacks_of_size({"step": ("pgd", {"step_size": 0.1})}, 0.01, asked=(0.02, 0.03))
+    assert sizes == ["linf"] * 4  # asked for where it is needed only
+    asked = attacks_of_size(SPECS, SIZES.__getitem__, asked=(0.02, 0.2))  # who runs them gives them their sizes
+    assert asked["mine"].step_size == 0.2 and asked["sized"].eps == 0.3 and asked["own"].eps == PGD().eps
+    with pytest.raises(ConfigError, match="attack 'mine'"):
+        attacks_of_size({"mine": SPECS["mine"]}, SIZES.__getitem__, asked=(0.02, 0.03))
