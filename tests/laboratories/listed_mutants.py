@@ -203,7 +203,7 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "one image more",
     ("evaluation/exact.py", "_COMPARED = 4  # images on which the model is compared with its members", "4", "3"):
         "one image less",
-    ("diagnosis/blackbox.py", "candidate = (x + BALLS[attack.norm].random(x, attack.eps)).clamp_(0, 1)",
+    ("diagnosis/blackbox.py", "return (x + BALLS[attack.norm].random(x, attack.eps)).clamp_(0, 1)",
      "x + BALLS[attack.norm].random(x, attack.eps)", "(x) - (BALLS[attack.norm].random(x, attack.eps))"):
         "a random point of a ball is as likely as the one opposite",
     ("attacks/base.py", "stacked = torch.stack(margins) * (-1 if self._attack.targeted else 1)",
