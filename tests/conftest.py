@@ -13,6 +13,8 @@ import sys
 # equal thread count. One: the tensors are small, and on a busy machine two threads spin and wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Tests look for words in what is printed; what a narrow terminal makes of tables is for test_widths.
+os.environ["COLUMNS"] = "200"
 
 import numpy as np
 import pytest

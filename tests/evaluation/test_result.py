@@ -196,8 +196,7 @@ def test_sizes_are_shown_as_the_literature_writes_them(eps, text):
     assert format_eps(eps) == text
 
 
-def test_the_table(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+def test_the_table():
     rows = (
         row(pooled=True),
         row("pgd", pooled=True),

@@ -28,23 +28,23 @@ Table = list[list[str]]
 
 def markdown(view: View) -> str:
     """Return the view in Markdown: the numbers, differences, what agrees with the paper, notes."""
-    return _laid_out(view, _markdown_table)
+    return _laid_out(view, _markdown_table, _md)
 
 
 def for_terminal(view: View) -> str:
     """Return the same for a terminal: its tables are aligned and fit its width."""
-    return _laid_out(view, lambda rows: "\n".join(aligned([[one_line(cell) for cell in row] for row in rows])))
+    return _laid_out(view, lambda rows: "\n".join(aligned([list(map(one_line, row)) for row in rows])), one_line)
 
 
-def _laid_out(view: View, as_text: Callable[[Table], str]) -> str:
-    level = "" if view.level is None else f", level {_md(view.level)}"
-    parts = [f"## {_md(view.title)}", f"View {_md(view.name)} of study {_md(view.study)}{level}. {legend(view)}"]
+def _laid_out(view: View, as_text: Callable[[Table], str], said: Callable[[str], str]) -> str:
+    level = "" if view.level is None else f", level {said(view.level)}"
+    parts = [f"## {said(view.title)}", f"View {said(view.name)} of study {said(view.study)}{level}. {legend(view)}"]
     parts.append(as_text(table(view)))
     if view.differences:
         parts += ["### Differences", difference_legend(view), as_text(difference_table(view))]
-    parts += _beside_the_paper(view)
+    parts += _beside_the_paper(view, said)
     if view.notes:
-        parts.append("\n".join(f"- {_md(note)}" for note in view.notes))
+        parts.append("\n".join(f"- {said(note)}" for note in view.notes))
     return "\n\n".join(parts) + "\n"
 
 
@@ -132,12 +132,12 @@ def difference_legend(view: View) -> str:
     return f"{text} {over if seeds > 1 else 'One seed: nothing is said of others.'}"
 
 
-def _beside_the_paper(view: View) -> list[str]:
+def _beside_the_paper(view: View, said: Callable[[str], str]) -> list[str]:
     lines = paper_lines(view)
     if not lines:
         return []
     summary = paper_summary(view)
-    return ["### Beside the paper", *([summary] if summary else []), "\n".join(f"- {_md(line)}" for line in lines)]
+    return ["### Beside the paper", *([summary] if summary else []), "\n".join(f"- {said(line)}" for line in lines)]
 
 
 def paper_summary(view: View) -> str:
