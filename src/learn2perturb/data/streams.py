@@ -291,7 +291,7 @@ class JoinedLast:
 
 def classes_of(data: Any) -> tuple[str, ...] | None:
     """Return the names of the classes of a data set, where it has them."""
-    while isinstance(data, Subset) and not hasattr(data, "classes"):
+    while isinstance(data, (Subset, DataLoader)) and not hasattr(data, "classes"):
         data = data.dataset
     names = getattr(data, "classes", None)
     return tuple(str(name) for name in names) if isinstance(names, (list, tuple)) else None

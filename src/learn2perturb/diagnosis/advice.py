@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from learn2perturb.diagnosis.budget import FULL
@@ -70,12 +70,22 @@ def settled(found: Diagnosis) -> list[str]:
         options[_IMAGES] = None
     misleading = any(check.status == "failed" and check.number not in (7, 8) for check in found.checks)
     texts = [_ADAPTIVE] if misleading else []
+    return [*_again(found, options), *texts]
+
+
+def settled_alone(check: Check, found: Diagnosis) -> list[str]:
+    """Return what to run so that this one check would be shown; nothing where it is, or where nothing helps."""
+    return _again(found, list(_options(check, found))) if check.status == "not shown" else []
+
+
+def _again(found: Diagnosis, options: Collection[Option]) -> list[str]:
+    """Return the command or call of a diagnosis with more options; nothing for none."""
     if not options:
-        return texts
+        return []
     command = found.metadata.get("command")
     if command is None:
-        return [f"the same call with {', '.join(argument for _, argument in options)}", *texts]
-    return [_extended(command, [option for option, _ in options]), *texts]
+        return [f"the same call with {', '.join(argument for _, argument in options)}"]
+    return [_extended(command, [option for option, _ in options])]
 
 
 def _options(check: Check, found: Diagnosis) -> Iterable[Option]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from learn2perturb import __version__
 from learn2perturb.attacks import Attack
 from learn2perturb.configs import takes
-from learn2perturb.data import BatchSource, check_labels, warn_of_subset
+from learn2perturb.data import BatchSource, check_labels, classes_of, warn_of_subset
 from learn2perturb.data.loader import MemorySource
 from learn2perturb.engine import execution
 from learn2perturb.engine.random import derive_seed, seed_everything
@@ -111,6 +111,8 @@ def evaluate(
         rows = work.rows(keep)
     _warn_of_zero_gradients(rows)
     more: dict[str, Any] = {"batch_size": config.batch_size, "limit": config.limit, "findings": work.findings}
+    names = classes_of(data)
+    more["classes"] = list(names) if names is not None and len(names) == work.num_classes else None
     used = [attack for _, attack in table]
     found = work.evaluation(rows, target.metadata(data, config, mode, attacks=used, **more))
     if images is not None:

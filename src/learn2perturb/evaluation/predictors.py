@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from learn2perturb.attacks.gradients import mean_logits
 from learn2perturb.checks import check_count
 from learn2perturb.engine import execution
-from learn2perturb.engine.shapes import Images, Logits
+from learn2perturb.engine.shapes import Images, Labels, Logits
 from learn2perturb.errors import ConfigError, InputError
 from learn2perturb.evaluation.config import EvaluateConfig, check_predictor
 from learn2perturb.evaluation.passes import checked_logits
@@ -48,6 +48,15 @@ def scores(rule: str, logits_of: Callable[[Tensor], Tensor], x: Images, members:
 def winners(score: Logits) -> NDArray[np.int64]:
     """Return the class of the largest score of each row, the smallest index of equal ones: (N, classes) to (N,)."""
     return score.cpu().numpy().argmax(axis=1)
+
+
+def probability_margins(score: Logits, y: Labels) -> NDArray[np.float64]:
+    """Return the probability of class ``y`` less the largest of the others, (N,), in [-1, 1]."""
+    probability = score.double().softmax(dim=1) if score.device.type != "mps" else score.softmax(dim=1)
+    own = probability.gather(1, y.unsqueeze(1))
+    others = probability.scatter(1, y.unsqueeze(1), -1.0).amax(dim=1, keepdim=True)
+    found: NDArray[np.float64] = (own - others).squeeze(1).cpu().numpy().astype(np.float64)
+    return found
 
 
 @final

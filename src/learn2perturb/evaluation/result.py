@@ -23,11 +23,13 @@ from learn2perturb.evaluation.intervals import (
     mean_and_std,
     worst_of,
 )
+from learn2perturb.evaluation.margins import Margins
 from learn2perturb.records import PackedBits, PackedIntegers
 from learn2perturb.tables import aligned
 
 CLEAN = "clean"
 WORST_OF = (1, 10, 100)
+MOST_CLASSES = 1_000_000
 POOLED_NOTE = "of the same adversarial examples, which were crafted against the single draw"
 
 
@@ -63,6 +65,7 @@ class Row:
     per image.
     ``correct`` (draws, n) and ``predictions`` (draws, n) are what all accuracies follow from.
     ``zero_gradients`` counts the images whose gradient was exactly zero at the attack's first step (None: it has none).
+    ``margins`` (None in older records): how sure the right and the wrong answers were.
     ``c_rising`` and ``loss_falling`` count the images on which the search of C&W had not converged (``AttackResult``).
     """
 
@@ -93,6 +96,7 @@ class Row:
     zero_gradients: int | None = None
     c_rising: int | None = None
     loss_falling: int | None = None
+    margins: Margins | None = None
 
     @property
     def label(self) -> str:
@@ -189,6 +193,7 @@ class Evaluation(records.Saved):
         The intervals of version 1, over images only, are replaced.
         """
         labels = self.labels.unpack()
+        self._check_classes(labels, *(row.predictions.unpack() for row in self.rows))
         for row in self.rows:
             predictions, correct = row.predictions.unpack(), row.correct.unpack()
             for score in row.pooled:
@@ -196,6 +201,8 @@ class Evaluation(records.Saved):
                     raise CheckpointError(f"row {row.label!r} has a {score.predictor} of another size; evaluate again")
             if predictions.shape != (row.draws, len(labels)) or not np.array_equal(predictions == labels, correct):
                 raise CheckpointError(f"row {row.label!r} does not fit its predictions and labels; evaluate again")
+            if row.margins is not None and not row.margins.fits(correct):
+                raise CheckpointError(f"row {row.label!r} has margins of other answers than its bits; evaluate again")
         recomputed = self.recomputed()
         for row, true in zip(self.rows, recomputed.rows, strict=True):
             if follows(row.interval, self.scores(row), seed=self.seed):
@@ -207,6 +214,17 @@ class Evaluation(records.Saved):
                     f"{_shown(getattr(true, name))}; restore the file or evaluate again"
                 )
         return recomputed
+
+    def _check_classes(self, *parts: NDArray[np.int64]) -> None:
+        """Check that there are as many classes as a network may tell, and no label or answer beyond them."""
+        if not 1 <= self.num_classes <= MOST_CLASSES:
+            raise CheckpointError(f"num_classes is {self.num_classes}, must be 1 to {MOST_CLASSES:,}; restore the file")
+        for part in parts:
+            if part.size and not 0 <= part.min() <= part.max() < self.num_classes:
+                raise CheckpointError(
+                    f"there are classes from {part.min()} to {part.max()}, where num_classes is {self.num_classes}; "
+                    "restore the file or evaluate again"
+                )
 
     def __str__(self) -> str:
         return format_table(self)

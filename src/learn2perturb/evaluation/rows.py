@@ -23,10 +23,11 @@ from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.engine.ranks import Ranks
 from learn2perturb.evaluation.image_keeper import Choice, Kept
 from learn2perturb.evaluation.intervals import majority
+from learn2perturb.evaluation.margins import Margins
 from learn2perturb.evaluation.pace import Pace, guessed_passes
 from learn2perturb.evaluation.parts import attacked
 from learn2perturb.evaluation.passes import Model, checked_logits
-from learn2perturb.evaluation.predictors import AVERAGE, scores, winners
+from learn2perturb.evaluation.predictors import AVERAGE, probability_margins, scores, winners
 from learn2perturb.evaluation.result import Row, statistics
 from learn2perturb.noise import noise_disabled
 from learn2perturb.records import plain
@@ -44,21 +45,29 @@ class _Batch:
     pooled: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty(0, dtype=np.int64))
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
     kept: Kept | None = None
+    margins: Margins | None = None
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
         kept = None if self.kept is None else self.kept.plain()
         return {
             "predictions": self.predictions.tolist(), "pooled": self.pooled.tolist(), "sums": self.sums, "kept": kept,
+            "margins": None if self.margins is None else [self.margins.right, self.margins.wrong],
         }  # fmt: skip
 
     @classmethod
     def of(
-        cls, predictions: list[list[int]], pooled: list[int], sums: dict[str, float], kept: dict[str, str] | None
+        cls,
+        predictions: list[list[int]],
+        pooled: list[int],
+        sums: dict[str, float],
+        kept: dict[str, str] | None,
+        margins: list[list[int]] | None,
     ) -> _Batch:
         """Return what :meth:`plain` gave."""
         images = None if kept is None else Kept.of(**kept)
-        return cls(np.array(predictions, dtype=np.int64), np.array(pooled, dtype=np.int64), sums, images)
+        counted = None if margins is None else Margins(*map(tuple, margins))
+        return cls(np.array(predictions, dtype=np.int64), np.array(pooled, dtype=np.int64), sums, images, counted)
 
 
 @final
@@ -152,7 +161,7 @@ class RowRun:
                 with passes_told_to(self.pace.listener(len(x), tell)):
                     x_adv = self._attacked(self.attack, model, x, y, batch, found)
             with torch.no_grad():
-                self._score(model, x_adv, batch, found)
+                self._score(model, x_adv, y, batch, found)
         if choose is not None and self.attack is not None:
             found.kept = Kept.among(x_adv, choose(found.predictions))
 
@@ -179,8 +188,8 @@ class RowRun:
         found.sums |= {name: count for name in _COUNTS if (count := getattr(result, name)) is not None}
         return result.x_adv.to(x.dtype).contiguous()
 
-    def _score(self, model: Model, x: Tensor, batch: int, found: _Batch) -> None:
-        scorings = []
+    def _score(self, model: Model, x: Tensor, y: Tensor, batch: int, found: _Batch) -> None:
+        scorings, margins = [], []
         total: Tensor | None = None
         eps = "" if self.attack is None else repr(self.attack.eps)
         for draw in range(self.draws):
@@ -188,9 +197,11 @@ class RowRun:
             seed_everything(self.seed, "score", self.name, eps, batch, draw)
             score = scores(self.predictor, lambda images: checked_logits(model, images), x, self.members)
             scorings.append(winners(score))
+            margins.append(probability_margins(score, y))
             if self.pools:
                 total = score.softmax(dim=1) + (0 if total is None else total)
         found.predictions = np.stack(scorings)
+        found.margins = Margins.of(np.stack(margins), found.predictions == y.cpu().numpy())
         if total is not None:
             found.pooled = total.argmax(dim=1).cpu().numpy()
 
@@ -225,6 +236,7 @@ class RowRun:
             batches=batches,
             confidence=CONFIDENCE,
         )
+        margins = [one.margins for one in parts if one.margins is not None]
         parameters = {} if self.attack is None else _settings(self.attack)
         size = len(labels)
         for predictor in self.predictors:
@@ -245,6 +257,7 @@ class RowRun:
                 zero_gradients=self._sum("zero_gradients"),
                 c_rising=self._sum("c_rising"),
                 loss_falling=self._sum("loss_falling"),
+                margins=Margins.joined(margins),
                 **found,
             )
 

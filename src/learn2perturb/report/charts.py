@@ -8,7 +8,6 @@ from typing import Any
 from learn2perturb.certification import Certification
 from learn2perturb.diagnosis import Diagnosis
 from learn2perturb.diagnosis.record import Curve
-from learn2perturb.evaluation import Evaluation, Row
 from learn2perturb.experiments.view import View, ViewCell
 from learn2perturb.report.sources import Training
 
@@ -21,13 +20,17 @@ _AXES = {
     "eot": "draws averaged in each gradient",
 }
 
+# Which check a curve is of.
+_CHECKS = {"draws": 7, "steps": 7, "eps": 5}
 
-def _spec(title: str, told: str, **parts: Any) -> Spec:
+
+def chart(title: str, told: str, **parts: Any) -> Spec:
     """Return a specification that fills its place, with a description for screen readers."""
-    return {"$schema": SCHEMA, "title": title, "description": told, "width": "container", "height": 240, **parts}
+    return {"$schema": SCHEMA, "title": title, "description": told, "width": "container", "height": 240} | parts
 
 
-def _percent(title: str, *, zero: bool = True) -> Spec:
+def percent(title: str, *, zero: bool = True) -> Spec:
+    """Return the axis of a share of 100."""
     return {"type": "quantitative", "title": title, "scale": {"domain": [0, 100]} if zero else {"zero": False}}
 
 
@@ -49,19 +52,26 @@ def accuracy_curve(diagnosis: Diagnosis, curve: Curve) -> Spec:
     layers: list[Spec] = [
         {
             "mark": {"type": "area", "opacity": 0.25},
-            "encoding": {"x": x, "y": {"field": "low", **_percent("accuracy, %")}, "y2": {"field": "high"}},
+            "encoding": {"x": x, "y": {"field": "low", **percent("accuracy, %")}, "y2": {"field": "high"}},
         },
         {
             "mark": {"type": "line", "point": {"size": 60}},
-            "encoding": {"x": x, "y": {"field": "accuracy", **_percent("accuracy, %")}, "tooltip": tooltip},
+            "encoding": {"x": x, "y": {"field": "accuracy", **percent("accuracy, %")}, "tooltip": tooltip},
         },
     ]
-    if curve.axis == "eps":
-        layers.append(_rule(100 / diagnosis.num_classes, "chance"))
+    layers.append(_rule(100 / diagnosis.num_classes, "chance"))
     if diagnosis.claim is not None:
         layers.append(_rule(100 * diagnosis.claim.accuracy, "claimed"))
+        if curve.axis == "eps":
+            at = diagnosis.eps if diagnosis.claim.eps is None else diagnosis.claim.eps
+            layers.append(_point(scale * at, 100 * diagnosis.claim.accuracy, x))
     told = "; ".join(f"{value['at']:.4g}: {value['accuracy']:.1f} %" for value in values)
-    return _spec(f"Accuracy against {curve.axis}", f"{told}; n = {curve.n}", data={"values": values}, layer=layers)
+    return chart(
+        f"Accuracy against {curve.axis} (check {_CHECKS[curve.axis]})",
+        f"{told}; n = {curve.n}",
+        data={"values": values},
+        layer=layers,
+    )
 
 
 def _rule(at: float, word: str) -> Spec:
@@ -79,6 +89,18 @@ def _rule(at: float, word: str) -> Spec:
             },
         ],
     }
+
+
+def _point(at: float, accuracy: float, x: Spec) -> Spec:
+    """Return the claimed point: a shape of its own on the line that has its name."""
+    return {
+        "data": {"values": [{"at": at, "accuracy": accuracy}]},
+        "mark": {"type": "point", "shape": "diamond", "size": 150, "strokeWidth": 2},
+        "encoding": {
+            "x": x, "y": {"field": "accuracy", "type": "quantitative"},
+            "tooltip": [{"field": name, "format": ".4g", "title": f"claimed {name}"} for name in ("at", "accuracy")],
+        },
+    }  # fmt: skip
 
 
 def noise_over_epochs(training: Training) -> Spec | None:
@@ -124,7 +146,7 @@ def _lines(title: str, told: str, values: Sequence[Spec], y: str) -> Spec:
         "strokeDash": {"field": "of", "type": "nominal", "title": None},
         "tooltip": [{"field": "of"}, {"field": "epoch"}, {"field": "value", "format": ".5g"}],
     }
-    return _spec(title, told, data={"values": list(values)}, mark={"type": "line", "point": True}, encoding=encoding)
+    return chart(title, told, data={"values": list(values)}, mark={"type": "line", "point": True}, encoding=encoding)
 
 
 def of_view(view: View) -> Spec | None:
@@ -156,7 +178,7 @@ def of_view(view: View) -> Spec | None:
     ]  # fmt: skip
     last = {str(value["of"]): value for value in values}
     told = "; ".join(f"{name} ends at {value['value']:.4g}" for name, value in last.items())
-    return _spec(view.title, told, data={"values": values}, layer=layers)
+    return chart(view.title, told, data={"values": values}, layer=layers)
 
 
 def _in_255ths(view: View) -> int:
@@ -191,7 +213,7 @@ def certified(certification: Certification) -> Spec:
                 "type": "quantitative",
                 "title": f"{certification.norm} radius, [0, 1] pixel scale",
             },
-            "y": {"field": "share", **_percent("certified accuracy, %")},
+            "y": {"field": "share", **percent("certified accuracy, %")},
             "tooltip": [{"field": "radius", "format": ".4g"}, {"field": "share", "format": ".1f"}],
         },
     }
@@ -210,46 +232,4 @@ def certified(certification: Certification) -> Spec:
     }
     told = f"{values[0]['share']:.1f} % at radius 0; the ball of l_inf {certification.eps:.4g} "
     told += f"needs {certification.needed:.4g}"
-    return _spec("Certified accuracy against radius", told, data={"values": values}, layer=[line, needed])
-
-
-def per_class(evaluation: Evaluation, row: Row, names: Sequence[str], attack: str) -> Spec:
-    """Return the accuracy of each class in ``row``, whose ``attack`` is said in the title."""
-    labels, correct = evaluation.labels.unpack(), row.correct.unpack()
-    values = []
-    for label in range(evaluation.num_classes):
-        own = labels == label
-        if own.any():
-            values.append({"class": names[label], "accuracy": 100 * float(correct[:, own].mean()), "n": int(own.sum())})
-    told = ", ".join(f"{value['class']}: {value['accuracy']:.0f} %" for value in values)
-    return _spec(
-        f"Accuracy of each class, {attack}", told, data={"values": values}, mark="bar",
-        encoding={
-            "x": {"field": "class", "type": "nominal", "title": None, "sort": None},
-            "y": {"field": "accuracy", **_percent("accuracy, %")},
-            "tooltip": [{"field": "class"}, {"field": "accuracy", "format": ".1f"}, {"field": "n"}],
-        },
-    )  # fmt: skip
-
-
-def confusion(evaluation: Evaluation, row: Row, names: Sequence[str], attack: str) -> Spec:
-    """Return how often each class is taken for each, in shares of the true class, over all draws."""
-    labels, predictions = evaluation.labels.unpack(), row.predictions.unpack()
-    values: list[dict[str, Any]] = []
-    for true in range(evaluation.num_classes):
-        own = predictions[:, labels == true]
-        for guess in range(evaluation.num_classes):
-            share = 100 * float((own == guess).mean()) if own.size else 0.0
-            values.append({"true": names[true], "taken for": names[guess], "share": share})
-    wrong = [value for value in values if value["true"] != value["taken for"]]
-    most = max(wrong, key=lambda value: float(value["share"])) if wrong else None
-    told = f"most often {most['true']} is taken for {most['taken for']}, {most['share']:.0f} %" if most else "one class"
-    return _spec(
-        f"What each class is taken for, {attack}", told, data={"values": values}, mark="rect",
-        encoding={
-            "x": {"field": "taken for", "type": "nominal", "sort": None},
-            "y": {"field": "true", "type": "nominal", "sort": None},
-            "color": {"field": "share", "type": "quantitative", "title": "%", "scale": {"scheme": "blues"}},
-            "tooltip": [{"field": "true"}, {"field": "taken for"}, {"field": "share", "format": ".1f"}],
-        },
-    )  # fmt: skip
+    return chart("Certified accuracy against radius", told, data={"values": values}, layer=[line, needed])

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 from learn2perturb.diagnosis import Diagnosis
+from learn2perturb.diagnosis.advice import settled_alone
 from learn2perturb.diagnosis.claim import Claim
 from learn2perturb.diagnosis.layout import advice, key_figure
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation import Evaluation, Row
-from learn2perturb.report import charts, galleries, studies
+from learn2perturb.evaluation.result import CLEAN
+from learn2perturb.report import charts, class_charts, galleries, noise_charts, studies
 from learn2perturb.report.naming import label, short_names
 from learn2perturb.report.section import Chart, Section
-from learn2perturb.report.sources import Material
+from learn2perturb.report.sources import Material, Training
 
 # What two rows of the table have in common if they are one.
 _SAME = ("model", "name", "eps", "noise", "predictor", "accuracy", "n", "draws")
 MOST_RUNS = 40  # of which classes and trainings are shown one by one
+MOST_MAPS = 48  # of noise at sites, on one page
 MARKS = {"passed": "✓", "failed": "✗", "not shown": "?", "does not apply": "–"}
+
+
+_NO_MARGINS = "Margins are missing: the record is older than they are; evaluate again."
 
 
 @final
@@ -179,17 +186,37 @@ def _sections(material: Material, names: Mapping[str, str]) -> Iterable[Section]
             f"Certificates: {certification.metadata.get('model', 'model')}", (str(certification).splitlines()[0],),
             charts=(Chart(f"certified-{index}", spec),),
         )  # fmt: skip
+    room = MOST_MAPS
     for index, training in enumerate(material.trainings[:MOST_RUNS]):
-        drawn = {"noise": charts.noise_over_epochs(training), "training": charts.training_curves(training)}
-        found = tuple(Chart(f"{name}-{index}", spec) for name, spec in drawn.items() if spec is not None)
-        settings = tuple(
-            (str(key), _short(value)) for key, value in training.config.items() if value not in (None, {}, [])
-        )
-        yield Section(f"Training: {training.name}", facts=settings, charts=found)
+        maps = _maps(training, index)[:room]
+        room -= len(maps)
+        yield _trained(training, index, maps)
     lost = [f"{len(material.lost)} records and runs are no longer where a study says: {name}" for name in material.lost]
     yield Section(
         "Where and by what", tuple(lost[:1]), tuple(_circumstances(_records(material)))
     )  # fmt: skip
+
+
+def _trained(training: Training, index: int, maps: Sequence[Chart]) -> Section:
+    """Return curves, maps of the noise and settings of a run folder, and what of these it does not have."""
+    drawn = {"noise": charts.noise_over_epochs(training), "training": charts.training_curves(training)}
+    found = tuple(Chart(f"{name}-{index}", spec) for name, spec in drawn.items() if spec is not None)
+    settings = tuple((str(key), _short(value)) for key, value in training.config.items() if value not in (None, {}, []))
+    sentences = []
+    sites = 0 if training.noise is None else len(training.noise.sites)
+    if len(maps) < sites:
+        sentences.append(f"The noise is shown at {len(maps)} of {sites} sites: the page has no more room.")
+    if training.noise is None and drawn["noise"] is not None:
+        sentences.append(
+            "Maps of the noise are missing: this run has no noise.json; the command that trained it, run again, "
+            "writes it beside the checkpoints."
+        )
+    return Section(f"Training: {training.name}", tuple(sentences), facts=settings, charts=(*found, *maps))
+
+
+def _maps(training: Training, index: int) -> list[Chart]:
+    sites = () if training.noise is None else training.noise.sites
+    return [Chart(f"noise-{index}-{number}", noise_charts.noise_map(one)) for number, one in enumerate(sites)]
 
 
 def _diagnosed(diagnosis: Diagnosis, index: int) -> Section:
@@ -197,7 +224,7 @@ def _diagnosed(diagnosis: Diagnosis, index: int) -> Section:
         {
             "number": check.number, "name": check.name, "status": check.status, "mark": MARKS[check.status],
             "figure": key_figure(check), "sentence": check.sentence, "missing": list(check.missing),
-            "notes": list(check.notes),
+            "notes": list(check.notes), "settled": settled_alone(check, diagnosis),
         }
         for check in diagnosis.checks
     )  # fmt: skip
@@ -230,12 +257,24 @@ def _classes(evaluation: Evaluation, index: int, names: Mapping[str, str]) -> Se
     said, classes = label(row, names), class_names(evaluation)
     return Section(
         f"Classes: {evaluation.metadata.get('model', 'model')}",
-        (f"Under what leaves least with the noise as it is used: {said}.",),
+        (
+            f"Under what leaves least with the noise as it is used: {said}.",
+            *((_NO_MARGINS,) if row.margins is None else ()),
+        ),
         charts=(
-            Chart(f"classes-{index}", charts.per_class(evaluation, row, classes, said)),
-            Chart(f"confusion-{index}", charts.confusion(evaluation, row, classes, said)),
+            Chart(f"classes-{index}", class_charts.per_class(evaluation, row, classes, said)),
+            Chart(f"confusion-{index}", class_charts.confusion(evaluation, row, classes, said)),
+            *_margins(evaluation, row, index, names),
         ),
     )
+
+
+def _margins(evaluation: Evaluation, least: Row, index: int, names: Mapping[str, str]) -> Iterable[Chart]:
+    """Yield the margins of clean images and of what leaves least, where the record has them."""
+    clean = next((row for row in evaluation.rows if row.attack == CLEAN and row.noise == least.noise), least)
+    for which, row in {"clean": clean, "least": least}.items():
+        if row.margins is not None and (which == "least" or row is not least):
+            yield Chart(f"margins-{which}-{index}", noise_charts.margins(row, row.margins, label(row, names)))
 
 
 def _images(material: Material, names: Mapping[str, str]) -> Iterable[Section]:
@@ -257,7 +296,10 @@ def class_names(evaluation: Evaluation) -> Sequence[str]:
     """Return the names of the classes, numbers where the record has none."""
     names = evaluation.metadata.get("classes")
     if isinstance(names, list) and len(names) == evaluation.num_classes:
-        return [str(name) for name in names]
+        texts = [str(name) for name in names]
+        # Charts know a class by its name: two of one name are told apart by their numbers.
+        counts = Counter(texts)
+        return [f"{text} ({number})" if counts[text] > 1 else text for number, text in enumerate(texts)]
     return [str(number) for number in range(evaluation.num_classes)]
 
 
@@ -269,7 +311,7 @@ def _circumstances(records: Iterable[Any]) -> Iterable[tuple[str, str]]:
             if isinstance(value, Mapping):
                 for inner, text in value.items():
                     seen.setdefault(f"{key}: {inner}", {})[_short(text)] = None
-            elif value is not None and key != "command":  # which stands above
+            elif value is not None and key not in ("command", "classes"):  # which stand above
                 seen.setdefault(str(key), {})[_short(value)] = None
     for key, values in seen.items():
         yield key, "; ".join(values)

@@ -17,6 +17,8 @@ from learn2perturb.evaluation.attacked import beside
 from learn2perturb.experiments.folder import CONTENTS, StudyFolder
 from learn2perturb.experiments.view import View
 from learn2perturb.reading import MOST_RECORD, MOST_SETTINGS, parse_json, parse_yaml, read_bytes, reading
+from learn2perturb.runs.noise_maps import FILE as NOISE_MAPS
+from learn2perturb.runs.noise_maps import NoiseMaps
 
 _KINDS: dict[str, type[Evaluation | Diagnosis | Certification | View]] = {
     kind.FORMAT: kind for kind in (Evaluation, Diagnosis, Certification, View)
@@ -26,11 +28,12 @@ _KINDS: dict[str, type[Evaluation | Diagnosis | Certification | View]] = {
 @final
 @dataclass(frozen=True)
 class Training:
-    """A run folder: its settings, and a dictionary for each epoch."""
+    """A run folder: its settings, a dictionary for each epoch, and maps of its noise, where it has them."""
 
     name: str
     config: dict[str, Any]
     epochs: tuple[dict[str, Any], ...]
+    noise: NoiseMaps | None = None
 
 
 @final
@@ -116,7 +119,10 @@ def _gather_run(folder: Path, found: Material) -> None:
     if settings.is_file():
         with reading(f"{settings} cannot be read", "restore it from a copy", CheckpointError):
             config = parse_yaml(read_bytes(settings, MOST_SETTINGS).decode())
-        found.trainings.append(Training(folder.name, config if isinstance(config, dict) else {}, _epochs(metrics)))
+        maps = folder / NOISE_MAPS
+        noise = NoiseMaps.load(maps) if maps.is_file() else None
+        settled = config if isinstance(config, dict) else {}
+        found.trainings.append(Training(folder.name, settled, _epochs(metrics), noise))
     records = sorted({*folder.glob("*.json"), *folder.glob("evaluation/*.json")})
     for path in records:
         said = _format(path)

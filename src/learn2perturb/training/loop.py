@@ -32,6 +32,8 @@ from learn2perturb.progress import Reporter
 from learn2perturb.records import clear_temporaries, make_folder
 from learn2perturb.runs import lock
 from learn2perturb.runs.checkpoint import checkpoints
+from learn2perturb.runs.noise_maps import FILE as NOISE_MAPS
+from learn2perturb.runs.noise_maps import NoiseMaps
 from learn2perturb.training.config import TrainConfig
 from learn2perturb.training.folder import METRICS, SETTINGS, check_folder, settings_text, write_settings
 from learn2perturb.training.interrupt import Interrupt
@@ -125,7 +127,15 @@ def train(
             write_settings(training.out, config, training.device, where=not resumed or _unfinished(training))
         metrics = _Loop(training, loggers).run()
     training.finish()
+    _write_noise_maps(training)
     return Run(folder, training.model, config, metrics)
+
+
+def _write_noise_maps(training: Training) -> None:
+    """Write the scale of the noise, place by place, of the network as it is to be used: a page shows it."""
+    scales = noise_values(training.model)
+    if training.out is not None and scales:
+        NoiseMaps.of({name: value.numpy() for name, value in scales.items()}).save(training.out / NOISE_MAPS)
 
 
 def _check_alike(training: Training) -> None:
