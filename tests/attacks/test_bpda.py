@@ -237,3 +237,12 @@ def test_a_refusal_names_eight_submodules(layers, named):
         bpda(nn.Sequential(*[nn.ReLU() for _ in range(layers)]), "x"),
     ):
         pass
+
+
+@pytest.mark.parametrize(("surrogate", "whose"), [(None, "the identity"), (lambda x: x[:, :2], "the surrogate")])
+def test_a_refusal_says_whose_shape_is_another(surrogate, whose):
+    shape = (2, 2 if surrogate else 3, 4, 4)
+    model = nn.Sequential(nn.Conv2d(3, 5, 1))
+    with bpda(model, "0", surrogate), pytest.raises(InputError) as caught:
+        model(torch.rand(2, *SHAPE))
+    assert f"answers with (2, 5, 4, 4) where {whose} gives {shape}; give bpda() a surrogate" in str(caught.value)

@@ -280,6 +280,9 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "self.count - 1", "(self.count) + (1)"):
         "only a draw that the rounding of the last edge leaves out",
     ("noise/sensitivity.py",
+     "scale = found[1, :, 0, 0] - found[0, :, 0, 0]",
+     "0", "1"): "any pixel of a black and of a white image",
+    ("noise/sensitivity.py",
      "sums = [met[..., i::down, j::across].sum((-2, -1)).max() for i in range(down) for j in range(across)]",
      "-2", "2"): "of four dimensions",
 }  # fmt: skip

@@ -11,7 +11,15 @@ from torch import nn
 
 from learn2perturb.defenses import build_defense
 from learn2perturb.errors import ConfigError, SiteError
-from learn2perturb.noise import feature_deviations, fixed_noise, insert, noise_modules, perturb, perturb_images
+from learn2perturb.noise import (
+    feature_deviations,
+    fixed_noise,
+    insert,
+    noise_modules,
+    perturb,
+    perturb_images,
+    random_members,
+)
 from learn2perturb.noise.laws import noise_law
 
 SHAPE = (2, 3, 4)
@@ -211,6 +219,11 @@ def test_the_first_member_alone_and_the_switch_after_it():
         first, second = network.perturbation.members_in(network)
         assert first(x).unique().tolist() == [0.0] and second(x).unique().tolist() == [1.0]
         assert network.perturbation.enabled is enabled
+
+
+def test_noise_on_a_network_as_a_whole_that_draws_no_members_is_no_ensemble():
+    assert random_members(members(2, [0.5, 0.5])) is not None
+    assert random_members(perturb_images(nn.Flatten(), 0.5)) is None and random_members(nn.Flatten()) is None
 
 
 @pytest.mark.parametrize("count", [1, 101, True, 2.0])
