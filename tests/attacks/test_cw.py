@@ -237,3 +237,11 @@ def test_the_counts_of_all_batches_are_in_the_row():
     assert (result.row("cw").c_rising, result.row("cw").n) == (6, 6)
     assert result.row("cw").loss_falling is not None
     assert result.row("fgsm").c_rising is None
+
+
+@pytest.mark.parametrize("c", [1e-3, 1e3])
+def test_an_objective_that_stands_still_does_not_fall_however_small_it_is(c):
+    x = torch.full((2, 1, 2, 2), 0.5)
+    flat = lambda images: torch.tensor([[1.0, 0.0]]) + 0 * images.flatten(1)[:, :2]  # noqa: E731
+    result = CW(steps=20, search_steps=1, initial_c=c, abort_early=False).run(flat, x, torch.zeros(2).long())
+    assert result.loss_falling == 0 and result.c_rising == 2 and torch.equal(result.x_adv, x)

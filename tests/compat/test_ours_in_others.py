@@ -65,7 +65,7 @@ def test_their_attacks_leave_a_network_stochastic_and_in_eval_mode(noisy, batch,
 # --- attacks: the same images as when they are called directly
 
 
-def test_torchattacks_runs_ours(plain, batch, torchattacks):
+def test_torchattacks_runs_ours(plain, batch, torchattacks, capsys):
     x, y = batch
     exported = attacks.to_torchattacks(ATTACK, plain)
     assert isinstance(exported, torchattacks.attack.Attack)
@@ -76,6 +76,7 @@ def test_torchattacks_runs_ours(plain, batch, torchattacks):
     target = (y + 1) % 10
     assert torch.equal(exported(x, target), PGD(EPS, 0.03, 5, seed=1, targeted=True)(plain, x, target))
     assert torch.equal(attacks.to_torchattacks(exported_targeted(), plain)(x, target), exported(x, target))
+    assert capsys.readouterr().out == ""
 
 
 def exported_targeted():

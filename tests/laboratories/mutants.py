@@ -30,16 +30,17 @@ _TINY = 1e-5  # a guard against a division by zero, or an allowance for rounding
 
 @dataclass(frozen=True)
 class Mutant:
-    """A change of one place: the line it is on, and the whole text of the file with it."""
+    """A change of one place: the line and the column it is at, and the whole text of the file with it."""
 
     path: str  # below src/learn2perturb
     line: int
     before: str
     after: str
     text: str
+    column: int = 0
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}: `{self.before}` to `{self.after}`"
+        return f"{self.path}:{self.line}:{self.column}: `{self.before}` to `{self.after}`"
 
 
 def mutants(source: pathlib.Path, path: str) -> list[Mutant]:
@@ -54,7 +55,8 @@ def mutants(source: pathlib.Path, path: str) -> list[Mutant]:
         for new in _changes(node):
             # In brackets: what is replaced may stand next to an operator that binds more closely.
             text = content[:start] + f"({new})".encode() + content[end:]
-            found.append(Mutant(path, node.lineno, content[start:end].decode(), new, text.decode()))
+            before = content[start:end].decode()
+            found.append(Mutant(path, node.lineno, before, new, text.decode(), node.col_offset))
     return found
 
 

@@ -212,7 +212,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=200, help="mutants of the sample (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
     parser.add_argument("--folders", nargs="+", default=FOLDERS, choices=FOLDERS, help="of the sample (default all)")
-    parser.add_argument("--only", nargs="+", help="instead of a sample, every mutant whose file:line: change has this")
+    parser.add_argument(
+        "--only", nargs="+", help="instead of a sample, every mutant whose file:line:column: change has this"
+    )
     parser.add_argument("--no-listed", dest="listed", action="store_false", help="leave the listed mutants out")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default 2)")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of tests of a mutant (default 60)")
