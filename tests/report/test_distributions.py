@@ -82,6 +82,29 @@ def test_damaged_maps_are_refused_in_a_line(tmp_path):
         page(folder)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"theta_mean": {}}, {"theta_schedule": {"a": 1}}, {"test_pgd": {}}, {"epoch": -1}, {"epoch": True},
+        {"test_pgd": 10**400}, {"epoch": 10**400}, {"theta_mean": None}, {"test_clean": 1}, {HOSTILE + "_pgd": 0.5},
+    ],
+)  # fmt: skip
+def test_metrics_of_an_odd_shape_are_left_out(odd, tmp_path):
+    folder = run_folder(tmp_path / "run", None)
+    (folder / "metrics.jsonl").write_text(f"{json.dumps(EPOCH)}\n{json.dumps({**EPOCH, 'epoch': 1, **odd})}\n[1]\n7")
+    text = page(folder)
+    assert 'alert("1")' not in text
+    for chart in data_of(text)["charts"].values():
+        assert all(isinstance(value["value"], int | float) for value in chart["data"]["values"])
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "7", "a: {b: [1, 2]}", "<b>: <i>"])
+def test_settings_of_an_odd_shape_are_a_page(content, tmp_path):
+    folder = run_folder(tmp_path / "run", {"theta/bn1": np.ones(3)})
+    (folder / "config.yaml").write_text(content)
+    assert "<i>" not in page(folder)
+
+
 def test_margins_count_every_answer(record, tmp_path):  # noqa: F811
     found, path = record
     charts = data_of(page(path))["charts"]

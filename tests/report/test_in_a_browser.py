@@ -185,7 +185,7 @@ def test_sorting_and_filtering(opened):
 def test_the_table_is_copied(kind, begins, opened):
     page = opened(permissions=["clipboard-read", "clipboard-write"])
     page.click(f"[data-copy={kind}]")
-    page.wait_for_function("document.getElementById('copied').textContent !== ''")
+    page.wait_for_selector("#copied:not(:empty)")
     assert "Copied" in page.inner_text("#copied")
     assert page.evaluate("navigator.clipboard.readText()").startswith(begins)
 

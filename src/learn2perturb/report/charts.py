@@ -46,8 +46,8 @@ def accuracy_curve(diagnosis: Diagnosis, curve: Curve) -> Spec:
         for point in curve.points
     ]  # fmt: skip
     x: Spec = {"field": "at", "type": "quantitative", "title": _AXES[curve.axis] + unit, "scale": {"type": "symlog"}}
-    if curve.axis != "eps":
-        x["axis"] = {"values": [value["at"] for value in values], "format": "d"}
+    # Ticks where something was measured: those of a symlog scale would lie on each other.
+    x["axis"] = {"values": [value["at"] for value in values], "format": ".3~g", "labelOverlap": True}
     tooltip = [{"field": name, "type": "quantitative", "format": ".4g"} for name in ("at", "accuracy", "low", "high")]
     layers: list[Spec] = [
         {
@@ -105,37 +105,41 @@ def _point(at: float, accuracy: float, x: Spec) -> Spec:
 
 def noise_over_epochs(training: Training) -> Spec | None:
     """Return the scale of the noise over epochs beside what the regulariser alone gives; None where none is learned."""
-    names = [key for key in training.epochs[-1] if f"{key}_mean" in training.epochs[-1]] if training.epochs else []
+    last = training.epochs[-1] if training.epochs else {}
+    names = [key for key in last if _is_number(last.get(f"{key}_mean"))]
     values = []
     for line in training.epochs:
         for name in names:
-            values.append({"epoch": line["epoch"] + 1, "value": line.get(f"{name}_mean"), "of": f"mean {name}"})
-            if f"{name}_schedule" in line:
+            if _is_number(line.get(f"{name}_mean")):
+                values.append({"epoch": line["epoch"] + 1, "value": line[f"{name}_mean"], "of": f"mean {name}"})
+            if _is_number(line.get(f"{name}_schedule")):
                 values.append(
                     {"epoch": line["epoch"] + 1, "value": line[f"{name}_schedule"], "of": "regulariser alone"}
                 )
     if not values:
         return None
-    last = training.epochs[-1]
     told = ", ".join(f"{name} ends at {last[f'{name}_mean']:.4g}" for name in names)
     return _lines("Scale of the noise over epochs", told, values, "scale of the noise")
 
 
 def training_curves(training: Training) -> Spec | None:
     """Return the accuracies of the training over epochs; None before the first."""
-    names = [
-        key for key in (training.epochs[-1] if training.epochs else {}) if key.endswith(("_accuracy", "_clean", "_pgd"))
-    ]
+    last = training.epochs[-1] if training.epochs else {}
+    names = [key for key in last if key.endswith(("_accuracy", "_clean", "_pgd")) and _is_number(last[key])]
     values = [
         {"epoch": line["epoch"] + 1, "value": 100 * line[name], "of": name.replace("_", " ")}
         for line in training.epochs
         for name in names
-        if isinstance(line.get(name), float)
+        if _is_number(line.get(name))
     ]
     if not values:
         return None
-    told = ", ".join(f"{name.replace('_', ' ')} {100 * training.epochs[-1][name]:.1f} %" for name in names)
+    told = ", ".join(f"{name.replace('_', ' ')} {100 * last[name]:.1f} %" for name in names)
     return _lines("Accuracy in training over epochs", f"at the end: {told}", values, "accuracy, %")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _lines(title: str, told: str, values: Sequence[Spec], y: str) -> Spec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,6 +22,8 @@ from learn2perturb.runs.noise_maps import NoiseMaps
 _KINDS: dict[str, type[Evaluation | Diagnosis | Certification | View]] = {
     kind.FORMAT: kind for kind in (Evaluation, Diagnosis, Certification, View)
 }
+
+_MOST = 1e300
 
 
 @final
@@ -139,13 +140,18 @@ def _epochs(path: Path) -> tuple[dict[str, Any], ...]:
                 line = parse_json(text)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(line, dict) and line.get("kind") == "epoch" and isinstance(line.get("epoch"), int):
+            if isinstance(line, dict) and line.get("kind") == "epoch" and _is_epoch(line.get("epoch")):
                 lines.append({key: value for key, value in line.items() if isinstance(value, dict) or _finite(value)})
     return tuple(lines)
 
 
+def _is_epoch(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
+
+
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    # An integer of any length can be read, and none beyond floats can be drawn.
+    return isinstance(value, int | float) and abs(value) < _MOST
 
 
 def _format(path: Path) -> str:

@@ -11,7 +11,7 @@ async function draw() {
     spec.config = {
       background: "transparent", view: { stroke: null }, title: { color: ink, anchor: "start", fontSize: 14 },
       axis: { labelColor: ink, titleColor: ink, gridOpacity: 0.35, labelFontSize: 12, titleFontSize: 12 },
-      legend: { labelColor: ink, titleColor: ink, orient: "bottom" }, text: { color: ink }, rule: { color: ink },
+      legend: { labelColor: ink, titleColor: ink, orient: "bottom", columns: 2 }, text: { color: ink }, rule: { color: ink },
       range: { category: dark.matches ? ["#8ab8f0", "#f0b48a", "#9fe0a8", "#d9a8f0"] : ["#0b57a4", "#a4550b", "#1d6b34", "#6b1d6b"] },
       mark: { color: dark.matches ? "#8ab8f0" : "#0b57a4" },
     };
