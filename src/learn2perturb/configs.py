@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.values import kinds_of
 
-ENGINES = ("auto", "plain", "fast")
+ENGINES = ("auto", "plain", "fast", "fast32")
 # What the docstring of a function says of **settings, in the lines that the fields of the config take the place of.
 _SETTINGS = re.compile(r"^( +)settings: .*(?:\n\1 .*)*", re.MULTILINE)
 

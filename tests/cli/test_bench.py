@@ -234,7 +234,7 @@ def check_numbers(row, images):
 def test_bench_step(capsys, fast_here):
     result = measured(capsys, "step", *DIGITS, *NETWORK)
     check_modes(result, fast_here)
-    for name in ("baseline", "plain", *(["fast"] if fast_here else [])):
+    for name in ("baseline", "plain", *(["fast"] if fast_here else []), "fast32"):
         check_numbers(result[name], images=16)
         assert 0 < result[name]["attack_share"] < 1
         assert 0 <= result[name]["noise_share"] < 1
@@ -246,7 +246,7 @@ def test_bench_step(capsys, fast_here):
 def test_bench_attack(capsys, fast_here):
     result = measured(capsys, "attack", *DIGITS, *NETWORK, "--images=20", "--eot=2")
     check_modes(result, fast_here)
-    for name in ("baseline", "plain", *(["fast"] if fast_here else [])):
+    for name in ("baseline", "plain", *(["fast"] if fast_here else []), "fast32"):
         for attack in ("pgd2", "eot-pgd2"):
             check_numbers(result[name][attack], images=20)
         parts = [result[name][attack]["seconds"] for attack in ("pgd2", "eot-pgd2")]

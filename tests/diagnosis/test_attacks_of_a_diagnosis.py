@@ -23,9 +23,10 @@ ATTACK = PGD(0.1, 0.025, 20, eot=20, loss="margin", eot_average="probability", r
 
 
 class Recording:
-    """A bench that notes what it is asked to run; each attack leaves half of the images."""
+    """A bench that notes what it is asked to run; each attack leaves half of the images, or as many as is said."""
 
-    def __init__(self, attack: PGD = ATTACK, *, stochastic: bool = True) -> None:
+    def __init__(self, attack: PGD = ATTACK, *, stochastic: bool = True, leaves: float = 0.5) -> None:
+        self.leaves = leaves
         self.attack, self.budget, self.seed, self.num_classes = attack, BUDGET, 0, 10
         self.subject = Subject(lambda x: x, stochastic)
         self.x = torch.zeros(N, 1, 4, 4)
@@ -34,7 +35,7 @@ class Recording:
 
     def attacked(self, name: str, attack: Attack, n: int, **settings: Any) -> Attacked:
         self.run[name] = attack, n, settings
-        return left(0.5, n)
+        return left(self.leaves, n)
 
 
 def left(share: float, n: int = N) -> Attacked:
@@ -59,7 +60,8 @@ def test_3_the_whole_box_is_crossed_two_and_a_half_times(norm, eps, steps, share
     bench = Recording(dataclasses.replace(ATTACK, norm=norm))
     bench.budget = dataclasses.replace(BUDGET, unbounded_steps=steps)
     draft = whitebox.unbounded(bench)
-    (attack, n, settings) = bench.run["unbounded"]
+    assert len(bench.run) == (1 if steps == 1 else 2)  # an eighth of the steps first, which leave too much here
+    (attack, n, settings) = bench.run["unbounded" if steps == 1 else f"unbounded, {steps} steps"]
     assert attack == dataclasses.replace(
         ATTACK, norm=norm, eps=eps, step_size=share * eps, steps=steps, random_start=False, restarts=1,
         eot=2,
@@ -70,10 +72,21 @@ def test_3_the_whole_box_is_crossed_two_and_a_half_times(norm, eps, steps, share
     assert f"{steps} steps still leave 50.0 % (allowed 1 %)" in draft.wrong[0]
 
 
+def test_3_an_eighth_of_the_steps_will_do_where_it_leaves_nothing():
+    bench = Recording(leaves=0.0)
+    bench.budget = dataclasses.replace(BUDGET, unbounded_steps=80)
+    draft = whitebox.unbounded(bench)
+    assert {name: (made.steps, made.step_size) for name, (made, *_) in bench.run.items()} == {"unbounded": (10, 0.25)}
+    assert not draft.wrong
+
+
 def test_5_every_size_gets_the_reported_attack_with_its_steps_scaled():
     bench = Recording()
     clean = left(0.75)
     draft, curve = whitebox.distortion(bench, clean)
+    far, _, _ = bench.run.pop("eps 102/255")  # one draw, which leaves too much
+    assert far == dataclasses.replace(ATTACK, eps=0.4, step_size=far.step_size, eot=1)
+    assert list(bench.run) == ["eps 0.05", "eps 0.1", "eps 102/255, 3 draws"]
     assert [(attack.eps, attack.step_size) for attack, *_ in bench.run.values()] == [
         (0.05, pytest.approx(0.0125)), (0.1, pytest.approx(0.025)), (0.4, pytest.approx(0.1)),
     ]  # fmt: skip
@@ -93,6 +106,23 @@ def test_5_every_size_gets_the_reported_attack_with_its_steps_scaled():
     assert draft.good == "accuracy falls from 75.0 % to 50.0 % at eps 102/255"
     assert draft.claims[-1].text == "accuracy falls to chance (10.0 %) at eps 102/255"
     assert draft.claims[0].text == "accuracy does not rise from eps 0 to 0.05"
+
+
+@pytest.mark.parametrize(
+    ("leaves", "before", "stochastic", "names"),
+    [
+        (0.1, 0.1, True, ["eps 102/255"]),
+        (0.1, 0.05, True, ["eps 102/255", "eps 102/255, 3 draws"]),  # more than the radius before
+        (0.15, 0.2, True, ["eps 102/255", "eps 102/255, 3 draws"]),  # more than chance
+        (0.15, 0.2, False, ["eps 102/255"]),
+    ],
+)
+def test_5_far_beyond_the_radius_one_draw_does_where_it_leaves_no_more_than_chance(leaves, before, stochastic, names):
+    bench = Recording(stochastic=stochastic, leaves=leaves)
+    bench.budget = dataclasses.replace(BUDGET, eps_grid=(0.4,))
+    whitebox.distortion(bench, left(before))
+    assert list(bench.run) == names
+    assert [attack.eot for attack, *_ in bench.run.values()] == [1, 3][: len(names)] if stochastic else [3]
 
 
 def test_7_more_draws_and_more_steps_are_the_reported_attack_otherwise():

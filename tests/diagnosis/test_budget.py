@@ -55,15 +55,18 @@ def test_the_queries_of_a_diagnosis_by_values():
 
 def test_the_passes_of_a_diagnosis():
     steps = 11
-    quiet = {3: 31 * 13, 5: 31 * steps * 3, 7: 31 * (3 + 6), 8: 31 * steps * (4 + 2)}
+    quiet = {3: 31 * 1, 5: 31 * steps * 3, 7: 31 * (3 + 6), 8: 31 * steps * (4 + 2)}
     noisy = {
-        3: 31 * 13 * 3, 4: 31 * 21 * 2 / 3, 5: 31 * steps * 3 * 5, 6: 2 * 101 * steps,
+        3: 31 * 1 * 3, 4: 31 * 21 * 2 / 3, 5: 31 * steps * 3 * 5, 6: 2 * 101 * steps,
         7: 31 * (steps * (1 + 2 + 8) + 5 * (3 + 6)), 8: 31 * 5 * steps * (6 + 4 + 2),
     }  # fmt: skip
+    far = replace(ODD, eps_grid=tuple(range(1, 8)))  # of seven radii three are far beyond the one in question
+    assert CHECKS[5].cost(far, True) == 31 * steps * (4 * 5 + 3)
+    assert CHECKS[5].cost(far, False) == 31 * steps * 7
     for stochastic, expected in ((False, quiet), (True, noisy)):
         costs = {number: check.cost(ODD, stochastic) for number, check in CHECKS.items() if number <= 8}
         assert costs == pytest.approx({number: expected.get(number, 0) for number in costs})
     rest = {stochastic: sum(CHECKS[n].cost(ODD, stochastic) for n in CHECKS if n > 8) for stochastic in (False, True)}
     assert gradient_passes(ODD, stochastic=False, sources=2) == int(101 * steps * 3 + sum(quiet.values()) + rest[False])
-    found = 101 * steps * 7 * 3 + 31 * 17 * 6 / 3 + sum(noisy.values()) + rest[True]
+    found = 101 * steps * (7 + 2) + 31 * 17 * 6 / 3 + sum(noisy.values()) + rest[True]
     assert gradient_passes(ODD, stochastic=True, sources=2) == int(round(found, 6))

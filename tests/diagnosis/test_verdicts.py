@@ -83,7 +83,8 @@ def test_2_neither_may_gradients_that_pass_by_a_submodule(left, fails):
 
 @pytest.mark.parametrize(("left", "fails"), [(0.01, False), (0.015, True)])
 def test_3_one_per_cent_may_be_left_by_an_unbounded_attack(left, fails):
-    assert status(whitebox.unbounded(Canned({"unbounded": left}))) == says(fails)
+    assert status(whitebox.unbounded(Canned({"unbounded": left, "unbounded, 200 steps": left}))) == says(fails)
+    assert status(whitebox.unbounded(Canned({"unbounded": 0.9, "unbounded, 200 steps": left}))) == says(fails)
 
 
 @pytest.mark.parametrize(("middle", "last", "fails"), [(0.5, 0.1, False), (0.5, 0.105, True), (0.905, 0.1, True)])

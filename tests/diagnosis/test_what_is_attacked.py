@@ -68,10 +68,14 @@ def bench(attack: PGD, right: float = 0.0, **facts: object) -> SimpleNamespace:
 @pytest.mark.parametrize(("steps", "share"), [(1, 1.0), (2, 1.0), (3, 2.5 / 3), (200, 0.0125)])
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 1.0), ("l2", 48**0.5)])
 def test_the_whole_box_is_crossed_more_than_twice_without_a_random_start(norm, eps, steps, share):
-    found = bench(PGD(0.1, norm=norm, restarts=4, eot=9))
+    found = bench(PGD(0.1, norm=norm, restarts=4, eot=9), right=0.011)
     found.budget = dataclasses.replace(PLAN, unbounded_steps=steps)
     whitebox.unbounded(found)
     attack, n, settings = found.made["unbounded"]
+    assert (attack.steps, attack.step_size) == pytest.approx(
+        (max(1, steps // 8), min(2.5 / max(1, steps // 8), 1) * eps)
+    )
+    attack, n, settings = found.made["unbounded" if steps == 1 else f"unbounded, {steps} steps"]
     assert (attack.eps, attack.step_size) == pytest.approx((eps, share * eps))
     assert (attack.steps, attack.random_start, attack.restarts, attack.eot) == (steps, False, 1, 3)
     assert (n, settings) == (PLAN.some, {"rival": False})

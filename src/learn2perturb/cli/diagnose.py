@@ -157,7 +157,7 @@ def _origin(arguments: argparse.Namespace) -> dict[str, Any]:
         "--queries-per-second": arguments.queries_per_second, "--sources-dir": arguments.sources_dir,
         "--engine": arguments.engine,
     }  # fmt: skip
-    left_out = {"--batch-size": DiagnoseConfig.batch_size, "--engine": DiagnoseConfig.engine}
+    left_out = {"--batch-size": DiagnoseConfig.batch_size}
     words = ["learn2perturb", "diagnose", *words_of(arguments), "--full" if arguments.budget == "full" else "--quick"]
     words += ["--split", arguments.split] if arguments.split != "test" else []
     for name, value in given.items():

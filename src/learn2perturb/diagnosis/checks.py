@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from learn2perturb import plugins
-from learn2perturb.diagnosis.budget import Budget
+from learn2perturb.diagnosis.budget import Budget, few
 from learn2perturb.errors import ConfigError
 
 HOME = "learn2perturb.diagnosis."
@@ -116,14 +116,14 @@ def own_checks() -> list[Callable[..., Any]]:
 def gradient_passes(budget: Budget, *, stochastic: bool, sources: int) -> int:
     """Return about how many forward-and-backward passes of an image a diagnosis makes, to choose the execution mode."""
     eot = budget.eot if stochastic else 1
-    shared = float(budget.images * budget.steps * eot * (1 + sources))  # the reported attack and transfers
+    shared = float(budget.images * budget.steps * (eot + sources))  # the reported attack; sources mostly have no noise
     if stochastic:
         shared += budget.some * budget.square_queries * budget.square_draws / 3  # values only
     return int(round(shared + sum(check.cost(budget, stochastic) for check in CHECKS.values()), 6))
 
 
 def _unbounded(budget: Budget, stochastic: bool) -> float:
-    return budget.some * budget.unbounded_steps * (budget.unbounded_eot if stochastic else 1)
+    return budget.some * few(budget.unbounded_steps) * (budget.unbounded_eot if stochastic else 1)
 
 
 def _random(budget: Budget, stochastic: bool) -> float:
@@ -131,7 +131,9 @@ def _random(budget: Budget, stochastic: bool) -> float:
 
 
 def _sizes(budget: Budget, stochastic: bool) -> float:
-    return budget.some * budget.steps * len(budget.eps_grid) * (budget.sweep_eot if stochastic else 1)
+    near = 4  # radii up to twice the one that is diagnosed; beyond, one draw mostly leaves chance
+    far = max(0, len(budget.eps_grid) - near)
+    return budget.some * budget.steps * ((len(budget.eps_grid) - far) * (budget.sweep_eot if stochastic else 1) + far)
 
 
 def _quiet(budget: Budget, stochastic: bool) -> float:

@@ -36,8 +36,8 @@ class DiagnoseConfig(Config):
         seed: of attacks, scoring and everything else.
         limit: use so many images, in place of the budget's number.
         batch_size: images in one pass; a batch is attacked hundreds of times, so that a small one shows progress.
-        engine: attacks are crafted in ``plain`` (float32), ``fast`` or ``auto`` (bfloat16). Scoring is in float32,
-            always.
+        engine: attacks are crafted in ``plain`` or ``fast32`` (float32), ``fast`` or ``auto`` (bfloat16); by default in
+            float32, in ``fast32`` where the work is long enough. Scoring is in float32, always.
     """
 
     budget: str | Budget = "quick"
@@ -49,7 +49,7 @@ class DiagnoseConfig(Config):
     seed: int = 0
     limit: int | None = None
     batch_size: int = 100
-    engine: str = "plain"
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -59,7 +59,7 @@ class DiagnoseConfig(Config):
         check_choice("norm", self.norm, ("linf", "l2"), optional=True)
         if self.bpda is not None and (not isinstance(self.bpda, str) or not self.bpda.strip()):
             raise ConfigError(f"bpda is {self.bpda!r}, must be globs of names of submodules such as 'quantise'")
-        check_choice("engine", self.engine, ENGINES)
+        check_choice("engine", self.engine, ENGINES, optional=True)
         budget_of(self.budget)
 
     @classmethod

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ class ExecutionMode:
     """One way to run forward and backward passes.
 
     Attributes:
-        name: ``plain`` or ``fast``.
+        name: ``plain``, ``fast`` or ``fast32``.
         dtype: the autocast type of convolutions and matrix products; None computes in float32.
         channels_last: lay images and convolution weights out as NHWC in memory.
         threaded_draws: draw noise on the CPU with one generator a thread.
@@ -76,6 +76,10 @@ CUDA = ExecutionMode(
     "fast", dtype=torch.bfloat16, channels_last=True, folding=True, folding_compiled=False, compiled_training=True,
     recording=True, tuned_convolutions=True,
 )  # fmt: skip
+
+# What computes in bfloat16 above, in float32: for processors and cards that lack it, and to see what it changes.
+FAST32 = dataclasses.replace(FAST, name="fast32", dtype=None)
+CUDA32 = dataclasses.replace(CUDA, name="fast32", dtype=None)
 
 _current: contextvars.ContextVar[ExecutionMode] = contextvars.ContextVar("execution mode", default=PLAIN)
 
@@ -173,28 +177,42 @@ def eager(mode: ExecutionMode) -> ExecutionMode:
 
 
 def select(
-    name: str, device: torch.device, *, pixels: float = math.inf, attacked_pixels: float = 0, rows: int = 0
+    name: str | None, device: torch.device, *, pixels: float = math.inf, attacked_pixels: float = 0, rows: int = 0
 ) -> ExecutionMode:
-    """Return the execution mode ``name``; ``auto`` is ``fast`` if the hardware has bfloat16 and the work is enough.
+    """Return the execution mode ``name``; ``auto`` is the faster of ``fast`` and ``fast32`` if the work is enough.
 
     Args:
-        name: ``auto``, ``plain`` or ``fast``.
+        name: ``auto``; ``plain``; ``fast``, in bfloat16; ``fast32``, which does all but that. None is the faster of
+            those in float32.
         device: where passes will run.
         pixels: the size of the work: images times their height times their width.
         attacked_pixels: those of them that attacks differentiate, once for each of their passes.
         rows: images in a batch of an attack, which its compiled passes are made for.
 
     Raises:
-        ConfigError: the name is not ``auto``, ``plain`` or ``fast``, or ``fast`` is not available on this device.
+        ConfigError: the name is none of these, or not available on this device.
     """
-    check_choice("engine", name, ENGINES)
+    check_choice("engine", name, ENGINES, optional=True)
+    if name is None or name == "auto":
+        able = _fastest(device, allowed=("fast32",) if name is None else ("fast", "fast32"))
+        name = able if pixels >= _WORTHWHILE_PIXELS else "plain"
     if name == "plain":
         return PLAIN
-    native = has_native_bfloat16(device)
-    if native and (name == "fast" or pixels >= _WORTHWHILE_PIXELS):
-        mode = with_compiled_attack(CUDA if device.type == "cuda" else FAST, attacked_pixels, rows)
-        enough = mode.compiled_rows > 0 and attacked_pixels >= _COMPILED_TRAINING_PIXELS
-        return dataclasses.replace(mode, compiled_training=mode.compiled_training or enough)
-    if name == "fast":
-        raise ConfigError(f"engine 'fast' needs bfloat16 in hardware, which {device} lacks; use 'auto' or 'plain'")
-    return PLAIN
+    if name == "fast" and not has_native_bfloat16(device):
+        instead = "'fast32', 'auto' or 'plain'" if device.type in _TRIED else "'auto' or 'plain'"
+        raise ConfigError(f"engine 'fast' needs bfloat16 in hardware, which {device} lacks; use {instead}")
+    if device.type not in _TRIED:
+        raise ConfigError(f"engine {name!r} runs on {' and '.join(_TRIED)}, not on {device}; use 'auto' or 'plain'")
+    mode = with_compiled_attack(_MODES[name, device.type], attacked_pixels, rows)
+    enough = mode.compiled_rows > 0 and attacked_pixels >= _COMPILED_TRAINING_PIXELS
+    return dataclasses.replace(mode, compiled_training=mode.compiled_training or enough)
+
+
+def _fastest(device: torch.device, allowed: Sequence[str]) -> str:
+    if "fast" in allowed and has_native_bfloat16(device):
+        return "fast"
+    return "fast32" if device.type in _TRIED else "plain"
+
+
+_MODES = {("fast", "cpu"): FAST, ("fast", "cuda"): CUDA, ("fast32", "cpu"): FAST32, ("fast32", "cuda"): CUDA32}
+_TRIED = ("cpu", "cuda")

@@ -30,7 +30,7 @@ from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.evaluation.image_keeper import ImageKeeper, arrays_of
 from learn2perturb.evaluation.inputs import peculiarities
 from learn2perturb.evaluation.keeping import Unfinished, taken
-from learn2perturb.evaluation.pace import tell_seconds
+from learn2perturb.evaluation.pace import guessed_passes, tell_seconds
 from learn2perturb.evaluation.passes import (
     PROBABILITIES,
     Model,
@@ -101,8 +101,8 @@ def evaluate(
     table = [*([(CLEAN, None)] if config.clean else []), *_expand(attacks, config.eps)]
     if not table:
         raise ConfigError("clean is False and no attack is given, so nothing is left to score; give one of them")
-    mode = execution.select(config.engine, target.device)
     source = target.source(data, batch_size=config.batch_size, seed=config.seed, limit=config.limit)
+    mode = execution.select(config.engine, target.device, pixels=_pixels(source, table, config))
     with target.judged(progress) as told:
         work = _Work(target, source, table, config, mode, told, images)
         work.read()
@@ -118,6 +118,15 @@ def evaluate(
     if images is not None:
         images.found = work.attacked_images(found)
     return found
+
+
+def _pixels(source: BatchSource, table: list[tuple[str, Attack | None]], config: EvaluateConfig) -> float:
+    """Return about how many pixels all passes of the attacks see, which the choice of the execution mode is made by."""
+    count = source.num_examples if config.limit is None else min(config.limit, source.num_examples)
+    passes = sum(guessed_passes(attack, config.batch_size) for _, attack in table if attack is not None)
+    if source.input_shape is None:  # a loader that was not looked into: as if it were long
+        return math.inf if passes else 0.0
+    return count * passes * math.prod(source.input_shape[1:])
 
 
 @final

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from learn2perturb.checks import check_choice, check_count, check_flag, fraction
+from learn2perturb.configs import ENGINES
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.registry import DEFENSES
@@ -52,7 +53,7 @@ class Scoring:
             check_count(name, getattr(self, name), optional=True)
         check_flag("noise_off", self.noise_off)
         check_choice("predictor", self.predictor, (OWN, "single", "vote", "mean_probability", "mean_logits"))
-        check_choice("engine", self.engine, ("plain", "fast", "auto"))
+        check_choice("engine", self.engine, ENGINES)
         check_choice("split", self.split, ("test", "train", "validation"))
 
 

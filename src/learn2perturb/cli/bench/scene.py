@@ -55,7 +55,7 @@ class Scene:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the matrix products of the fastest execution mode; the roofline is estimated in it."""
-        return (self.modes.get("fast") or self.modes["plain"]).dtype or torch.float32
+        return next((mode.dtype for mode in self.modes.values() if mode.dtype is not None), torch.float32)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images batch by batch, in [0, 1], on the device."""
