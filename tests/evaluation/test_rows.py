@@ -161,6 +161,7 @@ def run_of(attack, predictor="single", *, stochastic=True):
     (PGD(0.1, 0.05, 4, eot=2), "single", True, 3 + 8, 3 + 3 * 8),  # forward and back: about three forward passes
     (PGD(0.1, 0.05, 4), "single", False, 1 + 4, 1 + 3 * 4),
     (Square(0.1, queries=20), "single", False, 1 + 20, 1 + 20),  # forward only
+    (Square(0.1, queries=20, eot=5), "vote", True, 15 + 100, 15 + 100),
 ])  # fmt: skip
 def test_what_a_row_takes(attack, predictor, stochastic, queries, passes):
     run = run_of(attack, predictor, stochastic=stochastic)
