@@ -162,6 +162,12 @@ def test_one_image_or_one_class_is_a_page(classes, tmp_path):
     assert data_of(page(many(classes, 1).save(tmp_path / "a.json")))["rows"][0]["n"] == 1
 
 
+def test_a_record_without_rows_shows_that_nothing_was_measured(record, tmp_path):  # noqa: F811
+    path = dataclasses.replace(record[0], rows=()).save(tmp_path / "none.json")
+    assert data_of(page(path))["verdict"] == "No accuracy was measured here."
+    assert len(data_of(page(path, record[1]))["rows"]) == len(record[0].rows)
+
+
 def test_an_answer_beyond_the_classes_is_refused(tmp_path):
     found = dataclasses.replace(many(3, 30), num_classes=2)
     with pytest.raises(CheckpointError, match="classes"):

@@ -246,6 +246,8 @@ def _strongest(material: Material) -> Iterable[Evaluation]:
     """Yield, for each model, the evaluation whose attack leaves least."""
     found: dict[str, Evaluation] = {}
     for _, evaluation in material.evaluations:
+        if not evaluation.rows:
+            continue
         model = str(evaluation.metadata.get("model", "model"))
         if model not in found or _least(evaluation).accuracy < _least(found[model]).accuracy:
             found[model] = evaluation
