@@ -24,9 +24,11 @@ from learn2perturb.registry import REGISTRIES
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-# Started by nohup, or by whatever ignores a hang-up, the tests of signals would find it ignored, as it should stay.
+# Started by nohup, or in the background of a script, the tests of signals would find them ignored, as they should stay.
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 CIFAR10_FILES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")

@@ -62,7 +62,7 @@ ARGUMENTS: dict[Callable[..., Any], dict[str, Any]] = {
     },
     diagnose: {
         "budget": "quick", "eps": None, "attack": None, "sources": None, "noise_off": None, "seed": 0, "limit": None,
-        "batch_size": 100, "device": None, "engine": "plain", "name": None, "progress": True,
+        "batch_size": 100, "device": None, "engine": None, "name": None, "progress": True,
     },
     compare: {"pairs": (), "confidence": 0.95},
     Predictor.__init__: {"rule": "mean_probability", "members": 10},
@@ -150,7 +150,7 @@ def test_versions_of_the_records_change_on_purpose_only():
 
 PRESETS = {
     "quick": {
-        "images": 200, "some": 100, "scorings": 10, "eot": 10, "steps": 20, "sweep_eot": 4, "unbounded_steps": 200,
+        "images": 200, "some": 100, "scorings": 10, "eot": 8, "steps": 20, "sweep_eot": 4, "unbounded_steps": 200,
         "unbounded_eot": 1, "samples": 200, "sample_draws": 1, "finalists": 3, "judge_draws": 20, "eps_grid": (),
         "draw_curve": (1, 8, 32), "step_curve": (5, 20, 50, 100), "restarts": 5, "targets": 1, "square_queries": 300,
         "square_draws": 4, "slope_images": 8, "slope_repeats": 24, "real_queries": 1000, "descent_steps": 40,
@@ -251,13 +251,14 @@ def test_the_passes_of_a_diagnosis_are_those_of_its_checks():
         draw_curve=(1, 4), step_curve=(1, 2), restarts=23, targets=29, square_queries=31, square_draws=37,
         slope_images=1, slope_repeats=1,
     )  # fmt: skip
-    # One gradient a step: the reported attack and two transfers; sizes, four losses, restarts; curve; whole box.
-    plain = 101 * 5 * 3 + 97 * (5 * (3 + 4 + 23) + 3 + 11)
+    # One gradient a step: the reported attack and two transfers; sizes, four losses, restarts; curve; of the whole box
+    # an eighth.
+    plain = 101 * 5 * 3 + 97 * (5 * (3 + 4 + 23) + 3 + 1)
     assert gradient_passes(budget, stochastic=False, sources=2) == plain
-    reported = 5 * 3 * (1 + 2) + 2 * 5
+    reported = 5 * (3 + 2) + 2 * 5
     # Two losses, two averages that cost a third more, held draws; each as six with the sizes.
     compared = 7 * 5 * (3 + 6 + 29 + 23)
     curves = 5 * (1 + 4) + 7 * (1 + 2)
     forward = (31 * 37 + 17 * 19) // 3  # a pass without a gradient is a third of one with
-    noisy = 101 * reported + 97 * (compared + curves + forward + 11 * 13)
+    noisy = 101 * reported + 97 * (compared + curves + forward + 1 * 13)
     assert gradient_passes(budget, stochastic=True, sources=2) == noisy

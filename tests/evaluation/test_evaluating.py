@@ -153,9 +153,9 @@ def test_a_deterministic_model_is_scored_once() -> None:
     assert clean.worst_of == {1: 0.75, 10: 0.75, 100: 0.75}
     assert clean.interval == wilson(3, 4)
     assert dark.parameters["eot"] == 1
-    # classes, eight probes and three batches of some images, probes, one that looks for draws, clean, attack, its
-    # verification, its score
-    assert len(calls) == 1 + (8 + 3) + 8 + 1 + 1 + 1 + 1 + 1
+    # classes, eight probes and three batches of some images, probes, one that looks for draws, two that ask
+    # whether seeds decide the draws, clean, attack, its verification, its score
+    assert len(calls) == 1 + (8 + 3) + 8 + 1 + 2 + 1 + 1 + 1 + 1
 
 
 def test_a_deterministic_model_has_the_same_row_for_every_predictor() -> None:

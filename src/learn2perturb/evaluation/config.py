@@ -34,8 +34,8 @@ class EvaluateConfig(Config):
             attack without a random start, for every batch size).
         batch_size: images in one pass (a DataLoader keeps its own).
         limit: evaluate so many images only, balanced over the classes (the first ones of a loader of yours).
-        engine: attacks are crafted in ``plain`` (float32), ``fast`` (bfloat16) or ``auto`` (``fast`` where the hardware
-            has bfloat16). Scoring is in float32, always.
+        engine: attacks are crafted in ``plain`` or ``fast32`` (float32), ``fast`` (bfloat16) or ``auto`` (the best
+            of these where the work is long enough). Scoring is in float32, always.
     """
 
     draws: int = 10

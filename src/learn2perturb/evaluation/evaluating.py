@@ -211,7 +211,8 @@ class _Work:
             run.compile_if_long(self.expected * math.prod(x.shape[2:]), rows=len(x))
         self.by_row = isinstance(self.source, MemorySource) and self.model is model and not self.findings
         # Alone too: the generator of a model that has one is then where it is in each of several processes.
-        self.ranks = current() if isinstance(model, BlackBox) or seeds_decide(model, x[:_PROBED], seed) else ALONE
+        # Asked of a whole batch: a program may be made for one number of images.
+        self.ranks = current() if isinstance(model, BlackBox) or seeds_decide(model, x, seed) else ALONE
 
     def _add(self, run: RowRun, x: Tensor, y: Tensor, index: int, before: int, total: int) -> None:
         """Attack and score one batch of one row, of whose images so many were done before."""
