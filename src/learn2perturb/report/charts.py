@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from learn2perturb.certification import Certification
 from learn2perturb.diagnosis import Diagnosis
+from learn2perturb.diagnosis.claim import Claim
 from learn2perturb.diagnosis.record import Curve
+from learn2perturb.evaluation.intervals import Interval
 from learn2perturb.experiments.view import View, ViewCell
 from learn2perturb.report.sources import Training
+from learn2perturb.report.sweeps import Sweep
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # names the language; nothing is fetched
 Spec = dict[str, Any]
@@ -36,16 +39,57 @@ def percent(title: str, *, zero: bool = True) -> Spec:
 
 def accuracy_curve(diagnosis: Diagnosis, curve: Curve) -> Spec:
     """Return accuracy against eps, steps or draws with its band, chance and the claimed point."""
-    scale = 255 if curve.axis == "eps" and diagnosis.norm == "linf" else 1
+    stated = None
+    if diagnosis.claim is not None:
+        stated = 100 * diagnosis.claim.accuracy, diagnosis.eps if diagnosis.claim.eps is None else diagnosis.claim.eps
+    title = f"Accuracy against {curve.axis} (check {_CHECKS[curve.axis]})"
+    points = [(point.at, point) for point in curve.points]
+    return _band(title, curve.axis, points, curve.n, diagnosis.norm, diagnosis.num_classes, stated)
+
+
+def swept(sweep: Sweep, claim: Claim | None) -> Spec:
+    """Return accuracy against the size, the steps or the draws of an attack, of rows that differ in nothing else."""
+    last = sweep.rows[-1]
+    title = (
+        f"Accuracy against {sweep.axis}: {last.attack_type}, {'noise' if last.noise else 'noise off'}, {last.predictor}"
+    )
+    stated = None if claim is None else (100 * claim.accuracy, claim.eps)
+    points = list(zip(sweep.at, sweep.rows, strict=True))
+    return _band(title, sweep.axis, points, last.n, sweep.norm, sweep.num_classes, stated)
+
+
+class _Measured(Protocol):
+    """An accuracy with its interval."""
+
+    @property
+    def accuracy(self) -> float:
+        """Of 1."""
+
+    @property
+    def interval(self) -> Interval:
+        """Of the accuracy."""
+
+
+def _band(
+    title: str,
+    axis: str,
+    points: Sequence[tuple[float, _Measured]],
+    n: int,
+    norm: str,
+    num_classes: int,
+    stated: tuple[float, float | None] | None,
+) -> Spec:
+    """Return a line with its band, chance, and the per cent that are ``stated``, at their eps if there is one."""
+    scale = 255 if axis == "eps" and norm == "linf" else 1
     unit = " (255ths of the pixel range)" if scale == 255 else ""
     values = [
         {
-            "at": scale * point.at, "accuracy": 100 * point.accuracy,
+            "at": scale * at, "accuracy": 100 * point.accuracy,
             "low": 100 * point.interval.low, "high": 100 * point.interval.high,
         }
-        for point in curve.points
+        for at, point in points
     ]  # fmt: skip
-    x: Spec = {"field": "at", "type": "quantitative", "title": _AXES[curve.axis] + unit, "scale": {"type": "symlog"}}
+    x: Spec = {"field": "at", "type": "quantitative", "title": _AXES[axis] + unit, "scale": {"type": "symlog"}}
     # Ticks where something was measured: those of a symlog scale would lie on each other.
     x["axis"] = {"values": [value["at"] for value in values], "format": ".3~g", "labelOverlap": True}
     tooltip = [{"field": name, "type": "quantitative", "format": ".4g"} for name in ("at", "accuracy", "low", "high")]
@@ -59,19 +103,14 @@ def accuracy_curve(diagnosis: Diagnosis, curve: Curve) -> Spec:
             "encoding": {"x": x, "y": {"field": "accuracy", **percent("accuracy, %")}, "tooltip": tooltip},
         },
     ]
-    layers.append(_rule(100 / diagnosis.num_classes, "chance"))
-    if diagnosis.claim is not None:
-        layers.append(_rule(100 * diagnosis.claim.accuracy, "claimed"))
-        if curve.axis == "eps":
-            at = diagnosis.eps if diagnosis.claim.eps is None else diagnosis.claim.eps
-            layers.append(_point(scale * at, 100 * diagnosis.claim.accuracy, x))
+    layers.append(_rule(100 / num_classes, "chance"))
+    if stated is not None:
+        accuracy, eps = stated
+        layers.append(_rule(accuracy, "claimed"))
+        if axis == "eps" and eps is not None:
+            layers.append(_point(scale * eps, accuracy, x))
     told = "; ".join(f"{value['at']:.4g}: {value['accuracy']:.1f} %" for value in values)
-    return chart(
-        f"Accuracy against {curve.axis} (check {_CHECKS[curve.axis]})",
-        f"{told}; n = {curve.n}",
-        data={"values": values},
-        layer=layers,
-    )
+    return chart(title, f"{told}; n = {n}", data={"values": values}, layer=layers)
 
 
 def _rule(at: float, word: str) -> Spec:

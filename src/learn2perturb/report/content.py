@@ -19,6 +19,7 @@ from learn2perturb.report import charts, class_charts, galleries, noise_charts, 
 from learn2perturb.report.naming import label, short_names
 from learn2perturb.report.section import Chart, Section
 from learn2perturb.report.sources import Material, Training
+from learn2perturb.report.sweeps import sweeps
 
 # What two rows of the table have in common if they are one.
 _SAME = ("model", "name", "eps", "noise", "predictor", "accuracy", "n", "draws")
@@ -78,7 +79,7 @@ def contents(material: Material, claim: str | None) -> Content:
         commands=tuple(_commands(material)),
         views=tuple(studies.sections(material.views)),
         rows=tuple(rows),
-        sections=tuple(_sections(material, names)),
+        sections=tuple(_sections(material, names, stated)),
     )
 
 
@@ -171,9 +172,10 @@ def _commands(material: Material) -> Iterable[str]:
             yield command
 
 
-def _sections(material: Material, names: Mapping[str, str]) -> Iterable[Section]:
+def _sections(material: Material, names: Mapping[str, str], stated: Claim | None) -> Iterable[Section]:
     for index, (_, diagnosis) in enumerate(material.diagnoses):
         yield _diagnosed(diagnosis, index)
+    yield from _swept(material, stated)
     if max(len(list(_strongest(material))), len(material.trainings)) > MOST_RUNS:
         sentence = f"Classes and trainings are shown of {MOST_RUNS} networks at most; give some of their folders alone."
         yield Section("Single networks", (sentence,))
@@ -217,6 +219,16 @@ def _trained(training: Training, index: int, maps: Sequence[Chart]) -> Section:
 def _maps(training: Training, index: int) -> list[Chart]:
     sites = () if training.noise is None else training.noise.sites
     return [Chart(f"noise-{index}-{number}", noise_charts.noise_map(one)) for number, one in enumerate(sites)]
+
+
+def _swept(material: Material, stated: Claim | None) -> Iterable[Section]:
+    """Yield for each network the curves that its rows make."""
+    found = sweeps(evaluation for _, evaluation in material.evaluations)
+    by_model = itertools.groupby(sorted(found, key=lambda one: one.model), key=lambda one: one.model)
+    numbers = itertools.count()
+    for model, of_model in itertools.islice(by_model, MOST_RUNS):
+        drawn = tuple(Chart(f"sweep-{next(numbers)}", charts.swept(one, stated)) for one in of_model)
+        yield Section(f"Size and budget of attacks: {model}", charts=drawn)
 
 
 def _diagnosed(diagnosis: Diagnosis, index: int) -> Section:
