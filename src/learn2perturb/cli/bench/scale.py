@@ -30,6 +30,7 @@ COUNTS = (1, 2, 4)
 def measure(settings: BenchSettings, reporter: Reporter) -> dict[str, dict[str, Any]]:
     """Time the step of one training, the same whole batch on 1, 2 and 4 processes; return an object for each number.
 
+    The step is run in the fastest execution mode of this machine, as a long training is, and compiled nowhere.
     ``efficiency`` is the speed-up over one process by the number of processes; ``waiting_share`` what of a step the
     processes spend in sums over all of them, waiting for each other included; ``messages`` how many such sums it has;
     ``work`` the CPU time of all processes in units of that of one, which other work on the machine changes least.
@@ -46,7 +47,9 @@ def measure(settings: BenchSettings, reporter: Reporter) -> dict[str, dict[str, 
     for count, row in zip(COUNTS, found.values(), strict=True):
         row["work"] = row["cpu_seconds"] / found["1 process"]["cpu_seconds"]
         row["efficiency"] = row["images_per_second"] / alone / count
-        row["settings"] = settings.shown("scale") | {"threads": settings.threads or 1, "device": str(scene.device)}
+        row["settings"] = settings.shown("scale") | {
+            "threads": settings.threads or 1, "device": str(scene.device), "engine": scene.fastest,
+        }  # fmt: skip
         row["environment"] = where
     return found
 
@@ -105,12 +108,14 @@ def _process(rank: int, count: int, port: int, settings: BenchSettings, answers:
     )
     with joined() as ranks:
         scene = Scene.of(settings)
-        config = config_of(settings, "plain", str(scene.device))
+        config = config_of(settings, scene.fastest, str(scene.device))
         x, y = scene.first_batch()
         share = ranks.share(len(y))
 
         def metered(own: Ranks, x: Tensor, y: Tensor) -> _Metered:
-            return _Metered(Training(config, None, scene.data, None, Reporter(False), own), x, y, ranks)
+            training = Training(config, None, scene.data, None, Reporter(False), own)
+            training.mode = execution.eager(training.mode)  # what several processes cannot have shall one not have
+            return _Metered(training, training.mode.place_images(x), y, ranks)
 
         steps = {"together": metered(ranks, x, y)}
         if count > 1:  # the same rows in as many processes at once, which know nothing of each other

@@ -53,6 +53,11 @@ class Scene:
         return cls(settings, device, _images(settings), found, refused)
 
     @property
+    def fastest(self) -> str:
+        """The name of the fastest execution mode that is available here."""
+        return next(name for name in ("fast", "fast32", "plain") if name in self.modes)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of the matrix products of the fastest execution mode; the roofline is estimated in it."""
         return next((mode.dtype for mode in self.modes.values() if mode.dtype is not None), torch.float32)
