@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from learn2perturb.cli.bench import scale
 from learn2perturb.cli.main import main
+from learn2perturb.engine.execution import has_native_bfloat16
 
 WORDS = ("--dataset=digits", "--device=cpu", "--batch-size=16", "--rounds=2", "--model=digits_cnn", "--attack-steps=1")
 
@@ -27,7 +29,9 @@ def test_efficiency_and_work_are_in_units_of_one_process(monkeypatch, capsys):
     assert [row["efficiency"] for row in found.values()] == [1.0, 0.8, 0.5]
     assert [row["work"] for row in found.values()] == pytest.approx([1.0, 1.2, 1.6])
     assert main(["bench", "scale", *WORDS]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    text = capsys.readouterr().out
+    assert f"{'fast' if has_native_bfloat16(torch.device('cpu')) else 'fast32'} engine, 1 thread each" in text
+    lines = [line.split() for line in text.splitlines()]
     assert ["2", "processes", "2500.0", "6.4", "80%", "1.20", "5.0%", "20.0%", "10.0%", "5"] in lines
 
 

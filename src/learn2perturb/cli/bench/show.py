@@ -55,8 +55,9 @@ def _show_scale(settings: BenchSettings, measured: Rows) -> None:
         for name, row in measured.items()
     ]  # fmt: skip
     head = ["", "ms", "images/s", "efficiency", "work", "overhead", "slower", "waiting", "messages"]
+    engine = measured["1 process"]["settings"]["engine"]
     print_table(
-        head, lines, title=f"{title('scale', settings)}, plain engine, {_some(settings.threads or 1, 'thread')} each"
+        head, lines, title=f"{title('scale', settings)}, {engine} engine, {_some(settings.threads or 1, 'thread')} each"
     )
 
 
