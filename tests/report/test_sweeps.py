@@ -48,8 +48,9 @@ def test_two_records_of_a_network_make_one_curve_and_those_of_two_none(found):
     parts = [scored(dict([pair])) for pair in sized().items()]
     (one,) = sweeps(parts)
     assert one.at == (0.0, *SIZES)
-    others = [dataclasses.replace(part, metadata=part.metadata | {"weights": str(i)}) for i, part in enumerate(parts)]
-    assert sweeps(others) == []
+    for what in ("weights", "images"):
+        others = [dataclasses.replace(part, metadata=part.metadata | {what: str(i)}) for i, part in enumerate(parts)]
+        assert sweeps(others) == []
     assert sweeps([scored(sized(), n=12), scored(sized(), n=8)])[0].rows[0].n == 12
 
 

@@ -36,10 +36,11 @@ class Sweep:
 @final
 @dataclass(frozen=True)
 class _Scored:
-    """Which network was scored, and how: the same in all points of a curve."""
+    """Which network was scored, on which images, and how: the same in all points of a curve."""
 
     model: str
     weights: str
+    images: str
     num_classes: int
     noise: bool
     predictor: str
@@ -48,8 +49,8 @@ class _Scored:
 
     @classmethod
     def of(cls, evaluation: Evaluation, row: Row) -> _Scored:
-        model, weights = (str(evaluation.metadata.get(name, name)) for name in ("model", "weights"))
-        return cls(model, weights, evaluation.num_classes, row.noise, row.predictor, row.members, row.n)
+        model, weights, images = (str(evaluation.metadata.get(name, name)) for name in ("model", "weights", "images"))
+        return cls(model, weights, images, evaluation.num_classes, row.noise, row.predictor, row.members, row.n)
 
 
 def sweeps(evaluations: Iterable[Evaluation]) -> list[Sweep]:
