@@ -99,6 +99,16 @@ def check_without_adversary(name: str, settings: Settings, other: str) -> None:
         )
 
 
+def check_adversary(name: str, settings: Settings) -> None:
+    """Refuse an adversary that does not move, for a defense ``name`` that is nothing without one.
+
+    Raises:
+        ConfigError: ``eps`` is 0.
+    """
+    if settings.eps == 0:
+        raise ConfigError(f"eps is 0, so {name} has no adversary; set eps such as 8/255, or take 'none'")
+
+
 def restarted_stages(settings: Settings, optimizers: Callable[[nn.Module], Optimizers]) -> tuple[Stage, ...]:
     """Return a stage for each learning rate of a ``step`` schedule, each with fresh optimisers from ``optimizers``.
 

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.defenses.base import Clock, Defense, Losses, Optimizers, Stage, forward
+from learn2perturb.defenses.base import Clock, Defense, Losses, Optimizers, Stage, check_adversary, forward
 from learn2perturb.defenses.objectives import (
     clean_loss,
     kl_divergence,
@@ -101,8 +101,7 @@ class HAT(Defense):
             ConfigError: ``eps`` is 0.
         """
         super().check(settings)
-        if settings.eps == 0:
-            raise ConfigError("eps is 0, so HAT has no adversary; set eps such as 8/255, or take 'none'")
+        check_adversary("HAT", settings)
 
     def prepare(self, network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
         """Give ``network`` its helper, and return it as it is.

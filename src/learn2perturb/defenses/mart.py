@@ -12,10 +12,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.defenses.base import Clock, Defense, Losses, forward, training_adversary
+from learn2perturb.defenses.base import Clock, Defense, Losses, check_adversary, forward, training_adversary
 from learn2perturb.defenses.objectives import clean_loss, kl_divergence, label_loss, losses_of_pair, mode_of_attack
 from learn2perturb.defenses.settings import Settings, number
-from learn2perturb.errors import ConfigError
 
 
 @final
@@ -47,8 +46,7 @@ class MART(Defense):
             ConfigError: ``eps`` is 0.
         """
         super().check(settings)
-        if settings.eps == 0:
-            raise ConfigError("eps is 0, so MART has no adversary; set eps such as 8/255, or take 'none'")
+        check_adversary("MART", settings)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: Settings) -> Losses:
         """Return the objective on one batch; the attack comes first, as in the released code."""

@@ -246,9 +246,7 @@ def trades_adversary(settings: Settings) -> TradesAdversary:
     )
 
 
-def losses_of_pair(
-    total: Tensor, logits: Tensor, adv_logits: Tensor, y: Tensor, extra: Mapping[str, Tensor] | None = None
-) -> Losses:
+def losses_of_pair(total: Tensor, logits: Tensor, adv_logits: Tensor, y: Tensor) -> Losses:
     """Return an objective ``total`` with what the clean and the adversarial logits (N, K) of its batch say."""
     with torch.no_grad():
         clean, adversarial = F.cross_entropy(logits, y), F.cross_entropy(adv_logits, y)
@@ -258,7 +256,6 @@ def losses_of_pair(
         adversarial=adversarial,
         clean_correct=logits.detach().argmax(1) == y,
         adversarial_correct=adv_logits.detach().argmax(1) == y,
-        extra=extra or {},
     )
 
 

@@ -54,13 +54,13 @@ class Scene:
 
     @property
     def fastest(self) -> str:
-        """The name of the fastest execution mode that is available here."""
-        return next(name for name in ("fast", "fast32", "plain") if name in self.modes)
+        """The name of the execution mode that long work takes here."""
+        return execution.select("auto", self.device).name
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the matrix products of the fastest execution mode; the roofline is estimated in it."""
-        return next((mode.dtype for mode in self.modes.values() if mode.dtype is not None), torch.float32)
+        return self.modes[self.fastest].dtype or torch.float32
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images batch by batch, in [0, 1], on the device."""
