@@ -189,8 +189,11 @@ def _plan(study: Study, arguments: argparse.Namespace, where: Placing) -> int:
     from learn2perturb.experiments.ledger import Ledger
     from learn2perturb.experiments.store import Store
     from learn2perturb.progress import duration
+    from learn2perturb.terminal import say
 
     ledger = Ledger(study, Store(arguments.store))
+    cells = sum(1 for _ in study.all_pairs())
+    say(f"{len(study.runs)} networks, {cells} records; a few passes of each kind of network are timed first")
     estimates = Estimates(ledger, arguments.device)
     rows, total = [], 0.0
     seen: set[str] = set()
@@ -208,12 +211,12 @@ def _plan(study: Study, arguments: argparse.Namespace, where: Placing) -> int:
                 seen.add(ledger.address(run))
         pairs = list(study.pairs(run))
         absent = [pair for pair in pairs if not ledger.is_there(pair)]
-        cells = sum(estimates.cell(pair) for pair in absent) if state != "as above" else 0.0
-        total += seconds + cells
+        judging = sum(estimates.cell(pair) for pair in absent) if state != "as above" else 0.0
+        total += seconds + judging
         rows.append(
             (
                 run.title, state, duration(seconds) if seconds else "", f"{len(pairs) - len(absent)} of {len(pairs)}",
-                duration(cells) if cells else "",
+                duration(judging) if judging else "",
             )
         )  # fmt: skip
     room = where.jobs or 1

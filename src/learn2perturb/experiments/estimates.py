@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from learn2perturb.certification.config import CertifyConfig
-from learn2perturb.data import load_data
+from learn2perturb.data import ImageData, load_data
 from learn2perturb.defenses.settings import Settings
 from learn2perturb.engine.devices import choose_device
 from learn2perturb.engine.random import isolated_rng
@@ -26,7 +28,8 @@ from learn2perturb.runs.environment import environment
 from learn2perturb.training.config import TrainConfig
 from learn2perturb.training.loop import train
 
-_IMAGES = 32  # of a measured step
+_IMAGES = 32  # of a measured step or pass, at most
+_MOST_SECONDS = 4.0  # that all measured steps of training take together, and each pass: a plan is there in seconds
 _BEGINNING = 1.0  # seconds until a task is at its work: images and weights are read
 _DIAGNOSIS_PASSES = 40_000  # of an image, about, of a quick diagnosis
 
@@ -48,6 +51,8 @@ class Estimates:
     def __init__(self, ledger: Ledger, device: str) -> None:
         self.ledger, self.device = ledger, device
         self._paces: dict[Any, Pace] = {}
+        self._sets: dict[Any, tuple[int, ImageData]] = {}
+        self._left = _MOST_SECONDS
         self._seen = _trained_here(ledger)
 
     def training(self, run: RunPlan) -> float:
@@ -56,7 +61,7 @@ class Estimates:
         assert config is not None
         settings: Settings = config.closed()
         left = max(0, settings.epochs - self.ledger.epochs(run))
-        images = config.limit or _size(config)
+        images = config.limit or self._set(config, "train")[0]
         images = round(images * (1 - config.validation))
         step = self._seen.get(_kind(config)) or self.pace(config).step
         monitored = config.monitor * (settings.attack_steps + 2) * self.pace(config).both
@@ -68,7 +73,7 @@ class Estimates:
         pace = self.pace(config)
         header = self.ledger.header(pair.run)
         scoring = pair.cell.scoring
-        images = scoring.limit or _size(config, scoring.split)
+        images = scoring.limit or self._set(config, scoring.split)[0]
         return _BEGINNING + self._computing(pair, pace, header, images)
 
     def _computing(self, pair: Pair, pace: Pace, header: Mapping[str, Any], images: int) -> float:
@@ -90,8 +95,39 @@ class Estimates:
         """Return the measured pace of a kind of network and training."""
         kind = _kind(config)
         if kind not in self._paces:
-            self._paces[kind] = _measured(config, self.device)
+            with _quietly(), isolated_rng():
+                self._paces[kind] = self._measured(config)
         return self._paces[kind]
+
+    def _measured(self, config: TrainConfig) -> Pace:
+        """Time passes of the network, and two steps of its training where these are quick."""
+        images = self._set(config, "train")[1]
+        # Nothing is compiled for two steps; the fast mode may be twice as fast as what is said.
+        short = replace(
+            config, engine="plain", epochs=2, monitor=0, validation=0.0, device=self.device, tensorboard=False,
+            milestones=[], adversarial_delay=0, keep_best=False, early_stopping=0, init_from=None, transforms=None,
+        )  # fmt: skip
+        model = train(replace(short, epochs=0, limit=2, batch_size=2), data=images, progress=False).model
+        forward, both, rows = _passes(model, images, choose_device(self.device))
+        kind = _kind(config)
+        # What a step is in passes is known from the same training of another network, else from its adversary.
+        alike = [one.step / one.both for other, one in self._paces.items() if _trainer(other) == _trainer(kind)]
+        step = both * (alike[0] if alike else _passes_of_a_step(config.closed()))
+        if 2 * rows * step < self._left:
+            start = time.perf_counter()
+            run = train(replace(short, limit=rows, batch_size=rows), data=images, progress=False)
+            step = 1 / run.metrics[-1]["images_per_second"]
+            self._left -= time.perf_counter() - start
+        return Pace(step, forward, both)
+
+    def _set(self, config: TrainConfig, split: str) -> tuple[int, ImageData]:
+        """Return how many images a data set has, and the first of them; it is read once."""
+        name = "test" if split == "test" else "train"
+        key = config.dataset, name, config.data_dir, json.dumps(config.dataset_options, default=repr)
+        if key not in self._sets:
+            data = load_data(config.dataset, name, root=config.data_dir, **config.dataset_options)
+            self._sets[key] = len(data), data.take(min(len(data), _IMAGES))
+        return self._sets[key]
 
     def _config(self, pair: Pair) -> TrainConfig:
         if pair.run.config is not None:
@@ -108,9 +144,15 @@ def _kind(config: TrainConfig) -> tuple[Any, ...]:
     return config.defense, config.model, config.dataset, config.engine, config.attack_steps, config.batch_size
 
 
-def _size(config: TrainConfig, split: str = "train") -> int:
-    name = "test" if split == "test" else "train"
-    return len(load_data(config.dataset, name, root=config.data_dir, **config.dataset_options))
+def _trainer(kind: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what of a kind says how many passes a step of it takes."""
+    defense, _, *_, attack_steps, _ = kind
+    return defense, attack_steps
+
+
+def _passes_of_a_step(settings: Settings) -> float:
+    """Return about how many forward and backward passes a step takes: those of its adversary, and of its loss."""
+    return 2.0 + (settings.attack_steps * settings.attack_eot if settings.beta else 0)
 
 
 def _trained_here(ledger: Ledger) -> dict[Any, float]:
@@ -138,40 +180,35 @@ def _processor(ledger: Ledger, run: RunPlan) -> Any:
     return parse_json(read_bytes(path, MOST_SETTINGS)).get("processor") if path.exists() else None
 
 
-def _measured(config: TrainConfig, device: str) -> Pace:
-    """Train two steps on a few images in float32, and time passes of the network."""
-    # Nothing is compiled for two steps; the fast mode may be twice as fast as what is said.
-    short = replace(
-        config, engine="plain", epochs=2, limit=_IMAGES, batch_size=_IMAGES, monitor=0, validation=0.0, device=device,
-        tensorboard=False, milestones=[], adversarial_delay=0, download=False,
-    )  # fmt: skip
-    with _quietly(), isolated_rng():
-        run = train(short, progress=False)
-        rate = run.metrics[-1]["images_per_second"]
-        model, place = run.model, choose_device(device)
-        data = load_data(config.dataset, "test", root=config.data_dir, **config.dataset_options).take(_IMAGES)
-        x, y = (data.images.float() / 255).to(place), data.labels.to(place)
-        model = model.to(place)
+def _passes(model: nn.Module, data: ImageData, device: torch.device) -> tuple[float, float, int]:
+    """Return seconds an image of a pass forward, of one forward and backward, and of how many images they were."""
+    model = model.to(device).eval()
+    images, labels = (data.images.float() / 255).to(device), data.labels.to(device)
 
-        def forward() -> None:
-            with torch.no_grad():
-                model(x)
+    def forward(rows: int) -> None:
+        with torch.no_grad():
+            model(images[:rows])
 
-        def both() -> None:
-            images = x.clone().requires_grad_()
-            torch.autograd.grad(cross_entropy(model(images), y), images)
+    def both(rows: int) -> None:
+        x = images[:rows].clone().requires_grad_()
+        torch.autograd.grad(cross_entropy(model(x), labels[:rows]), x)
 
-        return Pace(1 / rate, _seconds(forward) / len(y), _seconds(both) / len(y))
+    forward(1)  # the first pass of a process is slower than any other
+    # One image of a large network takes as long as all of a small one.
+    rows = max(1, min(len(images), int(_MOST_SECONDS / 40 / max(_seconds(forward, 1), 1e-9))))
+    return _seconds(forward, rows) / rows, _seconds(both, rows) / rows, rows
 
 
-def _seconds(work: Any) -> float:
-    work()
-    start = time.perf_counter()
-    for _ in range(3):
-        work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / 3
+def _seconds(work: Callable[[int], None], rows: int) -> float:
+    """Return the seconds of a pass, the quicker of two."""
+    took = []
+    for _ in range(2):
+        start = time.perf_counter()
+        work(rows)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - start)
+    return min(took)
 
 
 @contextlib.contextmanager
