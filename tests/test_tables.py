@@ -47,7 +47,43 @@ def test_wide_cells_are_wrapped_at_words_and_numbers_stay_whole():
 
 def test_a_head_goes_on_two_lines_before_a_number_does():
     lines = aligned([("a", "worst of 10"), ("79.90 +- 0.12", "9")], width=22)
-    assert lines == ["a              worst", "               of 10", "-------------  -------", "79.90 +- 0.12  9"]
+    assert lines == ["a              worst", "               of 10", "-------------  -----", "79.90 +- 0.12  9"]
+
+
+@pytest.mark.parametrize(
+    "together",
+    ["1 of 4", "seed 2", "38.12 ± 0.40", "290.2 days", "[37.20, 39.04]", "38 % [24, 41]", "+2.10 points [1.02, 3.20]"],
+)
+def test_what_is_read_as_one_number_is_on_one_line(together):
+    rows = [
+        ("run", "accuracy of 10 scorings", "records that are there", "what was found"),
+        ("resnet18, learn2perturb_r, one of many", together, together, f"the first is better: {together}, as seen"),
+        ("b", "1", "2", "c"),
+    ]
+    for width in range(20 + len(together), 100):
+        lines = aligned(rows, width=width)
+        assert max(map(len, lines)) <= width
+        assert "\n".join(lines).count(together) == 3, lines
+
+
+def test_a_head_is_broken_at_words_and_the_widest_column_alone_gives_way():
+    rows = [("run", "network", "training", "records", "evaluation")]
+    rows += [(f"resnet20, {one}, seed 2", "to be trained", "290.2 days", "1 of 4", "115.5 min")
+             for one in ("none", "learn2perturb_r")]  # fmt: skip
+    assert aligned(rows, width=80) == [
+        "run                         network        training    records  evaluation",
+        "--------------------------  -------------  ----------  -------  ----------",
+        "resnet20, none, seed 2      to be trained  290.2 days  1 of 4   115.5 min",
+        "resnet20, learn2perturb_r,  to be trained  290.2 days  1 of 4   115.5 min",
+        "seed 2",
+    ]
+
+
+def test_settings_are_broken_after_a_comma_rather_than_in_a_name():
+    assert aligned([("attack", "n"), ("strong=pgd:steps=50,step_size=0.007,eot=20", "5")], width=32) == [
+        "attack                  n", "----------------------  -", "strong=pgd:steps=50,    5",
+        "step_size=0.007,eot=20",
+    ]  # fmt: skip
 
 
 def test_many_columns_go_below_with_the_first_one_before_them():
