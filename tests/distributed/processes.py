@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import signal
@@ -33,6 +34,7 @@ def started(count, work, folder, **environment):
             code = 1
             try:
                 torch.set_num_threads(1)
+                faulthandler.register(signal.SIGUSR1, (folder / f"{rank}.stacks").open("w"))
                 os.environ.update(
                     RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                     MASTER_PORT=str(port), **environment,
@@ -56,12 +58,21 @@ def ended(children, folder, seconds=150):
             if os.waitpid(child, os.WNOHANG)[0]:
                 left.discard(child)
         if left and time.monotonic() > until:
+            stuck = _stacks(left, folder)
             for child in left:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-            raise AssertionError(f"{len(left)} of {len(children)} processes had to be killed after {seconds} s")
+            raise AssertionError(f"{len(left)} of {len(children)} had to be killed after {seconds} s; {stuck}")
         time.sleep(0.005)
     return [outcome(folder, rank) for rank in range(len(children))]
+
+
+def _stacks(children, folder):
+    """Return where processes are that do not end: what each of their threads was doing."""
+    for child in children:
+        os.kill(child, signal.SIGUSR1)
+    time.sleep(2)
+    return "\n".join(f"{file.name}:\n{file.read_text()}" for file in sorted(folder.glob("*.stacks")))
 
 
 def outcome(folder, rank):
