@@ -26,7 +26,7 @@ OWN: dict[str, dict[str, Any]] = {
     "HAT": {"helper": None, "reach": 2.0, "kl_weight": 2.5, "helper_weight": 0.5},
     # Jeddi et al. 2020: gamma 1e-4, noise from epoch 20, algorithm 1; theta from 0.25, at least 0.01 (released code).
     "Learn2Perturb": {
-        "gamma": 1e-4, "noise_from_loss": True, "noise_delay": 20, "theta_step": "combined", "weight_steps": 1,
+        "gamma": 1e-4, "noise_from_loss": True, "noise_ascends": False, "noise_delay": 20, "theta_step": "combined", "weight_steps": 1,
         "noise_steps": 1, "theta_lr": 1.0, "noise_target": None, "gamma_through_optimizer": True, "tau": "harmonic",
         "init": 0.25, "init_share": 0.25, "minimum": 0.01, "sharing": "per_example", "granularity": "element",
         "distribution": "gaussian",
@@ -89,7 +89,7 @@ ARGUMENTS = {
 }
 FUNCTIONS: dict[str, dict[str, Any]] = {
     "base.Alternation": {
-        "kind": "combined", "weight_steps": 1, "noise_steps": 1, "noise_from_loss": True,
+        "kind": "combined", "weight_steps": 1, "noise_steps": 1, "noise_from_loss": True, "noise_ascends": False,
         "regulariser_through_optimizer": True,
     },
     "base.sgd_optimizers": {"noise_lr": 1.0, "noise_decay": 0.0},
@@ -183,7 +183,7 @@ def test_what_a_recipe_closes_is_what_is_open():
     # What came later is off where nothing is said, so that a training of before is what it was.
     assert later_settings() == {
         "norm": "linf", "optimizer": "sgd", "optimizer_options": {}, "warmup_epochs": 0.0, "clip_norm": 0.0,
-        "accumulate": 1, "label_smoothing": 0.0,
+        "accumulate": 1, "label_smoothing": 0.0, "consistency": 0.0,
     }  # fmt: skip
     config = TrainConfig(recipe="common", lr=0.03).resolve()
     assert {item.name: getattr(config, item.name) for item in dataclasses.fields(Settings)} == dataclasses.asdict(

@@ -320,6 +320,30 @@ def follow_the_schedule(settings):
 # --- theta shaped by the loss
 
 
+@pytest.mark.parametrize("theta_step", ["combined", "sequential", "released"])
+def test_noise_that_ascends_goes_as_far_the_other_way(theta_step):
+    moved = []
+    for ascends in (False, True):
+        options = {"theta_step": theta_step, "gamma": 0.0, "noise_ascends": ascends}
+        network, start, *_ = run(config(options=options), 1)
+        weights = {name: value.detach() - start[name] for name, value in network.named_parameters()}
+        moved.append(weights.pop(next(name for name in weights if "theta" in name)))
+        assert all(change.abs().max() > 0 for change in weights.values())
+    torch.testing.assert_close(moved[1], -moved[0])
+    assert moved[0].abs().max() > 1e-4
+
+
+def test_noise_that_ascends_keeps_the_mean_it_is_held_to_and_ends_elsewhere():
+    ends = []
+    for ascends in (False, True):
+        options = {"noise_ascends": ascends, "noise_target": 0.25, "gamma": 1.0}
+        network, *_ = run(config(options=options), 40)
+        ends.append(noise_parameters(network)[0].detach())
+    assert ends[1].mean().item() == pytest.approx(0.25, abs=0.1)
+    low, high = ends[0].argsort()[:3], ends[0].argsort()[3:]
+    assert ends[1][low].mean() > ends[1][high].mean()  # most noise where a descending theta has least
+
+
 @pytest.mark.parametrize("target", [0.15, 0.6])
 @pytest.mark.parametrize("theta_step", ["combined", "released"])
 def test_a_target_draws_theta_to_itself_along_its_own_schedule(theta_step, target):

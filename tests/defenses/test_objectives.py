@@ -155,6 +155,33 @@ def test_without_a_weight_there_is_no_adversary(batch):
     assert mixed_loss(*batch, Clock(0, 0, 1), settings(beta=0.1)).adversarial is not None
 
 
+@pytest.mark.parametrize("objective", ["mixed", "trades"])
+def test_two_draws_are_held_together_by_the_mean_of_both_divergences(objective, batch):
+    network, x, y = batch
+    noisy = nn.Sequential(*network, nn.Dropout(0.5)).train()
+
+    def at(weight):
+        torch.manual_seed(6)
+        answers = []
+        hook = noisy.register_forward_hook(lambda module, args, answer: answers.append(answer))
+        losses = objective_loss(noisy, x, y, Clock(0, 0, 1), settings(consistency=weight, objective=objective))
+        hook.remove()
+        return losses, answers
+
+    (without, before), (losses, answers) = at(0.0), at(3.0)
+    assert len(answers) == len(before) + 1
+    assert torch.equal(answers[-2], before[-1])  # a second draw of the adversarial images, after all others
+    p, q = (answer.log_softmax(dim=1) for answer in answers[-2:])
+    apart = 0.5 * ((p.exp() * (p - q)).sum(dim=1) + (q.exp() * (q - p)).sum(dim=1)).mean()
+    torch.testing.assert_close(losses.total, without.total + 3 * apart)
+    torch.testing.assert_close(losses.extra["disagreement"], apart.detach())
+    assert not losses.extra["disagreement"].requires_grad
+    assert "disagreement" not in without.extra
+    for answer in answers[-2:]:
+        (slope,) = torch.autograd.grad(apart, answer, retain_graph=True)
+        assert slope.abs().max() > 1e-4
+
+
 def test_trades_by_hand(batch):
     network, x, y = batch
     torch.manual_seed(4)

@@ -26,6 +26,7 @@ NUMBERS = {
     "attack_step_size": (0.0, 1.0, True),
     "trades_beta": (0.0, math.inf, False),
     "awp": (0.0, 1.0, False),
+    "consistency": (0.0, math.inf, False),
     "weight_average": (0.0, 1.0, False),
 }
 COUNTS = {"epochs": 0, "batch_size": 1, "attack_steps": 1, "attack_eot": 1, "adversarial_delay": 0, "loss_draws": 1}
@@ -190,6 +191,8 @@ TARGET = {"noise_target": 0.3}
         (TARGET | {"tau": "released"}, "tau is 'released', which only the paper's", {"tau": "released"}),
         ({"minimum": 0}, "minimum is 0; with gamma above 0", {"minimum": 0, "gamma": 0}),
         ({"minimum": 0.3}, "theta init is 0.25 and minimum is 0.3", {"minimum": 0.25}),
+        ({"noise_ascends": True, "noise_from_loss": False}, "theta sees no loss", {"noise_ascends": True}),
+        ({"noise_ascends": 1}, "noise_ascends must be True or False", {"noise_ascends": False}),
     ],
 )  # fmt: skip
 def test_options_of_learned_noise_that_do_not_go_together(refused, message, allowed):
@@ -209,15 +212,19 @@ CHECKS = [
         {"awp": 0.01, "beta": 0},
         "awp is 0.01, but beta is 0: there is no adversarial loss; set beta or drop awp",
     ),
+    ("none", {"consistency": 1.0}, "consistency is 1.0, but NoDefense has a loss of its own that takes none"),
+    ("pgd_at", {"consistency": 1.0, "beta": 0}, "consistency is 1.0, but beta is 0: there is no adversarial loss"),
     ("none", {"loss": "averaged"}, "loss is 'averaged', but NoDefense has a loss of its own"),
-    ("rse", {"objective": "trades"}, "objective is 'trades' and awp 0.0, but RSE trains on clean images"),
-    ("rse", {"awp": 0.01}, "objective is 'mixed' and awp 0.01, but RSE trains on clean images"),
+    ("rse", {"objective": "trades"}, "objective is 'trades', awp 0.0 and consistency 0.0, but RSE trains on clean"),
+    ("rse", {"awp": 0.01}, "objective is 'mixed', awp 0.01 and consistency 0.0, but RSE trains on clean images"),
+    ("rse", {"consistency": 2.0}, "awp 0.0 and consistency 2.0, but RSE trains on clean images"),
 ]
 ALLOWED = [
     ("none", {}), ("trades", {"objective": "trades"}), ("trades", {"objective": "trades", "awp": 0.01, "beta": 0}),
     ("madry", {"alpha": 0}), ("pgd_at", {"awp": 0.01}), ("pgd_at", {"beta": 0}), ("pgd_at", {"objective": "trades"}),
     ("rse", {}), ("adv_bnn", {"objective": "trades"}), ("adv_bnn", {"awp": 0.01}),
-    ("rse_at", {"objective": "trades"}), ("rse_at", {"awp": 0.01}),
+    ("rse_at", {"objective": "trades"}), ("rse_at", {"awp": 0.01}), ("rse_at", {"consistency": 1.0}),
+    ("trades", {"objective": "trades", "consistency": 1.0, "beta": 0}),
 ]  # fmt: skip
 
 

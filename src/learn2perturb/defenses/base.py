@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ class Alternation:
         weight_steps: steps of the weights in a ``sequential`` iteration.
         noise_steps: steps of theta in a ``sequential`` iteration.
         noise_from_loss: whether theta sees the gradient of the loss (not in Learn2Perturb-R).
+        noise_ascends: whether theta climbs the loss in place of descending it.
         regulariser_through_optimizer: whether the regulariser's gradient is scaled by the learning rate and joins
             the momentum, or is subtracted as it is (algorithm 1 read literally).
     """
@@ -78,6 +79,7 @@ class Alternation:
     weight_steps: int = 1
     noise_steps: int = 1
     noise_from_loss: bool = True
+    noise_ascends: bool = field(default=False, kw_only=True)
     regulariser_through_optimizer: bool = True
 
 
@@ -90,12 +92,12 @@ def check_without_adversary(name: str, settings: Settings, other: str) -> None:
     """Refuse an objective that needs an adversary, for a defense ``name`` that has none; ``other`` is one that has.
 
     Raises:
-        ConfigError: ``objective`` or ``awp`` needs one.
+        ConfigError: ``objective``, ``awp`` or ``consistency`` needs one.
     """
-    if settings.objective != "mixed" or settings.awp:
+    if settings.objective != "mixed" or settings.awp or settings.consistency:
         raise ConfigError(
-            f"objective is {settings.objective!r} and awp {settings.awp!r}, but {name} trains on clean images; leave "
-            f"them out, or take {other!r}"
+            f"objective is {settings.objective!r}, awp {settings.awp!r} and consistency {settings.consistency!r}, but "
+            f"{name} trains on clean images; leave them out, or take {other!r}"
         )
 
 
@@ -160,10 +162,17 @@ class Defense(ABC):
                 f"objective is {settings.objective!r}, but {kind} trains on "
                 f"{' or '.join(map(repr, known)) or 'a loss of its own'}; leave it out, or take another defense"
             )
-        if settings.awp and not known:
-            raise ConfigError(
-                f"awp is {settings.awp!r}, but {kind} has a loss of its own that takes none; leave it out"
-            )
+        for name in ("awp", "consistency"):
+            if getattr(settings, name) and not known:
+                raise ConfigError(
+                    f"{name} is {getattr(settings, name)!r}, but {kind} has a loss of its own that takes none; leave "
+                    "it out"
+                )
+            if getattr(settings, name) and settings.objective == "mixed" and not settings.beta:
+                raise ConfigError(
+                    f"{name} is {getattr(settings, name)!r}, but beta is 0: there is no adversarial loss; set beta or "
+                    f"drop {name}"
+                )
         if settings.loss != "single" and not known:
             raise ConfigError(
                 f"loss is {settings.loss!r}, but {kind} has a loss of its own, of a single draw; leave it out"
@@ -172,10 +181,6 @@ class Defense(ABC):
             raise ConfigError(
                 f"optimizer is {settings.optimizer!r}, but {kind} has its own, as its paper says; leave it and its "
                 "options out"
-            )
-        if settings.awp and settings.objective == "mixed" and not settings.beta:
-            raise ConfigError(
-                f"awp is {settings.awp!r}, but beta is 0: there is no adversarial loss; set beta or drop awp"
             )
 
     def prepare(self, network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:

@@ -16,7 +16,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.checks import check_count
+from learn2perturb.checks import check_count, check_flag
 from learn2perturb.defenses.base import (
     ALTERNATIONS,
     Alternation,
@@ -45,6 +45,9 @@ class Learn2Perturb(Defense):
         gamma: weight of the regulariser.
         noise_from_loss: whether theta sees the gradient of the loss; False is Learn2Perturb-R (section 4.1), whose
             noise follows the regulariser alone: a schedule, not learned.
+        noise_ascends: whether theta climbs the loss in place of descending it: noise as an adversary, for which the
+            weights are trained. With ``noise_target``, which says how much there is, the loss then puts it where it
+            hurts most.
         noise_delay: epoch s at which the noise starts; before it, noise is off and theta frozen.
         theta_step: ``combined`` (algorithm 1), ``sequential`` (section 3.2), ``released`` (the released code's order).
         weight_steps: weight steps in a sequential iteration.
@@ -74,6 +77,7 @@ class Learn2Perturb(Defense):
 
     gamma: float = 1e-4
     noise_from_loss: bool = True
+    noise_ascends: bool = False
     noise_delay: int = 20
     theta_step: str = "combined"
     weight_steps: int = 1
@@ -95,6 +99,9 @@ class Learn2Perturb(Defense):
         check_choice("theta_step", self.theta_step, ALTERNATIONS)
         check_choice("tau", self.tau, TAUS)
         check_choice("placement", self.placement, PLACEMENTS)
+        check_flag("noise_ascends", self.noise_ascends)
+        if self.noise_ascends and not self.noise_from_loss:
+            raise ConfigError("noise_ascends is true, but noise_from_loss false: theta sees no loss; leave one out")
         number("gamma", self.gamma, 0.0, math.inf)
         number("theta_lr", self.theta_lr, 0.0, math.inf)
         number("noise_target", self.noise_target, 0.0, math.inf, optional=True)
@@ -167,7 +174,7 @@ class Learn2Perturb(Defense):
         """Return the chosen order of steps."""
         return Alternation(
             self.theta_step, self.weight_steps, self.noise_steps, self.noise_from_loss,
-            regulariser_through_optimizer=self.gamma_through_optimizer,
+            noise_ascends=self.noise_ascends, regulariser_through_optimizer=self.gamma_through_optimizer,
         )  # fmt: skip
 
     def begin_step(self, model: nn.Module, clock: Clock) -> None:

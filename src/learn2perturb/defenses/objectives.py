@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, final
 
 import torch
@@ -142,6 +142,20 @@ def label_loss(logits: Tensor, y: Tensor, settings: Settings) -> Tensor:
     return F.cross_entropy(logits, y, label_smoothing=settings.label_smoothing)
 
 
+def with_consistency(losses: Losses, model: Model, x_adv: Tensor, logits: Tensor, settings: Settings) -> Losses:
+    """Return ``losses`` plus ``consistency`` times what two draws disagree by on ``x_adv``; ``logits`` are the first's.
+
+    The mean over the batch of ``(KL(p || q) + KL(q || p)) / 2``, p and q the predictions of two draws; the gradient
+    goes through both.
+    """
+    if not settings.consistency:
+        return losses
+    others = prediction(model, x_adv, settings)
+    apart = 0.5 * (kl_divergence(logits, others) + kl_divergence(others, logits)).mean()
+    extra = {**losses.extra, "disagreement": apart.detach()}
+    return replace(losses, total=losses.total + settings.consistency * apart, extra=extra)
+
+
 def clean_loss(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Losses:
     """Return the cross-entropy of clean images alone: what every objective is before its adversary starts."""
     logits = prediction(model, x, settings)
@@ -179,13 +193,14 @@ def mixed_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: S
     adversarial = label_loss(adv_logits, y, settings)
     clean = None if logits is None else label_loss(logits, y, settings)
     total = settings.beta * adversarial
-    return Losses(
+    losses = Losses(
         settings.alpha * clean + total if settings.alpha and clean is not None else total,
         clean=None if clean is None else clean.detach(),
         adversarial=adversarial.detach(),
         clean_correct=None if logits is None else logits.detach().argmax(1) == y,
         adversarial_correct=adv_logits.detach().argmax(1) == y,
     )
+    return with_consistency(losses, network, x_adv, adv_logits, settings)
 
 
 def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
@@ -277,4 +292,4 @@ def trades_loss(model: nn.Module, x: Tensor, y: Tensor, clock: Clock, settings: 
 
     network: Model = against_weights(model, settings.awp, lambda f: parts(f)[0]) if settings.awp else model
     total, logits, adv_logits = parts(network)
-    return losses_of_pair(total, logits, adv_logits, y)
+    return with_consistency(losses_of_pair(total, logits, adv_logits, y), network, x_adv, adv_logits, settings)

@@ -69,6 +69,8 @@ class Settings:
         accumulate: parts that a batch is split into, one after the other, for memory; their gradients add up to that of
             the whole, BatchNorm sees a part.
         label_smoothing: share of each label that is spread over all classes, in [0, 1).
+        consistency: weight of the KL between the predictions of two draws for the adversarial images, the mean of both
+            directions; of a network without noise it is 0.
     """
 
     epochs: int
@@ -105,6 +107,7 @@ class Settings:
     clip_norm: float = 0.0
     accumulate: int = 1
     label_smoothing: float = 0.0
+    consistency: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +147,7 @@ class OpenSettings(ABC):
     clip_norm: float | None = None
     accumulate: int | None = None
     label_smoothing: float | None = None
+    consistency: float | None = None
 
     def check(self) -> None:
         """Check every value that is set.
@@ -162,7 +166,7 @@ class OpenSettings(ABC):
             ("alpha", 0.0, math.inf), ("beta", 0.0, math.inf), ("eps", 0.0, largest),
             ("attack_step_size", 0.0, largest), ("trades_beta", 0.0, math.inf), ("awp", 0.0, 1.0),
             ("weight_average", 0.0, 1.0), ("warmup_epochs", 0.0, math.inf), ("clip_norm", 0.0, math.inf),
-            ("label_smoothing", 0.0, 1.0),
+            ("label_smoothing", 0.0, 1.0), ("consistency", 0.0, math.inf),
         ):  # fmt: skip
             number(name, getattr(self, name), low, high, optional=True)
         for name in ("nesterov", "attack_random_start"):

@@ -38,10 +38,12 @@ def _mean_size(tensors: list[Tensor]) -> Tensor:
 def _descend(
     noise: list[nn.Parameter], slopes: list[Tensor] | None, plan: Alternation, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Step theta on the loss gradient it holds and on the regulariser's ``slopes``."""
-    if not plan.noise_from_loss:
-        for parameter in noise:
+    """Step theta on the loss gradient it holds, or against it, and on the regulariser's ``slopes``."""
+    for parameter in noise:
+        if not plan.noise_from_loss:
             parameter.grad = torch.zeros_like(parameter)
+        elif plan.noise_ascends and parameter.grad is not None:
+            parameter.grad.neg_()
     if slopes is not None and plan.regulariser_through_optimizer:
         for parameter, slope in zip(noise, slopes, strict=True):
             parameter.grad = slope.clone() if parameter.grad is None else parameter.grad.add_(slope)
