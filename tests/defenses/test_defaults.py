@@ -26,10 +26,10 @@ OWN: dict[str, dict[str, Any]] = {
     "HAT": {"helper": None, "reach": 2.0, "kl_weight": 2.5, "helper_weight": 0.5},
     # Jeddi et al. 2020: gamma 1e-4, noise from epoch 20, algorithm 1; theta from 0.25, at least 0.01 (released code).
     "Learn2Perturb": {
-        "gamma": 1e-4, "noise_from_loss": True, "noise_ascends": False, "noise_delay": 20, "theta_step": "combined", "weight_steps": 1,
-        "noise_steps": 1, "theta_lr": 1.0, "noise_target": None, "gamma_through_optimizer": True, "tau": "harmonic",
-        "init": 0.25, "init_share": 0.25, "minimum": 0.01, "sharing": "per_example", "granularity": "element",
-        "distribution": "gaussian",
+        "gamma": 1e-4, "noise_from_loss": True, "noise_ascends": False, "noise_delay": 20, "theta_step": "combined",
+        "weight_steps": 1, "noise_steps": 1, "theta_lr": 1.0, "noise_target": None, "gamma_through_optimizer": True,
+        "tau": "harmonic", "init": 0.25, "init_share": 0.25, "minimum": 0.01, "sharing": "per_example",
+        "granularity": "element", "distribution": "gaussian",
         "placement": "block_ends", "sites": None,
     },
     # He et al. 2019: PNI-W, one alpha a layer, from 0.25.
