@@ -207,8 +207,8 @@ def is_ours(module: str) -> bool:
     return module.partition(".")[0] == OURS
 
 
-def source_of(module: str) -> dict[str, Any]:
-    """Return where the code of a module is from: its name, its file with the SHA-256, and the package it came in."""
+def code_of(module: str) -> dict[str, Any]:
+    """Return what the code of a module is: its name, and its file, where it has one, with the SHA-256."""
     import hashlib
     from pathlib import Path
 
@@ -216,8 +216,14 @@ def source_of(module: str) -> dict[str, Any]:
     source: dict[str, Any] = {"module": module}
     if file and os.path.isfile(file):
         source |= {"file": os.path.basename(file), "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
-        if package := _package_of(module):
-            source["package"] = package
+    return source
+
+
+def source_of(module: str) -> dict[str, Any]:
+    """Return where the code of a module is from: its name, its file with the SHA-256, and the package it came in."""
+    source = code_of(module)
+    if "file" in source and (package := _package_of(module)):
+        source["package"] = package
     return source
 
 

@@ -237,7 +237,7 @@ def searched(broken: int, left: int, monkeypatch) -> str:
     bench = SimpleNamespace(budget=dataclasses.replace(BUDGET, images=left, some=left), attack=PGD(0.1))
     bench.x, bench.y = torch.zeros(left, 1, 1, 1), torch.zeros(left, dtype=torch.int64)
     bench.mean_margin = lambda *_: -torch.ones(left)
-    bench.each = lambda work, count: [work(number) for number in range(count)]
+    bench.each = lambda work, count, key=None: [work(number) for number in range(count)]
     monkeypatch.setattr(blackbox, "_best_samples", lambda _bench, x, _y: x.unsqueeze(0))
 
     def margins(_bench: object, purpose: str, x: Tensor, y: Tensor, draws: int | None = None) -> Tensor:

@@ -221,6 +221,11 @@ class Substitute(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(4)
         self.head = nn.Linear(16 * channels, num_classes)
 
+    @classmethod
+    def of(cls, x: Tensor, num_classes: int) -> Substitute:
+        """Return an untrained one for images like ``x`` (N, C, H, W), in their type and place."""
+        return cls(x.shape[1], min(x.shape[2:]), num_classes).to(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W) in [0, 1] to logits (N, K)."""
         logits: Tensor = self.head(self.pool(self.features(4 * x - 2)).flatten(1))
@@ -257,7 +262,7 @@ def _fresh(network: nn.Module | None, x: Tensor, num_classes: int) -> nn.Module:
         ConfigError: the network that was given has other classes.
     """
     if network is None:
-        return Substitute(x.shape[1], min(x.shape[2:]), num_classes).to(x)
+        return Substitute.of(x, num_classes)
     substitute = copy.deepcopy(network).to(x).requires_grad_(True)
     with torch.no_grad():
         classes = substitute.eval()(x[:2]).shape[1]

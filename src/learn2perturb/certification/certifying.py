@@ -17,16 +17,20 @@ from learn2perturb.certification.record import Certification, largest_radius, lo
 from learn2perturb.configs import takes
 from learn2perturb.data import check_labels, warn_of_subset
 from learn2perturb.engine import execution
-from learn2perturb.engine.random import seed_everything
+from learn2perturb.engine.random import kept_generators, put_back_generators, seed_everything
 from learn2perturb.engine.ranks import current
 from learn2perturb.engine.rows import sharded
 from learn2perturb.errors import ConfigError, NoiseError
 from learn2perturb.evaluation.inputs import check_fixed
+from learn2perturb.evaluation.keeping import Unfinished
 from learn2perturb.evaluation.passes import Model, checked_logits
+from learn2perturb.evaluation.pieces import NOTHING, Pieces
 from learn2perturb.evaluation.target import Target
 from learn2perturb.noise.sensitivity import checked_convolution, sensitivity
 from learn2perturb.progress import Progress
 from learn2perturb.records import PackedIntegers
+
+_LEGS = 1000  # parts of the votes, each of which can be kept
 
 
 @takes(CertifyConfig)
@@ -38,6 +42,7 @@ def certify(
     device: str | torch.device | None = None,
     name: str | None = None,
     progress: Progress | bool | None = True,
+    keep: Unfinished | None = None,
     **settings: Any,
 ) -> Certification:
     """Certify the majority vote of ``model`` at every image: an l2 radius, or an abstention.
@@ -54,6 +59,8 @@ def certify(
         name: of the model, for the record.
         progress: show a bar, or plain lines off a terminal; or what is called with (passes done, passes in all, what is
             going on).
+        keep: where votes are kept, so that the same call goes on with them: of a module whose draws follow from seeds,
+            in one process.
 
     Raises:
         NoiseError: the certificate does not hold for this model; the message says why.
@@ -81,10 +88,12 @@ def certify(
         warn_of_subset(source, y, classes)
         noise = sigma if method == "smoothing" else None
         total = len(x) * (n0 + n)
-        seed_everything(seed, "choose")
-        chosen = votes_of(model, x, n0, noise, classes, batch_size, told, (0, total)).argmax(axis=1)
-        seed_everything(seed, "certify")
-        votes = votes_of(model, x, n, noise, classes, batch_size, told, (len(x) * n0, total))
+        pieces = kept_votes(keep, target, x, seed, batch_size)
+        chosen, votes = (
+            votes_of(model, x, draws, noise, classes, batch_size, told, span, (seed, stream), pieces)
+            for draws, span, stream in ((n0, (0, total), "choose"), (n, (len(x) * n0, total), "certify"))
+        )
+        chosen = chosen.argmax(axis=1)
     counts = votes[np.arange(len(votes)), chosen]
     if method == "pixeldp":
         p_low, others = vote_bounds(votes, alpha, top=chosen)
@@ -95,7 +104,7 @@ def certify(
         p_low = lower_bound(counts, n, alpha)
         radii = radius_of(p_low, constant)
         largest = largest_radius(n, alpha, constant)
-    more: dict[str, Any] = {"seconds": target.seconds, "batch_size": batch_size}
+    more: dict[str, Any] = {"seconds": target.seconds + pieces.seconds, "batch_size": batch_size}
     return Certification(
         method=method,
         norm="l1" if mechanism == "laplace" else "l2",
@@ -156,6 +165,16 @@ def _unanimous(n: int, classes: int) -> NDArray[np.int64]:
     return votes
 
 
+def kept_votes(keep: Unfinished | None, target: Target, x: Tensor, seed: int, batch_size: int) -> Pieces:
+    """Return the votes on images ``x`` that were counted before, and say so; nothing where none are kept."""
+    if keep is None:
+        return NOTHING
+    reason = target.unkept(x, seed)
+    if not reason and target.device.type not in ("cpu", "cuda"):
+        reason = f"the random generator of {target.device} cannot be put back"
+    return keep.pieces(("votes", target.identity(seed, batch_size, execution.PLAIN)), reason)
+
+
 def votes_of(
     model: Model,
     x: Tensor,
@@ -165,12 +184,21 @@ def votes_of(
     batch_size: int,
     progress: Progress,
     span: tuple[int, int],
+    stream: tuple[int, str],
+    pieces: Pieces = NOTHING,
 ) -> NDArray[np.int64]:
-    """Return how often each class was predicted for each image, (N, classes), in ``draws`` passes with fresh draws."""
+    """Return how often each class was predicted for each image, (N, classes), in ``draws`` passes with fresh draws.
+
+    The passes follow each other in one ``stream`` of draws, named by what seeds it, so that what is kept of some of
+    them is their votes and where the stream was after them.
+    """
     before, total = span
-    counts = torch.zeros(len(x) * classes, dtype=torch.int64, device=x.device)
-    with torch.no_grad():
-        for start in range(0, len(x) * draws, batch_size):
+    starts = range(0, len(x) * draws, batch_size)
+    legs = min(_LEGS, len(starts))
+
+    def counted(leg: int) -> tuple[Tensor, dict[str, Any]]:
+        counts = torch.zeros(len(x) * classes, dtype=torch.int64, device=x.device)
+        for start in starts[leg * len(starts) // legs : (leg + 1) * len(starts) // legs]:
             stop = min(start + batch_size, len(x) * draws)
             # Rows of several images share a pass: their draws are independent, and small n fills the batch too.
             share = current().share(stop - start)
@@ -183,4 +211,13 @@ def votes_of(
             if share.counted:
                 counts += torch.bincount(images * classes + predicted, minlength=len(counts))
             progress(before + stop, total, "votes")
+        return counts, kept_generators()
+
+    counts = torch.zeros(len(x) * classes, dtype=torch.int64, device=x.device)
+    seed_everything(*stream)
+    with torch.no_grad():
+        for (votes, generators), kept in pieces.run(counted, legs, (stream, draws, sigma), x.device):
+            counts += votes
+            if kept:
+                put_back_generators(generators)
     return current().sum(counts).view(len(x), classes).cpu().numpy()

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from learn2perturb.certification.certifying import votes_of
+from learn2perturb.certification.certifying import kept_votes, votes_of
 from learn2perturb.certification.config import CertifyConfig
 from learn2perturb.certification.first_noise import first_noise
 from learn2perturb.certification.gap import RiskGap, bounds_of
 from learn2perturb.configs import takes
 from learn2perturb.data import check_labels, warn_of_subset
 from learn2perturb.engine import execution
-from learn2perturb.engine.random import seed_everything
 from learn2perturb.errors import ConfigError, NoiseError
 from learn2perturb.evaluation.inputs import check_fixed
+from learn2perturb.evaluation.keeping import Unfinished
 from learn2perturb.evaluation.passes import Model
 from learn2perturb.evaluation.target import Target
 from learn2perturb.progress import Progress
@@ -38,6 +38,7 @@ def risk_gap(
     device: str | torch.device | None = None,
     name: str | None = None,
     progress: Progress | bool | None = True,
+    keep: Unfinished | None = None,
     **settings: Any,
 ) -> RiskGap:
     """Return the most by which the risk of a draw of ``model`` can grow in the l_inf ball of size ``eps``.
@@ -54,6 +55,7 @@ def risk_gap(
         device: where to run; by default where the model is.
         name: of the model, for the record.
         progress: as for ``certify``.
+        keep: as for ``certify``.
 
     Raises:
         NoiseError: the bound does not hold for this model; the message says why.
@@ -79,9 +81,9 @@ def risk_gap(
         classes = target.classes(x)
         check_labels(y, classes)
         warn_of_subset(source, y, classes)
-        seed_everything(seed, "renyi")
-        votes = votes_of(model, x, n, None, classes, batch_size, told, (0, len(x) * n))
-    pixels = x[0].numel()
+        pieces = kept_votes(keep, target, x, seed, batch_size)
+        votes = votes_of(model, x, n, None, classes, batch_size, told, (0, len(x) * n), (seed, "renyi"), pieces)
+    pixels, seconds = x[0].numel(), target.seconds + pieces.seconds
     bounds = bounds_of(votes, config.alpha, found.constant, config.eps * pixels**0.5)
     return RiskGap(
         constant=float(found.constant),
@@ -95,6 +97,6 @@ def risk_gap(
         votes=PackedIntegers.pack(votes.reshape(-1)),
         num_classes=classes,
         seed=seed,
-        metadata=target.metadata(data, config, execution.PLAIN, seconds=target.seconds, batch_size=batch_size),
+        metadata=target.metadata(data, config, execution.PLAIN, seconds=seconds, batch_size=batch_size),
         **bounds,
     )

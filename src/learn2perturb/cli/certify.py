@@ -18,6 +18,7 @@ from learn2perturb.errors import ConfigError
 if TYPE_CHECKING:
     from learn2perturb.certification.record import Certification
     from learn2perturb.cli.subject import Subject
+    from learn2perturb.evaluation import Unfinished
 
 DESCRIPTION = (
     "Certify the majority vote: for each image a radius within which no attack changes it, or an abstention.\n"
@@ -47,15 +48,20 @@ def run(arguments: argparse.Namespace) -> int:
         new_record(arguments, Path(), "certification")  # refuse a wrong place before hours of work
 
     from learn2perturb.certification import certify
+    from learn2perturb.evaluation import Unfinished
     from learn2perturb.records import check_writable
 
     subject = load_subject(arguments)
-    check_writable(new_record(arguments, subject.folder, "certification"))
+    out = new_record(arguments, subject.folder, "certification")
+    check_writable(out)
+    keep = Unfinished(out.parent)
     config = asked if arguments.eps is not None else replace(asked, eps=subject.eps)
     if config.chosen in GAPS:
-        return _gap(arguments, subject, config)
-    found = certify(subject.model, subject.data, config, name=subject.name)
+        return _gap(arguments, subject, config, keep)
+    found = certify(subject.model, subject.data, config, name=subject.name, keep=keep)
     record = saved(lambda: save_record(found, arguments, subject.folder, "certification"))
+    if record is not None:
+        keep.clear()
     drawn = [] if figures is None else certification_figure(found, figures)
     if arguments.json:
         print_json(summary(found) | {"record": place_of(record), "figures": [str(path) for path in drawn]})
@@ -76,12 +82,14 @@ def plan(arguments: argparse.Namespace) -> Plan:
     return Plan(config.to_dict(), (f"certify {arguments.run}, split {arguments.split}: {config.n:,} passes an image",))
 
 
-def _gap(arguments: argparse.Namespace, subject: Subject, config: CertifyConfig) -> int:
+def _gap(arguments: argparse.Namespace, subject: Subject, config: CertifyConfig, keep: Unfinished) -> int:
     """Bound the growth of the risk; print it, save the record."""
     from learn2perturb.certification import risk_gap
 
-    found = risk_gap(subject.model, subject.data, config, name=subject.name)
+    found = risk_gap(subject.model, subject.data, config, name=subject.name, keep=keep)
     record = saved(lambda: save_record(found, arguments, subject.folder, "certification"))
+    if record is not None:
+        keep.clear()
     if arguments.json:
         values = {
             "model": found.metadata["model"], "method": "renyi", "constant": found.constant, "exact": found.exact,

@@ -100,13 +100,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     from learn2perturb.diagnosis import diagnose
     from learn2perturb.diagnosis.threat import threat_of_training
+    from learn2perturb.evaluation import Unfinished
     from learn2perturb.records import check_writable
 
     subject = load_subject(arguments)
     asked = config.eps
     norm, eps = threat_of_training(subject.config, norm=config.norm, eps=asked, claim=claim)
     config = replace(config, claim=claim, norm=norm, eps=eps)
-    check_writable(new_record(arguments, subject.folder, "diagnosis"))
+    out = new_record(arguments, subject.folder, "diagnosis")
+    check_writable(out)
     device = next((str(p.device) for p in getattr(subject.model, "parameters", list)()), None)
     sources = {name: _model(place, device) for name, place in named.items()}
     noise_off = None if arguments.noise_off is None else _model(arguments.noise_off, device)
@@ -124,9 +126,14 @@ def run(arguments: argparse.Namespace) -> int:
             )
         else:
             sources |= sources_of_run(Path(arguments.run), subject.config, sources, device=device)
-    found = diagnose(subject.model, subject.data, config, sources=sources, noise_off=noise_off, name=subject.name)
+    keep = Unfinished(out.parent)
+    found = diagnose(
+        subject.model, subject.data, config, sources=sources, noise_off=noise_off, name=subject.name, keep=keep
+    )
     found = replace(found, metadata=found.metadata | _origin(arguments))
     record = saved(lambda: save_record(found, arguments, subject.folder, "diagnosis"))
+    if record is not None:
+        keep.clear()
     drawn = [] if figures is None or number_among()[0] else diagnosis_figures(found, figures)
     if arguments.json:
         print_json(summary(found) | {"record": place_of(record), "figures": [str(path) for path in drawn]})

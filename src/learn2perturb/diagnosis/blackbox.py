@@ -12,11 +12,12 @@ from learn2perturb.attacks import BPDA
 from learn2perturb.attacks.balls import BALLS
 from learn2perturb.attacks.losses import margin
 from learn2perturb.attacks.square import Square
-from learn2perturb.attacks.surrogate import distil
-from learn2perturb.diagnosis.measure import Attacked, Bench, Subject
+from learn2perturb.attacks.surrogate import Substitute, distil
+from learn2perturb.diagnosis.measure import Attacked, Bench, Subject, digest
 from learn2perturb.diagnosis.verdict import Draft, Statement, percent
 from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.evaluation.intervals import Scores
+from learn2perturb.evaluation.origin import identity_of
 from learn2perturb.evaluation.passes import Model, checked_logits
 from learn2perturb.evaluation.significance import TWO_SIGMA, beyond, exceeds
 
@@ -48,13 +49,21 @@ def transferred(bench: Bench, sources: Mapping[str, Subject], quiet: Subject | N
 def surrogate(bench: Bench, images: Tensor) -> Subject:
     """Return a network trained on the model's own answers at and near ``images``: a source that is always there."""
     budget, attack, subject = bench.budget, bench.attack, bench.subject
-    with subject.ready() as model:
-        network = distil(
-            model, images, queries=budget.surrogate_queries, seed=derive_seed(bench.seed, "surrogate"),
-            draws=budget.square_draws if subject.stochastic else 1, eps=attack.eps, norm=attack.norm,
-            progress=bench.progress,
-        )  # fmt: skip
-    return Subject(network, stochastic=False)
+
+    def learned(_: int) -> dict[str, Tensor]:
+        with subject.ready() as model:
+            network = distil(
+                model, images, queries=budget.surrogate_queries, seed=derive_seed(bench.seed, "surrogate"),
+                draws=budget.square_draws if subject.stochastic else 1, eps=attack.eps, norm=attack.norm,
+                progress=bench.progress,
+            )  # fmt: skip
+        return network.state_dict()
+
+    (weights,) = bench.each(learned, 1, ("surrogate", budget.surrogate_queries, digest(images)))
+    network = Substitute.of(images, bench.num_classes)
+    network.load_state_dict(weights)
+    network.eval().requires_grad_(False)
+    return Subject(network, stochastic=False, identity=identity_of(network))
 
 
 def searched(bench: Bench, n: int) -> Attacked:
@@ -138,7 +147,9 @@ def random_search(bench: Bench, reported: Attacked) -> Draft:
         return Draft(4, f"gradients left none of {n} images, so nothing remained to be searched", evidence=evidence)
     x, y = bench.x[:n][left], y[left]
     finalists = _best_samples(bench, x, y)
-    judged = bench.each(lambda k: _margin(bench, f"finalist {k}", finalists[k], y), len(finalists))
+    judged = bench.each(
+        lambda k: _margin(bench, f"finalist {k}", finalists[k], y), len(finalists), ("finalists", digest(finalists, y))
+    )
     margins = torch.stack(judged)
     best = finalists[margins.argmax(dim=0), torch.arange(count, device=x.device)]
     # Judged once more by draws that chose nothing: the best of several means is too high by luck.
@@ -172,7 +183,8 @@ def _best_samples(bench: Bench, x: Tensor, y: Tensor) -> Tensor:
     def judged(sample: int) -> Tensor:
         return _margin(bench, f"random point {sample}", candidate(sample), y, budget.sample_draws).double()
 
-    for sample, found in enumerate(bench.each(judged, budget.samples)):
+    key = "random points", attack.norm, attack.eps, budget.sample_draws, digest(x, y)
+    for sample, found in enumerate(bench.each(judged, budget.samples, key)):
         worst = margins.argmin(dim=0)
         better = found > margins[worst, rows]
         if bool(better.any()):  # drawn once more: kept, they would be so many times the images

@@ -15,7 +15,7 @@ from learn2perturb.attacks import PGD, Attack, build_attack
 from learn2perturb.checks import check_size
 from learn2perturb.diagnosis.budget import Budget
 from learn2perturb.diagnosis.claim import ANY, Claim, named
-from learn2perturb.diagnosis.measure import Bench
+from learn2perturb.diagnosis.measure import Bench, digest
 from learn2perturb.diagnosis.record import Measurement
 from learn2perturb.diagnosis.trial import Trial, put_on_trial
 from learn2perturb.engine.random import seed_everything
@@ -177,4 +177,5 @@ def _answers(bench: Bench, x: Tensor, claim: Claim | None) -> Scores:
             answer = winners(scores(rule, lambda images: checked_logits(model, images), x[rows], members))
             return torch.from_numpy(answer == bench.y[rows].cpu().numpy())
 
-        return bench.scorings(right, len(x), bench.budget.scorings, bench.subject)
+        key = "decision", rule, members, digest(x)
+        return bench.scorings(right, len(x), bench.budget.scorings, bench.subject, key)

@@ -48,8 +48,10 @@ from learn2perturb.evaluation.inputs import (
     replay_of,
     warn_of_probabilities,
 )
-from learn2perturb.evaluation.origin import weights_of
+from learn2perturb.evaluation.keeping import Unfinished
+from learn2perturb.evaluation.origin import identity_of, weights_of
 from learn2perturb.evaluation.passes import Model, classes_of, passes_differ
+from learn2perturb.evaluation.pieces import NOTHING
 from learn2perturb.evaluation.replays import contained, draws_anew, seeds_decide
 from learn2perturb.evaluation.result import format_eps
 from learn2perturb.evaluation.target import Target, check_callable
@@ -72,6 +74,7 @@ def diagnose(
     device: str | torch.device | None = None,
     name: str | None = None,
     progress: Progress | bool | None = True,
+    keep: Unfinished | None = None,
     **settings: Any,
 ) -> Diagnosis:
     """Check whether the robustness of ``model`` is real: checks, curves, and a verdict in plain words.
@@ -95,6 +98,8 @@ def diagnose(
         name: of the model, for the record.
         progress: show a bar, or plain lines off a terminal; or what is called with (passes done, passes expected, what
             is going on).
+        keep: where finished work is kept, so that the same call goes on with it: of a module whose draws follow from
+            seeds, in one process.
 
     Raises:
         ConfigError: a setting is not allowed.
@@ -149,10 +154,15 @@ def diagnose(
         num_classes = classes_of(model, x)
         check_labels(y, num_classes)
         findings += warn_of_subset(images, y, num_classes)
-        subject = Subject(contained(model, x[:8], seed), draws_noise, gradient=not blind)
+        own = identity_of(target.model)
+        subject = Subject(contained(model, x[:8], seed), draws_noise, gradient=not blind, identity=own)
+        pieces = NOTHING
+        if keep is not None:
+            identity = "diagnosis", target.identity(seed, batch_size, mode), plain(attack), plain(plan)
+            pieces = keep.pieces(identity, target.unkept(x, seed))
         bench = Bench(
             subject, x, y, attack, plan, seed=seed, mode=mode, batch_size=batch_size, expected_passes=work,
-            progress=told, ranks=_sharing(target, model, x, seed),
+            progress=told, ranks=_sharing(target, model, x, seed), pieces=pieces,
         )  # fmt: skip
         given = {key: _source(source, x, seed, classes) for key, source in (sources or {}).items()}
         quiet = None
@@ -179,7 +189,7 @@ def diagnose(
         "parameters": {key: value for key, value in plain(attack).items() if key != "seed"},
         "sources": sorted(given),
         "noise_off": "given" if noise_off is not None else "none" if quiet is None else "own",
-        "seconds": target.seconds,
+        "seconds": target.seconds + pieces.seconds,
         "batch_size": batch_size,
         **({"queries": target.model.queries} if isinstance(target.model, BlackBox) else {}),
     }
@@ -216,9 +226,10 @@ def _sharing(target: Target, model: Model, x: Tensor, seed: int) -> Ranks:
     return current() if counted or seeds_decide(model, x[:8], seed) else ALONE
 
 
-def _source(model: Model, x: Tensor, seed: int, classes: int) -> Subject:
-    model, blind = _askable(model, x, classes)
-    return Subject(contained(model, x[:8], seed), passes_differ(model, x[:8], seed), gradient=not blind)
+def _source(given: Model, x: Tensor, seed: int, classes: int) -> Subject:
+    model, blind = _askable(given, x, classes)
+    differ, own = passes_differ(model, x[:8], seed), identity_of(given)
+    return Subject(contained(model, x[:8], seed), differ, gradient=not blind, identity=own)
 
 
 def _own_twin(bench: Bench) -> Subject:
@@ -228,20 +239,20 @@ def _own_twin(bench: Bench) -> Subject:
         return replace(quiet, stochastic=passes_differ(model, bench.x[:8], bench.seed))
 
 
-def _given_twin(twin: Model, bench: Bench, seed: int, classes: int) -> Subject:
+def _given_twin(given: Model, bench: Bench, seed: int, classes: int) -> Subject:
     """Return the twin that was given, after checking that it has no noise and the same classes.
 
     Raises:
         InputError: it has noise, other classes, or is no fixed function of an image.
     """
-    twin, blind = _askable(twin, bench.x, classes)
+    twin, blind = _askable(given, bench.x, classes)
     check_fixed(twin, bench.x, seed)
     own = classes_of(twin, bench.x)
     if own != bench.num_classes:
         raise InputError(f"noise_off gives {own} classes and the model {bench.num_classes}; give the same network")
     if passes_differ(twin, bench.x[:8], seed):
         raise InputError("noise_off still draws noise: two passes of it differ; give the network with its noise off")
-    return Subject(twin, stochastic=False, gradient=not blind)
+    return Subject(twin, stochastic=False, gradient=not blind, identity=identity_of(given))
 
 
 def _reported(attack: PGD | None, eps: float | None, norm: str | None, budget: Budget) -> PGD:

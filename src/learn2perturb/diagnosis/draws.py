@@ -100,7 +100,9 @@ def real(bench: Bench, *, claimed: bool, replay: str = "") -> Draft:
 
         (found, what), (rows, _) = (
             (None if numbers is None else Slope(*numbers), said)
-            for numbers, said in bench.each(lambda number: _plain(*(of_passes, of_rows)[number]()), 2)
+            for numbers, said in bench.each(
+                lambda number: _plain(*(of_passes, of_rows)[number]()), 2, ("draws", budget.slope_repeats, rows_differ)
+            )
         )
     enough = budget.slope_repeats >= _FEWEST_BLOCKS
     return _told(found, what, rows, differ=differ, rows_differ=rows_differ, enough=enough)

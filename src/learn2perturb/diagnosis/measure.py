@@ -19,19 +19,31 @@ from learn2perturb.diagnosis.budget import Budget
 from learn2perturb.diagnosis.record import Measurement
 from learn2perturb.engine import execution
 from learn2perturb.engine.halving import Halving
+from learn2perturb.engine.identity import fingerprint
 from learn2perturb.engine.modes import dropouts_off
 from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.engine.ranks import ALONE, Ranks
-from learn2perturb.engine.shared_work import each
 from learn2perturb.evaluation.intervals import Scores, accuracy_interval, passes_of
 from learn2perturb.evaluation.parts import attacked
 from learn2perturb.evaluation.passes import Model, checked_logits, classes_of
+from learn2perturb.evaluation.pieces import NOTHING, Pieces
+from learn2perturb.evaluation.rows import settings_of
 from learn2perturb.noise import noise_disabled
 from learn2perturb.progress import Progress
 from learn2perturb.records import PackedBits, plain
 
 T = TypeVar("T")
 _KEPT = 8  # attacks whose images are kept to the end
+
+
+def digest(*images: Tensor) -> str:
+    """Return a hash of tensors, for the keys of what follows from them."""
+    return fingerprint((str(number), one) for number, one in enumerate(images))
+
+
+def _joined(*parts: object) -> object:
+    """Return a key of several parts, of which the first may be unknown: then the whole is."""
+    return None if None in parts[:2] else parts
 
 
 @final
@@ -47,12 +59,20 @@ class Subject:
         stochastic: whether two passes of it differ.
         quiet: whether its noise and its dropouts are switched off while it is used.
         gradient: whether attacks may use its gradient. Where not, SPSA takes their place.
+        identity: all that its answers follow from, as plain values; None where that is not known.
     """
 
     model: Model
     stochastic: bool
     quiet: bool = False
     gradient: bool = True
+    identity: object = None
+
+    @property
+    def key(self) -> object:
+        """What tells the work on it from that on any other; None where nothing does."""
+        known = self.identity, self.stochastic, self.quiet, self.gradient
+        return None if self.identity is None else known
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Model]:
@@ -105,8 +125,9 @@ class Bench:
         expected_passes: float,
         progress: Progress | None,
         ranks: Ranks = ALONE,
+        pieces: Pieces = NOTHING,
     ) -> None:
-        self.ranks = ranks  # that share the batches
+        self.ranks, self.pieces = ranks, pieces  # that share the batches; of them that were finished before
         self.subject, self.x, self.y, self.attack, self.budget = subject, x, y, attack, budget
         self.seed, self.mode, self.batch_size, self.progress = seed, mode, batch_size, progress
         self._fits = Halving()
@@ -153,7 +174,11 @@ class Bench:
                 }  # fmt: skip
                 return result.x_adv.to(self.x.dtype).contiguous(), told
 
-            found = self.each(one, len(batches))
+            key = _joined(
+                source.key, victim.key, "attack", name, type(attack).__name__, settings_of(attack), n,
+                None if targets is None else fingerprint([("targets", targets)]),
+            )  # fmt: skip
+            found = self.each(one, len(batches), key)
         forwards, backwards, seconds, passes = (
             sum((told[key] for _, told in found), 0.0) for key in ("forwards", "backwards", "seconds", "passes")
         )
@@ -220,22 +245,28 @@ class Bench:
                 seed_everything(self.seed, "score", name, batch, draw)
                 return checked_logits(model, x[rows]).argmax(dim=1) == self.y[rows]
 
-            return self.scorings(right, len(x), self.budget.scorings if victim.stochastic else 1, victim)
+            draws, key = self.budget.scorings if victim.stochastic else 1, ("score", name, digest(x))
+            return self.scorings(right, len(x), draws, victim, key)
 
-    def scorings(self, right: Callable[[slice, int, int], Tensor], n: int, draws: int, victim: Subject) -> Scores:
-        """Return the scores of which ``right`` tells those of some rows, by the number of their batch and the draw."""
+    def scorings(
+        self, right: Callable[[slice, int, int], Tensor], n: int, draws: int, victim: Subject, key: object = None
+    ) -> Scores:
+        """Return the scores of which ``right`` tells those of some rows, by the number of their batch and the draw.
+
+        ``key`` says what they follow from beside the victim; None: they are not kept.
+        """
         batches = self.batches(n)
 
         def one(number: int) -> Tensor:
             draw, batch = divmod(number, len(batches))
             return right(batches[batch], batch, draw)
 
-        found = torch.cat(self.each(one, draws * len(batches)))
+        found = torch.cat(self.each(one, draws * len(batches), _joined(victim.key, key, n)))
         return Scores(found.view(draws, n).cpu().numpy(), passes_of(n, self.batch_size), victim.stochastic)
 
     def mean_margin(self, purpose: str, x: Tensor, y: Tensor, draws: int) -> Tensor:
         """Return ``max_{j != y} z_j - z_y`` of each image, the mean over fresh draws, shape (n,)."""
-        return self._mean(purpose, x, draws, lambda logits, rows: margin(logits, y[rows]))
+        return self._mean(purpose, x, draws, ("margin", digest(y)), lambda logits, rows: margin(logits, y[rows]))
 
     def mean_success(self, purpose: str, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor]:
         """Return the share (n,) of fresh draws in which each image is wrong, and the mean margin over the same."""
@@ -244,18 +275,21 @@ class Bench:
             wrong = logits.argmax(dim=1) != y[rows]
             return torch.stack([wrong.to(logits.dtype), margin(logits, y[rows])], dim=1)
 
-        return tuple(self._mean(purpose, x, draws, value).unbind(dim=1))  # type: ignore[return-value]
+        return tuple(self._mean(purpose, x, draws, ("success", digest(y)), value).unbind(dim=1))  # type: ignore[return-value]
 
     def mean_logits(self, purpose: str, x: Tensor, draws: int) -> Tensor:
         """Return the logits (n, classes), the mean over fresh draws."""
-        return self._mean(purpose, x, draws, lambda logits, _: logits)
+        return self._mean(purpose, x, draws, "logits", lambda logits, _: logits)
 
     def vote(self, purpose: str, x: Tensor, y: Tensor, draws: int) -> float:
         """Return the accuracy of the mean probability over fresh draws."""
-        mean = self._mean(purpose, x, draws, lambda logits, _: logits.softmax(dim=1))
+        mean = self._mean(purpose, x, draws, "vote", lambda logits, _: logits.softmax(dim=1))
         return float((mean.argmax(dim=1) == y).float().mean())
 
-    def _mean(self, purpose: str, x: Tensor, draws: int, value: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    def _mean(
+        self, purpose: str, x: Tensor, draws: int, what: object, value: Callable[[Tensor, slice], Tensor]
+    ) -> Tensor:
+        """Return the mean over fresh draws of a ``value`` of logits; ``what`` tells it from others."""
         draws = draws if self.subject.stochastic else 1
         batches = self.batches(len(x))
         with torch.no_grad(), self.subject.ready() as model:
@@ -268,7 +302,7 @@ class Bench:
                     total = total + value(checked_logits(model, x[rows]), rows)
                 return total / draws
 
-            return torch.cat(self.each(one, len(batches)))
+            return torch.cat(self.each(one, len(batches), _joined(self.subject.key, what, purpose, draws, digest(x))))
 
     def _descent(self, attack: Attack) -> Attack:
         """Return what stands for an attack by gradients where there are none: a descent on values in the same ball.
@@ -278,9 +312,13 @@ class Bench:
         steps, directions = self.budget.descent_steps, self.budget.descent_directions
         return SPSA(attack.eps, norm=attack.norm, targeted=attack.targeted, steps=steps, directions=directions)
 
-    def each(self, work: Callable[[int], T], count: int) -> list[T]:
-        """Return what ``work`` gives for each number below ``count``; the processes share it, see ``shared_work``."""
-        return each(work, count, self.ranks, self.x.device)
+    def each(self, work: Callable[[int], T], count: int, key: object = None) -> list[T]:
+        """Return what ``work`` gives for each number below ``count``; the processes share it, see ``shared_work``.
+
+        ``key``: all that it follows from beside the model, its images, the attack that is reported, the budget and the
+        seed, so that what a process before this one has finished is taken from there; None: it is never kept.
+        """
+        return self.pieces.each(work, count, key, self.x.device, self.ranks)
 
     def _progress(self, passes: float, name: str) -> None:
         self._passes = passes

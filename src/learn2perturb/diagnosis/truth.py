@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -16,7 +16,7 @@ from learn2perturb.attacks.balls import BALLS, Ball
 from learn2perturb.attacks.gradients import input_gradient
 from learn2perturb.attacks.losses import margin
 from learn2perturb.diagnosis.blackbox import descent, not_beaten
-from learn2perturb.diagnosis.measure import Attacked, Bench
+from learn2perturb.diagnosis.measure import Attacked, Bench, digest
 from learn2perturb.diagnosis.verdict import Draft, percent
 from learn2perturb.diagnosis.whitebox import best_of, by_same_draws
 from learn2perturb.engine.random import seed_everything
@@ -165,7 +165,7 @@ def _quantiles(found: Sequence[tuple[Tensor, int]]) -> Ratios:
 
 
 def _compared(
-    bench: Bench, x: Tensor, norm: str, reach: float, *, draws: Iterable[int], around: bool = False
+    bench: Bench, x: Tensor, norm: str, reach: float, *, draws: Sequence[int], around: bool = False
 ) -> tuple[Tensor, int]:
     """Return each image's ratio (n,), and how many have no gradient.
 
@@ -191,7 +191,7 @@ def _compared(
                 said += (slopes[draw].double() * (up.double() - down.double())).flatten(1).sum(dim=1)
             return (rise / said.masked_fill(said == 0, 1.0)).masked_fill(none, 0.0), int(none.sum())
 
-        found = bench.each(one, len(batches))
+        found = bench.each(one, len(batches), ("ratios", norm, reach, list(draws), around, digest(x)))
     return torch.cat([ratio for ratio, _ in found]), sum(none for _, none in found)
 
 

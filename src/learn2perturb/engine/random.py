@@ -52,6 +52,26 @@ def isolated_rng(*, torch_only: bool = False) -> Iterator[None]:
             random.setstate(others[1])
 
 
+def kept_generators() -> dict[str, Any]:
+    """Return the states of the default generators as plain values and tensors, for :func:`put_back_generators`."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else [],
+        "numpy": (str(name), np.asarray(keys).tolist(), *rest),
+        "python": random.getstate(),
+    }
+
+
+def put_back_generators(states: dict[str, Any]) -> None:
+    """Make the default generators go on from where :func:`kept_generators` has found them."""
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    np.random.set_state(states["numpy"])
+    random.setstate(states["python"])
+
+
 def generator_states(device: torch.device) -> list[Any]:
     """Return the states of the default generators that code on ``device`` may draw from; see :func:`equal_states`."""
     states: list[Any] = [torch.get_rng_state(), np.random.get_state(legacy=True), random.getstate()]

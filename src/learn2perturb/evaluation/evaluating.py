@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from learn2perturb import __version__
 from learn2perturb.attacks import Attack
 from learn2perturb.configs import takes
 from learn2perturb.data import BatchSource, check_labels, classes_of, warn_of_subset
@@ -36,7 +35,6 @@ from learn2perturb.evaluation.passes import (
     Model,
     are_probabilities,
     checked_logits,
-    circumstances,
     passes_differ,
 )
 from learn2perturb.evaluation.replays import SEEDS, contained, draws_anew, seeds_decide
@@ -304,13 +302,11 @@ class _Work:
     def _kept(self, keep: Unfinished) -> list[tuple[Row, ...]]:
         """Return the rows that the same evaluation has finished before, run by run."""
         config, target = self.config, self.target
-        model = f"{type(target.model)} {target.model}"
-        where = circumstances(target.device, self.mode)
-        identity = target.weights, target.seen.hexdigest(), model, config.seed, config.batch_size, where
+        identity = target.identity(config.seed, config.batch_size, self.mode)
         counts = [len(run.predictors) for run in self.runs]
         kept = () if self.images is None else (("images", self.images.each),)  # without: as it always was
         runs = [run.identity for run in self.runs]
-        return taken(keep.open((__version__, identity, runs, *kept), sum(counts)), counts)
+        return taken(keep.open((identity, runs, *kept), sum(counts)), counts)
 
     def evaluation(self, rows: Iterable[Row], metadata: dict[str, Any] | None = None) -> Evaluation:
         """Return the record of ``rows``."""

@@ -1,10 +1,8 @@
-"""Finished rows of an evaluation, kept on disk until its record is written, so that a kill loses one row at most."""
+"""What is finished of the work on a record, kept on disk until that is written, so that a kill loses little."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -13,11 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, final
 
-from learn2perturb import records
+from learn2perturb import __version__, records
 from learn2perturb.errors import CheckpointError
 from learn2perturb.evaluation.attacked import AttackedImages
+from learn2perturb.evaluation.pieces import NOTHING, Pieces, key_of
 from learn2perturb.evaluation.result import Evaluation, Row
-from learn2perturb.terminal import say
+from learn2perturb.progress import duration
+from learn2perturb.terminal import number_among, say
 
 
 @final
@@ -37,21 +37,22 @@ class PartialEvaluation(records.Saved):
 
 @final
 class Unfinished:
-    """A folder for the finished rows of an evaluation; leaving the ``with`` block without an error removes them.
+    """A folder for what is finished of a record; leaving the ``with`` block without an error removes it.
 
     ::
 
         with Unfinished("runs/digits/evaluation") as keep:
             evaluate(model, data, attacks, keep=keep).save("runs/digits/evaluation/mine.json")
 
-    The file is named after a hash of weights, images, all settings and versions, so rows of anything else are never
-    taken up.
+    So for ``diagnose`` and ``certify``. What is kept is named after a hash of weights, images, all settings and
+    versions, so that nothing of anything else is ever taken up.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.path: Path | None = None
         self._key = ""
+        self._pieces = NOTHING
 
     def __enter__(self) -> Unfinished:
         return self
@@ -64,10 +65,30 @@ class Unfinished:
 
     def clear(self) -> None:
         """Remove what is kept: the record has been written."""
+        self._pieces.clear()
         if self.path is not None:
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
                 self._images(self.path).unlink(missing_ok=True)
+
+    def _place(self, identity: Any) -> Path:
+        """Return the place of what is kept of this work, by this version of the package."""
+        self._key = key_of((__version__, identity))
+        return self.folder / f"unfinished-{self._key[:16]}.partial"
+
+    def pieces(self, identity: Any, reason: str | None = None) -> Pieces:
+        """Return the finished pieces of the work on what ``identity`` says; say what is there.
+
+        ``reason``: why this work cannot be kept, which is said.
+        """
+        if reason:
+            if not number_among()[0]:  # of several processes one speaks
+                say(f"nothing is kept on the way, so a kill loses all: {reason}")
+            return NOTHING
+        self._pieces = Pieces(self._place(identity))
+        if before := self._pieces.waiting:
+            say(f"going on: {duration(before)} of work finished before, in {self._pieces.folder}")
+        return self._pieces
 
     @staticmethod
     def _images(path: Path) -> Path:
@@ -75,9 +96,7 @@ class Unfinished:
 
     def open(self, identity: Any, expected: int) -> tuple[Row, ...]:
         """Return the rows that an evaluation of ``identity``, of ``expected`` rows, has finished before; say so."""
-        text = json.dumps(records.plain(identity), sort_keys=True, default=repr)
-        self._key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        self.path = self.folder / f"unfinished-{self._key[:16]}.partial"
+        self.path = self._place(identity)
         if not self.path.exists():
             return ()
         try:

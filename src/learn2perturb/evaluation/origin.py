@@ -4,16 +4,51 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from learn2perturb.data import ImageData
-from learn2perturb.engine.identity import ImagesFingerprint, fingerprint_of_weights
+from learn2perturb.engine.identity import ImagesFingerprint, fingerprint, fingerprint_of_weights
 from learn2perturb.evaluation.passes import Model
+from learn2perturb.plugins import code_of, is_ours
 
 
 def weights_of(model: Model) -> str | None:
     """Return the hash of the weights; None for a function, whose weights cannot be seen."""
     return fingerprint_of_weights(model) if isinstance(model, nn.Module) else None
+
+
+def identity_of(model: Model) -> tuple[Any, ...] | None:
+    """Return all that is seen of what a network answers by, as plain values: None for a function, which shows nothing.
+
+    Its weights, its text, numbers and tensors that its modules hold beside them, and the source of their classes where
+    they are none of torch's or of this package.
+    """
+    if not isinstance(model, nn.Module):
+        return None
+    held = {name: _held(module) for name, module in model.named_modules()}
+    homes = {type(module).__module__ for module in model.modules()}
+    sources = [code_of(home) for home in sorted(homes) if not is_ours(home) and home.partition(".")[0] != "torch"]
+    return weights_of(model), f"{type(model)} {model}", {name: own for name, own in held.items() if own}, sources
+
+
+def _held(module: nn.Module) -> dict[str, Any]:
+    """Return the plain values and tensors among the attributes of a module, but for what every module has."""
+    found: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            found[name] = fingerprint([(name, value)])
+        elif name not in _COMMON and _is_plain(value):
+            found[name] = value
+    return found
+
+
+_COMMON = set(vars(nn.Module()))
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def origin(

@@ -111,14 +111,14 @@ class RowRun:
     @property
     def identity(self) -> tuple[object, ...]:
         """All that the rows follow from, beside model, images and seed."""
-        attack = None if self.attack is None else (type(self.attack).__name__, _settings(self.attack))
+        attack = None if self.attack is None else (type(self.attack).__name__, settings_of(self.attack))
         switches = self.noise, self.switched, self.stochastic
         return self.name, attack, switches, self.predictors, self.draws, self.members, repr(self.mode)
 
     @property
     def numbers(self) -> dict[str, Any]:
         """Those settings of the attack that are the same in every process: no object's address is among them."""
-        settings = {} if self.attack is None else _settings(self.attack)
+        settings = {} if self.attack is None else settings_of(self.attack)
         return {name: value for name, value in settings.items() if value is None or isinstance(value, (int, float))}
 
     def queries(self, images: int) -> float:
@@ -237,7 +237,7 @@ class RowRun:
             confidence=CONFIDENCE,
         )
         margins = [one.margins for one in parts if one.margins is not None]
-        parameters = {} if self.attack is None else _settings(self.attack)
+        parameters = {} if self.attack is None else settings_of(self.attack)
         size = len(labels)
         for predictor in self.predictors:
             yield Row(
@@ -262,7 +262,7 @@ class RowRun:
             )
 
 
-def _settings(attack: Attack) -> dict[str, Any]:
+def settings_of(attack: Attack) -> dict[str, Any]:
     """Return all settings of ``attack`` but its seed; a network among them is known by the hash of its weights."""
     found = {name: value for name, value in plain(attack).items() if name != "seed"}
     for item in dataclasses.fields(attack):

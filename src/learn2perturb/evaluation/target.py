@@ -21,9 +21,10 @@ from learn2perturb.engine.ranks import LONG_TIMEOUT, current, joined
 from learn2perturb.engine.shapes import Images, Labels
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation.arrays import BlackBox
-from learn2perturb.evaluation.origin import origin, weights_of
+from learn2perturb.evaluation.origin import identity_of, origin, weights_of
 from learn2perturb.evaluation.own_parts import own_parts
 from learn2perturb.evaluation.passes import Model, circumstances, classes_of, device_of
+from learn2perturb.evaluation.replays import seeds_decide
 from learn2perturb.progress import Progress, shown
 
 
@@ -122,6 +123,20 @@ class Target:
         x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
         self.seen.add(x, y)
         return x.to(self.device), y.to(self.device)
+
+    def identity(self, seed: int, batch_size: int, mode: ExecutionMode) -> tuple[Any, ...]:
+        """Return all that results follow from beside what is done: model, images, seed, how passes are made, where."""
+        return identity_of(self.model), self.seen.hexdigest(), seed, batch_size, circumstances(self.device, mode)
+
+    def unkept(self, x: Images, seed: int) -> str:
+        """Return why what is finished of the work on this model cannot be kept for another process; else nothing."""
+        if self.weights is None:
+            return "the model is a function, whose weights are not seen, so that another one would pass for it"
+        if not current().alone:
+            return "several processes share the work"
+        if not seeds_decide(self.model, x[:8], seed):
+            return "draws of the model follow from what it has drawn before, not from seeds"
+        return ""
 
     def classes(self, x: Images) -> int:
         """Return how many classes the model tells, by its checked logits of one image."""

@@ -421,20 +421,22 @@ def _accuracy(work: _Work) -> Saved:
 
 def _certificate(work: _Work) -> Saved:
     pair, scoring = work.pair, work.pair.cell.scoring
-    return certify(
-        work.model, work.data, **{**pair.cell.settings, **threat_of(pair, work.header)}, limit=scoring.limit,
-        seed=scoring.seed, device=work.place, name=pair.run.title, progress=work.progress,
-    )  # fmt: skip
+    with Unfinished(work.task.path.parent) as keep:
+        return certify(
+            work.model, work.data, **{**pair.cell.settings, **threat_of(pair, work.header)}, limit=scoring.limit,
+            seed=scoring.seed, device=work.place, name=pair.run.title, progress=work.progress, keep=keep,
+        )  # fmt: skip
 
 
 def _diagnosis(work: _Work) -> Saved:
     pair, scoring = work.pair, work.pair.cell.scoring
     sources = {name: work.network(run) for name, run in pair.sources.items()}
-    return diagnose(
-        work.model, work.data, **{**pair.cell.settings, **threat_of(pair, work.header)}, sources=sources,
-        limit=scoring.limit, seed=scoring.seed, device=work.place, engine=scoring.engine, name=pair.run.title,
-        progress=work.progress,
-    )  # fmt: skip
+    with Unfinished(work.task.path.parent) as keep:
+        return diagnose(
+            work.model, work.data, **{**pair.cell.settings, **threat_of(pair, work.header)}, sources=sources,
+            limit=scoring.limit, seed=scoring.seed, device=work.place, engine=scoring.engine, name=pair.run.title,
+            progress=work.progress, keep=keep,
+        )  # fmt: skip
 
 
 _RECORDS = {"accuracy": _accuracy, "certificate": _certificate, "diagnosis": _diagnosis}
