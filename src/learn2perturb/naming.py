@@ -105,6 +105,20 @@ def made_by(factory: str, *, itself: bool = False) -> Any:
     return made
 
 
+def function_of(factory: str) -> Any:
+    """Return ``function`` of ``module:function`` itself.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    module, _, name = factory.partition(":")
+    try:
+        with working_folder_first():
+            return getattr(importlib.import_module(module), name)
+    except Exception as error:  # a stranger's module may raise anything
+        raise ConfigError(f"{factory}: {type(error).__name__}: {error}; write module:function") from error
+
+
 def _takes_arguments(function: Any) -> bool:
     try:
         parameters = inspect.signature(function).parameters.values()

@@ -207,8 +207,8 @@ def is_ours(module: str) -> bool:
     return module.partition(".")[0] == OURS
 
 
-def code_of(module: str) -> dict[str, Any]:
-    """Return what the code of a module is: its name, and its file, where it has one, with the SHA-256."""
+def file_of(module: str) -> dict[str, Any]:
+    """Return which module it is: its name, and its file, where it has one, with the SHA-256."""
     import hashlib
     from pathlib import Path
 
@@ -219,11 +219,18 @@ def code_of(module: str) -> dict[str, Any]:
     return source
 
 
-def source_of(module: str) -> dict[str, Any]:
-    """Return where the code of a module is from: its name, its file with the SHA-256, and the package it came in."""
-    source = code_of(module)
+def source_of(module: str, thing: object = None) -> dict[str, Any]:
+    """Return where the code of a module is from: its name, its file with the SHA-256, and the package it came in.
+
+    Of a ``thing`` in it, a function or class, also ``code``: a fingerprint of its own definition and what that uses.
+    """
+    from learn2perturb.definitions import code_of
+
+    source = file_of(module)
     if "file" in source and (package := _package_of(module)):
         source["package"] = package
+    if thing is not None and (code := code_of(thing)):
+        source["code"] = code
     return source
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import importlib
@@ -92,7 +93,9 @@ class Entry:
             ) from error
 
     def source(self) -> dict[str, Any]:
-        """Return where its code is from: module, file, SHA-256, package."""
+        """Return where its code is from: module, file, SHA-256, package, and its own fingerprint."""
+        with contextlib.suppress(ConfigError):
+            return {"name": self.name, **plugins.source_of(self.module, self.load())}
         return {"name": self.name, **plugins.source_of(self.module)}
 
 

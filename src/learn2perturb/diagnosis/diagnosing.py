@@ -208,7 +208,7 @@ def diagnose(
         norm=attack.norm,
         seed=seed,
         budget=plain(bench.budget),
-        metadata=target.metadata(data, settled, mode, attacks=[attack], checks=own_checks(), **more),
+        metadata=target.metadata(data, settled, mode, attacks=[attack], checks=own_checks(), others=compared, **more),
         claim=decided.claim,
         trial=decided.trial,
     )

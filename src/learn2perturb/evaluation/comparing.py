@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, final
 
@@ -13,6 +14,7 @@ from learn2perturb import records
 from learn2perturb.brief import brief
 from learn2perturb.errors import ConfigError, InputError
 from learn2perturb.evaluation.intervals import Estimate, Interval, Scores, paired_difference
+from learn2perturb.evaluation.own_parts import changed
 from learn2perturb.evaluation.result import Evaluation, Row
 from learn2perturb.evaluation.significance import equals, holm, mcnemar
 
@@ -137,7 +139,8 @@ def compare(
     """
     check_same_images(first, second)
     pairs = tuple(pairs)
-    rows = _rows(first, second, pairs)
+    other_code = changed(first.metadata, second.metadata)
+    rows = _rows(first, second, pairs, other_code)
     found = []
     for left, right in rows:
         one, other = first.scores(left), second.scores(right)
@@ -165,8 +168,12 @@ def compare(
         )
     )
     names = [str(one.metadata.get("model", "a model")) for one in (first, second)]
-    left_out = () if pairs else _left_out(first, second, rows)
-    notes = (*_unidentified(first, second), *(note for left, right in rows for note in _unlike(left, right)))
+    left_out = () if pairs else _left_out(first, second, rows, other_code)
+    notes = (
+        *_unidentified(first, second),
+        *(f"{part} is of other code in the two" for part in other_code),
+        *(note for left, right in rows for note in _unlike(left, right, other_code)),
+    )
     metadata = {name: [one.metadata.get(key) for one in (first, second)] for name, key in _KEPT.items()}
     return Comparison(names[0], names[1], differences, confidence, metadata, left_out, notes)
 
@@ -203,14 +210,34 @@ def check_same_images(first: Evaluation, second: Evaluation) -> None:
         raise InputError(f"the labels agree, but the images differ (hashes {hashes[0]} and {hashes[1]}){fix}")
 
 
-def _rows(first: Evaluation, second: Evaluation, pairs: tuple[tuple[str, str], ...]) -> list[tuple[Row, Row]]:
+def _rows(
+    first: Evaluation, second: Evaluation, pairs: tuple[tuple[str, str], ...], other_code: Sequence[str]
+) -> list[tuple[Row, Row]]:
     if pairs:
         return [(_only(first, left), _only(second, right)) for left, right in pairs]
-    found = [(row, other) for row in first.rows if (other := _partner(row, second.rows)) is not None]
+    same = [row for row in first.rows if not _is_of(row, other_code)]
+    found = [(row, other) for row in same if (other := _partner(row, second.rows)) is not None]
+    if not found and len(same) < len(first.rows):
+        raise ConfigError(
+            f"no row in common: {', '.join(other_code)} is of other code in the two; evaluate both with the same"
+        )
     if not found:
         shown = [", ".join(row.label for row in evaluation.rows) for evaluation in (first, second)]
         raise ConfigError(f"no row in common: {shown[0]} against {shown[1]}; name what to compare as pairs")
     return found
+
+
+def _is_of(row: Row, parts: Sequence[str]) -> bool:
+    """Tell whether the attack of a row is, or is made of, one of these parts."""
+    return any(_names_attack(row, part) for part in parts)
+
+
+def _names_attack(row: Row, part: str) -> bool:
+    kind, _, name = part.partition(" ")
+    if kind not in ("attack", "function"):
+        return False
+    attack = name.partition(".")[0]
+    return row.attack_type == attack or re.search(rf"\b{re.escape(attack)}\b", repr(row.parameters)) is not None
 
 
 def _partner(row: Row, others: Iterable[Row]) -> Row | None:
@@ -252,7 +279,9 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _left_out(first: Evaluation, second: Evaluation, rows: list[tuple[Row, Row]]) -> tuple[str, ...]:
+def _left_out(
+    first: Evaluation, second: Evaluation, rows: list[tuple[Row, Row]], other_code: Sequence[str]
+) -> tuple[str, ...]:
     """Describe the rows that no pair holds, and, where one of the other record has its name, what differs."""
     found = []
     for which, (own, other) in enumerate(((first, second), (second, first))):
@@ -261,18 +290,21 @@ def _left_out(first: Evaluation, second: Evaluation, rows: list[tuple[Row, Row]]
             if id(row) in paired:
                 continue
             twin = next((one for one in other.rows if (one.label, one.noise) == (row.label, row.noise)), None)
-            why = f" (differs in {', '.join(_differing(row, twin) or ['passes of the ensemble'])})" if twin else ""
+            usual = "its code" if _is_of(row, other_code) else "passes of the ensemble"
+            why = f" (differs in {', '.join(_differing(row, twin) or [usual])})" if twin else ""
             found.append(f"{row.label} of the {('first', 'second')[which]}{why}")
     return tuple(found)
 
 
-def _unlike(one: Row, other: Row) -> Iterable[str]:
+def _unlike(one: Row, other: Row, other_code: Sequence[str] = ()) -> Iterable[str]:
     """Say what differs in a pair that was named by hand."""
     free = () if one.stochastic and other.stochastic else _EOT
     names = _differing(one, other, free)
     if names or one.attack_type != other.attack_type:
         what = ", ".join(f"{name} {one.parameters.get(name)} and {other.parameters.get(name)}" for name in names)
         yield f"{one.label} and {other.label} are not the same attack: {what or 'another kind'}"
+    elif _is_of(one, other_code):
+        yield f"{one.label} and {other.label} are not the same attack: other code"
 
 
 def _unidentified(first: Evaluation, second: Evaluation) -> Iterable[str]:

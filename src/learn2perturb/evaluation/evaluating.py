@@ -29,6 +29,7 @@ from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.evaluation.image_keeper import ImageKeeper, arrays_of
 from learn2perturb.evaluation.inputs import peculiarities
 from learn2perturb.evaluation.keeping import Unfinished, taken
+from learn2perturb.evaluation.own_parts import codes_of
 from learn2perturb.evaluation.pace import guessed_passes, tell_seconds
 from learn2perturb.evaluation.passes import (
     PROBABILITIES,
@@ -99,6 +100,7 @@ def evaluate(
     table = [*([(CLEAN, None)] if config.clean else []), *_expand(attacks, config.eps)]
     if not table:
         raise ConfigError("clean is False and no attack is given, so nothing is left to score; give one of them")
+    target.parts(data, attacks=[attack for _, attack in table])
     source = target.source(data, batch_size=config.batch_size, seed=config.seed, limit=config.limit)
     mode = execution.select(config.engine, target.device, pixels=_pixels(source, table, config))
     with target.judged(progress) as told:
@@ -111,8 +113,7 @@ def evaluate(
     more: dict[str, Any] = {"batch_size": config.batch_size, "limit": config.limit, "findings": work.findings}
     names = classes_of(data)
     more["classes"] = list(names) if names is not None and len(names) == work.num_classes else None
-    used = [attack for _, attack in table]
-    found = work.evaluation(rows, target.metadata(data, config, mode, attacks=used, **more))
+    found = work.evaluation(rows, target.metadata(data, config, mode, **more))
     if images is not None:
         images.found = work.attacked_images(found)
     return found
@@ -304,7 +305,9 @@ class _Work:
         config, target = self.config, self.target
         identity = target.identity(config.seed, config.batch_size, self.mode)
         counts = [len(run.predictors) for run in self.runs]
-        kept = () if self.images is None else (("images", self.images.each),)  # without: as it always was
+        kept: tuple[Any, ...] = () if self.images is None else (("images", self.images.each),)  # as it always was
+        if codes := codes_of(target.parts()):
+            kept += (("code", codes),)
         runs = [run.identity for run in self.runs]
         return taken(keep.open((identity, runs, *kept), sum(counts)), counts)
 

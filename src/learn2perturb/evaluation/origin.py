@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from learn2perturb.data import ImageData
+from learn2perturb.definitions import code_of, is_installed
 from learn2perturb.engine.identity import ImagesFingerprint, fingerprint, fingerprint_of_weights
 from learn2perturb.evaluation.passes import Model
-from learn2perturb.plugins import code_of, is_ours
+from learn2perturb.plugins import file_of, is_ours
 
 
 def weights_of(model: Model) -> str | None:
@@ -26,9 +27,15 @@ def identity_of(model: Model) -> tuple[Any, ...] | None:
     if not isinstance(model, nn.Module):
         return None
     held = {name: _held(module) for name, module in model.named_modules()}
-    homes = {type(module).__module__ for module in model.modules()}
-    sources = [code_of(home) for home in sorted(homes) if not is_ours(home) and home.partition(".")[0] != "torch"]
+    kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in map(type, model.modules())}
+    sources = [_source(kinds[name]) for name in sorted(kinds) if not is_ours(name) and not name.startswith("torch.")]
     return weights_of(model), f"{type(model)} {model}", {name: own for name, own in held.items() if own}, sources
+
+
+def _source(kind: type) -> tuple[str, Any]:
+    """Return the code of a class: of the user's own its definition, of an installed package the whole file."""
+    home = kind.__module__
+    return kind.__qualname__, file_of(home) if is_installed(home) else code_of(kind)
 
 
 def _held(module: nn.Module) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class Target:
         self.device, self.weights, self.seen = device_of(model, device), weights_of(model), ImagesFingerprint()
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._clock = time.perf_counter()
+        self._parts: dict[str, Any] | None = None
 
     @contextlib.contextmanager
     def judged(self, progress: Progress | bool | None, others: Sequence[Model] = ()) -> Iterator[Progress]:
@@ -147,6 +148,20 @@ class Target:
         """How long the work has taken so far."""
         return time.perf_counter() - self._clock
 
+    def parts(
+        self,
+        data: Any = None,
+        *,
+        attacks: Iterable[Attack | None] = (),
+        checks: Iterable[Callable[..., Any]] = (),
+        others: Iterable[Model] = (),
+    ) -> dict[str, Any]:
+        """Return which parts are the user's own, and where their code is from: as it was when this was first asked."""
+        if self._parts is None:
+            name = getattr(data, "name", None)
+            self._parts = own_parts(self.model, dataset=name, attacks=attacks, checks=checks, others=others)
+        return self._parts
+
     def metadata(
         self,
         data: Any,
@@ -155,16 +170,16 @@ class Target:
         *,
         attacks: Iterable[Attack | None] = (),
         checks: Iterable[Callable[..., Any]] = (),
+        others: Iterable[Model] = (),
         **more: Any,
     ) -> dict[str, Any]:
         """Return what a record says of model, images, settings, own parts, where and when it was made; and ``more``."""
-        dataset = getattr(data, "name", None)
         return {
             **origin(self.model, data, self.name, weights=self.weights, seen=self.seen),
             "date": self.started,
             "config": config.to_dict(),
             **more,
-            **own_parts(self.model, dataset=dataset, attacks=attacks, checks=checks),
+            **self.parts(data, attacks=attacks, checks=checks, others=others),
             **circumstances(self.device, mode),
         }
 

@@ -26,12 +26,17 @@ from pathlib import Path
 from typing import Any, final
 
 from learn2perturb.certification.record import Certification
+from learn2perturb.data.transforms import Transforms
 from learn2perturb.diagnosis.record import Diagnosis
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.evaluation.attacked import beside
+from learn2perturb.evaluation.own_parts import codes_of, named_parts, own_parts
 from learn2perturb.evaluation.result import Evaluation
+from learn2perturb.naming import function_of, is_factory
+from learn2perturb.plugins import PARTS
 from learn2perturb.reading import MOST_RECORD, parse_json, read_bytes, reading
 from learn2perturb.records import Saved, atomic_write, make_folder, plain
+from learn2perturb.registry import DEFENSES, MODELS, NOISES
 from learn2perturb.runs.lock import taken
 from learn2perturb.training.config import TrainConfig
 
@@ -53,9 +58,24 @@ def address(**facts: Any) -> str:
 
 
 def run_address(config: TrainConfig, data: str) -> str:
-    """Return the address of a training: of its resolved config, and the fingerprint of its data."""
+    """Return the address of a training: of its resolved config, its data, and the code of the user's own parts."""
     settings = {key: value for key, value in config.deciding().items() if key not in _FREE}
-    return address(kind="run", config=settings, data=data)
+    return address(kind="run", config=settings, data=data, **code_in_address(parts_of(config)))
+
+
+def parts_of(config: TrainConfig) -> dict[str, Any]:
+    """Return the user's own parts that a training follows from, beside its data."""
+    laws = [(NOISES, value) for value in config.options.values()]
+    named = named_parts((DEFENSES, config.defense), (MODELS, config.model), *laws)
+    functions: list[Any] = [] if not is_factory(config.model) else [function_of(config.model)]
+    functions += [] if config.transforms is None else [step for _, step in Transforms(config.transforms).steps]
+    return {PARTS: named + own_parts(others=functions).get(PARTS, [])}
+
+
+def code_in_address(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``{"code": ...}`` of parts for an address; nothing where all are of this package."""
+    codes = {name: code for one in parts for name, code in codes_of(one).items()}
+    return {"code": codes} if codes else {}
 
 
 @final

@@ -24,6 +24,7 @@ from learn2perturb.attacks.spec import attacks_of_size
 from learn2perturb.certification import certify
 from learn2perturb.data import ImageData, load_data
 from learn2perturb.diagnosis import diagnose
+from learn2perturb.diagnosis.checks import own_checks
 from learn2perturb.diagnosis.threat import threat_of_training
 from learn2perturb.engine.devices import choose_device
 from learn2perturb.engine.identity import fingerprint_of_images, fingerprint_of_state, fingerprint_of_weights
@@ -31,9 +32,10 @@ from learn2perturb.errors import ConfigError, DataError, Interrupted, Learn2Pert
 from learn2perturb.evaluation import ImageKeeper, Unfinished, evaluate
 from learn2perturb.evaluation.attacked import beside
 from learn2perturb.evaluation.config import EvaluateConfig
+from learn2perturb.evaluation.own_parts import own_parts
 from learn2perturb.experiments.released import ReleasedScores, share_draws
 from learn2perturb.experiments.spec import OWN, TWIN, Pair, RunPlan, Scoring
-from learn2perturb.experiments.store import Finished, Store, address, run_address
+from learn2perturb.experiments.store import Finished, Store, address, code_in_address, run_address
 from learn2perturb.naming import is_factory, made_by
 from learn2perturb.noise import NoiseFree, is_stochastic, noise_spec
 from learn2perturb.plugins import import_all
@@ -113,7 +115,7 @@ def weights_at(place: str) -> tuple[str, dict[str, Any]]:
     """Return the fingerprint of the weights at a place, and their header."""
     if is_factory(place):
         model = network_at(place)
-        return fingerprint_of_weights(model), {"noise": noise_spec(model), "defense": None}
+        return fingerprint_of_weights(model), {"noise": noise_spec(model), "defense": None, **own_parts(model)}
     path = locate(place)
     return _weights_at(str(path), path.stat().st_mtime)
 
@@ -154,6 +156,9 @@ def cell_address(pair: Pair, header: Mapping[str, Any], weights: str, sources: M
         sources=dict(sources) if pair.cell.kind == "diagnosis" else sorted(sources.values()),
         released=pair.cell.released,
         **_threat_in_address(pair, header),
+        **code_in_address(
+            header, own_parts(attacks=[attack], checks=own_checks() if pair.cell.kind == "diagnosis" else ())
+        ),
     )
 
 

@@ -102,6 +102,23 @@ def check_same(
         say(f"{out} was trained {first} and goes on {then}: its draws are others from here on")
 
 
+def check_code(out: Path, resume: Mapping[str, Any], codes: Mapping[str, str]) -> None:
+    """Refuse to go on where the code of a part of the user's own is another than it was.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    before = resume.get("code")  # runs of before have none
+    if not isinstance(before, dict):
+        return
+    for part in sorted(codes.keys() & before.keys()):
+        if before[part] != codes[part]:
+            raise CheckpointError(
+                f"{out} was trained with other code of {part} (fingerprint {before[part]} there, {codes[part]} now); "
+                "restore it, or give another --out"
+            )
+
+
 def check_stages(before: Sequence[Stage], now: Sequence[Stage]) -> None:
     """Refuse more epochs where a defense shares them out among stages that have been trained already.
 

@@ -40,7 +40,7 @@ from learn2perturb.errors import (
     MemoryLimitError,
     NonFiniteError,
 )
-from learn2perturb.evaluation.own_parts import own_parts
+from learn2perturb.evaluation.own_parts import codes_of, own_parts
 from learn2perturb.naming import network_name
 from learn2perturb.noise import noise_modules
 from learn2perturb.progress import Reporter
@@ -63,7 +63,16 @@ from learn2perturb.training.identity import identity_of_data, identity_of_networ
 from learn2perturb.training.metrics import MetricsFile, Totals
 from learn2perturb.training.network import check_trainable, materialise, named_network
 from learn2perturb.training.recorded import NaNGuard, RecordedSteps, prepare, set_rate
-from learn2perturb.training.restoring import UNPLANNED, Say, Whole, check_same, check_stages, metrics_text, newest_whole
+from learn2perturb.training.restoring import (
+    UNPLANNED,
+    Say,
+    Whole,
+    check_code,
+    check_same,
+    check_stages,
+    metrics_text,
+    newest_whole,
+)
 from learn2perturb.training.shares import mark, objective
 from learn2perturb.training.sources import joined, sources
 
@@ -135,6 +144,10 @@ class Training:
         self.beside = self.defense.beside(self.model)
         for own in self.beside.values():
             self.mode.place(own.to(self.device))
+        # As it is now: whoever edits a file during the training changes nothing of what runs.
+        self.parts = own_parts(
+            self.model, dataset=self.dataset, defense=config.defense, others=self.beside.values(), data=self.source
+        )
         self._measure()
         self._looked_at: set[str] = set()
         # Where steps are recorded nothing may wait for the device, so a flag there says whether a loss was NaN.
@@ -253,7 +266,7 @@ class Training:
             "epoch": self.epoch if self.chosen is None else self.chosen.epoch + 1,
             "step": self.step if self.chosen is None else self.chosen.step,
             **({"extended": self.extended} if self.extended else {}),
-            **own_parts(self.model, dataset=self.dataset, defense=self.config.defense),
+            **self.parts,
         }
 
     def save(self, metrics: MetricsFile) -> None:
@@ -281,6 +294,7 @@ class Training:
             "gear": self.mode.name,
             "compiled": self.mode.compiled_rows,
             "identity": self.identity,
+            "code": codes_of(self.parts),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "totals": self.totals.state(),
             "seconds": self.seconds,
@@ -351,6 +365,7 @@ class Training:
             self.best.restore(resume["best"])
         ended = resume["epoch"] >= self.epochs or (self.best is not None and self.best.ended(resume["epoch"]))
         check_same(self.folder, resume, now, self.identity, finished=ended, say=say)
+        check_code(self.folder, resume, codes_of(self.parts))
         check_noise(checkpoint, self.model, state)
         if (planned := resume["epochs"]) not in (None, self.epochs):
             before = self.defense.stages(replace(self.settings, epochs=planned))
