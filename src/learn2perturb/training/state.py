@@ -294,7 +294,7 @@ class Training:
             "gear": self.mode.name,
             "compiled": self.mode.compiled_rows,
             "identity": self.identity,
-            "code": codes_of(self.parts),
+            **({"code": codes} if (codes := codes_of(self.parts)) else {}),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "totals": self.totals.state(),
             "seconds": self.seconds,
