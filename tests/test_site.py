@@ -103,6 +103,23 @@ def test_links_out_of_the_pages_lead_to_pages_made_of_the_files():
     )
 
 
+def test_commands_wrap_and_what_is_read_as_one_stays_on_one_line():
+    pytest.importorskip("mkdocs", reason="needs the extra docs: make setup")
+    made = hooks()
+
+    class Page:
+        file = type("File", (), {"src_uri": "cli.md"})
+
+    about = {"page": Page, "config": None, "files": None}
+    text = "```\nmake labs\n```\n\n```\nresult: 5\n```\n"
+    assert made.on_page_markdown(text, **about) == "```console\nmake labs\n```\n\n```\nresult: 5\n```\n"
+    html = "<p><code>train --device auto a-b</code> -1.0 [2, 3]</p><td>5.0 [4.5, 5.5]</td>"
+    assert made.on_page_content(html, **about) == (
+        '<p><code>train <span class="one">--device</span> auto a-b</code> -1.0 [2, 3]</p>'
+        '<td><span class="one">5.0 [4.5, 5.5]</span></td>'
+    )
+
+
 @pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path):
     import subprocess

@@ -19,6 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "README.md": "index.md"}
 EXAMPLES, NOTEBOOK = "examples.md", "first-steps.md"
 _LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
+# A block without a language that begins with a command.
+_COMMANDS = re.compile(r"^```\n(?=(?:learn2perturb|l2p|make|pip|python|torchrun|git) )", re.MULTILINE)
+# What is read as one word: an option in code; a number with its interval in a table.
+_OPTION = re.compile(r"(<code>)([^<]*)(</code>)")
+_BLOCK = re.compile(r'(<div class="language-(?:console|bash) [^>]*>)(.*?)(</pre>)', re.DOTALL)
+_INTERVAL = re.compile(r"[+-]?\d[\d.]* (?:%|points)? ?\[[+-]?[\d.]+, [+-]?[\d.]+\]")
+_CELL = re.compile(r"(<td[^>]*>)(.*?)(</td>)", re.DOTALL)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".sh": "bash"}
 
 
@@ -59,7 +66,22 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
             return found[0]
         return f"]({posixpath.relpath(target, here or '.')}{found[2] or ''})"
 
-    return markdown if uri.startswith("code/") else _LINK.sub(turned, markdown)
+    return markdown if uri.startswith("code/") else _LINK.sub(turned, _COMMANDS.sub("```console\n", markdown))
+
+
+def on_page_content(html: str, *, page: Any, config: Any, files: Files) -> str:
+    """Keep on one line what is read as one: ``--option`` in code, a number and its interval in a table."""
+
+    def whole(found: re.Match[str]) -> str:
+        return f'<span class="one">{found[0]}</span>'
+
+    def code(found: re.Match[str]) -> str:
+        return found[1] + re.sub(r"(?<!\S)--?[a-zA-Z][\w-]*", whole, found[2]) + found[3]
+
+    def cell(found: re.Match[str]) -> str:
+        return found[1] + _INTERVAL.sub(whole, found[2]) + found[3]
+
+    return _CELL.sub(cell, _BLOCK.sub(code, _OPTION.sub(code, html)))
 
 
 def _within(base: str, link: str) -> str | None:
