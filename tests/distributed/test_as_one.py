@@ -30,6 +30,8 @@ def config(**changes):
     learned = values | changes
     if learned["defense"].startswith("learn2perturb"):
         changes["options"] = {"noise_delay": 0, **changes.get("options", {})}
+    if learned["defense"] == "barre":  # ten rounds of ARC at each of ten batches take minutes
+        changes["options"] = {"osp_steps": 2, "arc_steps": 2, **changes.get("options", {})}
     return TrainConfig(**{**values, **changes})
 
 
@@ -69,7 +71,8 @@ def check_alike(one, many, tolerance=1e-10):
             found = dict(numbers(line))
             assert list(found) == list(dict(numbers(expected)))
             for key, value in numbers(expected):
-                assert found[key] == pytest.approx(value, abs=1e-6, rel=1e-6), key  # metrics keep seven digits
+                close = max(tolerance, 1e-6)  # metrics keep seven digits
+                assert found[key] == pytest.approx(value, abs=close, rel=close), key
         for key, value in one[1].items():
             assert torch.equal(many[0][1][key], weights[key]), f"the processes have other {key}"
             assert (weights[key] - value).abs().max() <= tolerance, key
@@ -143,16 +146,6 @@ def test_a_defense_of_ones_own_knows_nothing_of_it(tmp_path):
         compare(config(defense="of_ones_own", limit=36), tmp_path=tmp_path)
     finally:
         DEFENSES._entries.pop("of_ones_own")
-
-
-def test_in_float32_the_first_gradients_are_those_of_one(tmp_path):
-    # Later ones part: a rounding turns the sign of a gradient that is nearly 0, in one process as in two.
-    settings = config(epochs=1, limit=8)
-    (lines, weights), *_ = together(2, lambda rank: trained(settings, double=False), tmp_path)
-    expected_lines, expected = trained(settings, double=False)
-    assert lines[0]["loss"] == pytest.approx(expected_lines[0]["loss"], abs=1e-5)
-    for key, value in expected.items():  # one step of the optimiser: the gradient, times the learning rate
-        assert (weights[key] - value).abs().max() <= 1e-5, key
 
 
 @dataclass(frozen=True, kw_only=True)
