@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from learn2perturb.defenses.pgd_at import PGDTraining
-from learn2perturb.errors import InputError
+from learn2perturb.engine import ranks
+from learn2perturb.errors import ElsewhereError, InputError
 from learn2perturb.registry import DEFENSES
 from learn2perturb.runs.checkpoint import checkpoints, read_model, read_resume
 from learn2perturb.training import read_metrics, train
@@ -131,6 +132,30 @@ def test_a_failure_of_one_is_told_to_the_others(tmp_path):
     found = run("fails 1 3", 2, tmp_path / "run", tmp_path)
     assert found[1] == ("InputError", "the dog ate it; give it another")
     assert found[0] == ("ElsewhereError", "process 1 of 2 failed: the dog ate it; give it another")
+
+
+def test_what_the_first_refuses_before_any_work_is_told_to_the_others(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    (first, said), other = run("", 2, out, tmp_path, LEARN2PERTURB_RANK_TIMEOUT="5")
+    assert first == "ConfigError"
+    assert "is no run folder" in said
+    assert other == ("ElsewhereError", f"process 0 of 2 failed: {said}")
+
+
+def test_one_that_is_killed_before_it_has_said_where_it_is_is_named(tmp_path):
+    def work(rank):
+        if rank == 1:
+            ranks.platform.node = lambda: os.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(ElsewhereError) as caught, ranks.joined():
+            pass
+        return str(caught.value), torch.distributed.is_initialized()
+
+    (_, (said, left_open)), other = run("", 2, None, tmp_path, work, LEARN2PERTURB_RANK_TIMEOUT="5")
+    assert other is None
+    assert said.startswith("process 1 of 2 is gone without a word")
+    assert not left_open
 
 
 def test_processes_that_are_not_started_alike_are_refused(tmp_path):

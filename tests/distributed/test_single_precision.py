@@ -12,7 +12,7 @@ from learn2perturb.engine import ranks
 from tests.distributed.processes import together
 from tests.distributed.test_as_one import check_alike, config, trained
 
-# HAT with a seed under which it parts, by 0.3 in a weight; noise that is learned; TRADES, whose first gradient is small.
+# HAT with a seed under which it parts, by 0.3 in a weight; noise that is learned; TRADES, whose gradient begins near 0.
 QUICK = ("hat", "learn2perturb", "trades")
 SEEDS = {"hat": 2}
 

@@ -188,7 +188,7 @@ class Ranks:
                 break
             time.sleep(0.05)
         words = self._words(" ".join(str(error).split())[:200], failed, missing)
-        self._see_off([rank for rank in others if rank not in (*failed, *missing)])
+        self._see_off(store, [rank for rank in others if rank not in (*failed, *missing)])
         if failed or missing:
             raise ElsewhereError(words) from None
         raise TrainingError(words) from error
@@ -201,9 +201,7 @@ class Ranks:
             return f"process {failed[0]} of {self.world} failed: {said}"
         if not missing:
             return f"the processes cannot reach each other ({reason}); look at the network"
-        where = " and ".join(
-            f"process {rank} of {self.world} ({store.get(f'{self.name}/at/{rank}').decode()})" for rank in missing
-        )
+        where = " and ".join(f"process {rank} of {self.world}{self._place(rank)}" for rank in missing)
         if "timed out" not in reason.lower():
             return f"{where} is gone without a word: killed, perhaps since memory ran out"
         return (
@@ -211,22 +209,33 @@ class Ranks:
             f"there, or set {TIMEOUT_VARIABLE} to more seconds"
         )
 
-    def _see_off(self, living: list[int]) -> None:
-        """Let the first process, which may keep what they share, stay until the ``living`` others have read it."""
-        store, until = _store(), time.monotonic() + 2 * _GRACE
-        store.set(f"{self.name}/read/{self.rank}", "yes")
-        while self.first and time.monotonic() < until:
-            if all(store.check([f"{self.name}/read/{rank}"]) for rank in living):
-                return
-            time.sleep(0.05)
+    def _place(self, rank: int) -> str:
+        """Return where a process is, if it has said so: it may have gone before."""
+        store, key = _store(), f"{self.name}/at/{rank}"
+        return f" ({store.get(key).decode()})" if store.check([key]) else ""  # to get what is not there is to wait
 
-    def _left(self, error: BaseException) -> None:
-        """Leave word for the others of why this process ends."""
-        if not isinstance(error, ElsewhereError):
-            stopped = isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted)
-            said = " ".join(f"{Interrupted() if stopped else error}".split())[:500] or type(error).__name__
-            with contextlib.suppress(RuntimeError):
-                _store().set(f"{self.name}/failed/{self.rank}", said)
+    def _see_off(self, store: Any, living: Iterable[int]) -> None:
+        """Let the first process, which may keep what they share, stay until the ``living`` others have read it."""
+        until, waited_for = time.monotonic() + 2 * _GRACE, set(living)
+        with contextlib.suppress(RuntimeError):  # it was kept by another, which has gone
+            store.set(f"{self.name}/read/{self.rank}", "yes")
+            while self.first and waited_for and time.monotonic() < until:
+                waited_for = {rank for rank in waited_for if not self._through(store, rank)}
+                time.sleep(0.05)
+
+    def _through(self, store: Any, rank: int) -> bool:
+        """Tell whether a process needs what they share no more: it has read why another failed, or failed itself."""
+        return any(store.check([f"{self.name}/{word}/{rank}"]) for word in ("read", "failed"))
+
+    def _left(self, error: BaseException) -> bool:
+        """Leave word for the others of why this process ends; tell whether they have none yet."""
+        if isinstance(error, ElsewhereError):
+            return False
+        stopped = isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted)
+        said = " ".join(f"{Interrupted() if stopped else error}".split())[:500] or type(error).__name__
+        with contextlib.suppress(RuntimeError):
+            _store().set(f"{self.name}/failed/{self.rank}", said)
+        return True
 
 
 ALONE = Ranks()
@@ -358,13 +367,6 @@ def current() -> Ranks:
     return _current.get()
 
 
-def first_of_all() -> bool:
-    """Tell whether this process is the one that speaks, joined or not yet."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank() == 0
-    return number_among()[0] == 0
-
-
 def own_card(device: torch.device) -> torch.device:
     """Return the card of this process, if it is one of several, where ``device`` is any card."""
     if device.type != "cuda" or device.index is not None or number_among()[1] == 1:
@@ -397,17 +399,22 @@ def joined(timeout: float = _TIMEOUT) -> Iterator[Ranks]:
     timeout, name = _seconds(timeout), _next_meeting()
     if not ready:
         _open(timeout, name)
-    ranks = _introduced(timeout, name)
-    token = _current.set(ranks)
+    store, news = _store(), False
     try:
-        yield ranks
-    except BaseException as error:
-        ranks._left(error)
-        raise
+        ranks = _introduced(timeout, name)
+        token = _current.set(ranks)
+        try:
+            yield ranks
+        except BaseException as error:
+            news = ranks._left(error)
+            raise
+        finally:
+            _current.reset(token)
     finally:
-        _current.reset(token)
         if not ready:
-            dist.destroy_process_group()
+            dist.destroy_process_group()  # so the others see that one is gone, and look into the store
+            if news:
+                ranks._see_off(store, range(ranks.world))
 
 
 def _next_meeting() -> str:

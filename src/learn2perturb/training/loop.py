@@ -26,7 +26,7 @@ from learn2perturb.engine import compile_time, execution
 from learn2perturb.engine.identity import fingerprint_of_weights
 from learn2perturb.engine.modes import own_modes
 from learn2perturb.engine.random import isolated_rng
-from learn2perturb.engine.ranks import first_of_all, joined
+from learn2perturb.engine.ranks import joined
 from learn2perturb.errors import ConfigError, Interrupted, MissingDependencyError, TrainingError
 from learn2perturb.progress import Reporter
 from learn2perturb.records import clear_temporaries, make_folder
@@ -107,8 +107,6 @@ def train(
     if out is not None and not isinstance(out, (str, os.PathLike)):
         raise ConfigError(f"out is {out!r}; give the path of a run folder, or None to write nothing")
     folder = None if out is None else Path(out)
-    if folder is not None and first_of_all():
-        check_folder(folder, config)
     with (
         _told(folder),
         joined() as ranks,
@@ -151,6 +149,7 @@ def _held(folder: Path | None, config: TrainConfig) -> Iterator[None]:
     if folder is None:
         yield
         return
+    check_folder(folder, config)
     try:
         made = not folder.exists()
         make_folder(folder)
