@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -79,10 +80,9 @@ def test_a_kept_point_is_never_worse_than_the_image():
     assert bool((expected_correct(members_of(model), ARC(EPS, steps=1, seed=0)(model, x, y), y) <= before).all())
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_point_is_kept_if_and_only_if_the_exact_accuracy_falls(seed, monkeypatch):
-    """Of all points that the members were asked about, the one returned has the lowest expected accuracy."""
-    model, (x, y) = ensemble(seed, 3, (0.5, 0.3, 0.2)), batch()
+@pytest.fixture
+def watched_points(monkeypatch) -> list[Tensor]:
+    """The points that the members are asked about, in turn."""
     asked: list[Tensor] = []
     right = arc._Ensemble.right
 
@@ -91,11 +91,77 @@ def test_a_point_is_kept_if_and_only_if_the_exact_accuracy_falls(seed, monkeypat
         return right(self, points)
 
     monkeypatch.setattr(arc._Ensemble, "right", watched)
+    return asked
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_point_is_kept_if_and_only_if_the_exact_accuracy_falls(seed, watched_points):
+    """Of all points that the members were asked about, the one returned has the lowest expected accuracy."""
+    model, (x, y) = ensemble(seed, 3, (0.5, 0.3, 0.2)), batch()
     found = ARC(EPS, steps=6, seed=seed)(model, x, y)
     members = members_of(model)
-    every = torch.stack([expected_correct(members, points, y) for points in asked])
+    every = torch.stack([expected_correct(members, points, y) for points in watched_points])
     assert len(set(every[:, 0].tolist())) > 1  # some were better than others
     assert torch.equal(expected_correct(members, found, y), every.min(dim=0).values)
+
+
+@pytest.mark.parametrize("random_start", [True, False])
+def test_a_descent_starts_at_random_in_the_ball_if_asked_to_and_otherwise_at_the_image(random_start, watched_points):
+    model, (x, y) = ensemble(0, 2), batch()
+    ARC(EPS, steps=1, restarts=3, random_start=random_start, seed=0)(model, x, y)
+    leaders, asked = 2, 2  # asked about: the start, and what each member's turn makes of it
+    starts = watched_points[1 :: 1 + asked]
+    assert len(starts) == 3 * leaders
+    for start in starts:
+        far = BALLS["linf"].distance(start, x)
+        assert bool((far > 0).all()) == random_start and float(far.max()) <= EPS + 1e-6
+    assert len({start.numpy().tobytes() for start in starts}) == (len(starts) if random_start else 1)
+
+
+@pytest.mark.parametrize("pixel", [0.0, 1.0])
+def test_a_descent_starts_at_an_image(pixel, watched_points):
+    model, (x, y) = ensemble(0, 2), batch()
+    ARC(EPS, steps=1, seed=0)(model, torch.full_like(x, pixel), y)
+    points = torch.stack(watched_points)
+    assert float(points.min()) >= 0 and float(points.max()) <= 1 and bool((points != pixel).any())
+
+
+@pytest.mark.parametrize("norm", BALLS)
+def test_a_local_step_goes_over_the_nearest_boundary(norm):
+    """Written out for one image after the other: far, near, near after the step so far, beyond, at two."""
+    eps, size = 0.1, 0.03
+    centre = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.995, 0.005, 0.5]).view(7, 1, 1, 1).expand(7, 1, 1, 2)
+    local = torch.tensor([[0, 0], [0, 0], [0.01, -0.03], [-0.01, 0.02], [0.03, 0.01], [0.0525, -0.01506], [0, 0]])
+    local = local.view(7, 1, 1, 2)
+    slopes = torch.tensor([[2.0, 1.0], [-1.0, 3.0]])  # of the leads of two classes
+    leads = torch.tensor(
+        [[-1.0, -0.3], [-0.03, -2.0], [-0.01, -0.02], [-0.04, -1.0], [0.01, -0.5], [-3e-5, -1.0], [0, 0]]
+    )
+    asked = []
+
+    def ask(attack, rank, at):
+        asked.append((rank, at))
+        return zip(leads.T, slopes.view(2, 1, 1, 1, 2).expand(2, 7, 1, 1, 2), strict=True)
+
+    found, fooled = ARC(eps, norm=norm, step_size=size)._local_step(
+        types.SimpleNamespace(leads=ask), 1, centre, local, centre
+    )
+    ((rank, at),) = asked
+    assert rank == 1 and torch.allclose(at, (centre + local).clamp(0, 1))
+    for image in range(7):
+        so_far = local[image].flatten().double()
+        norms = [float(slope.abs().sum() if norm == "linf" else slope.norm()) for slope in slopes]  # dual ones
+        far, nearest = min((-float(leads[image, number]) / norms[number], number) for number in (0, 1))
+        whole = far + float(slopes[nearest].double() @ so_far) / norms[nearest]
+        if whole < size:
+            length = size / max(size - whole, size / 1000) * max(far, 0.0) + 0.05 * eps
+        else:
+            length = size
+        way = slopes[nearest].sign() if norm == "linf" else slopes[nearest] / slopes[nearest].norm()
+        moved = so_far + length * way.double()
+        moved *= size / float(moved.abs().max() if norm == "linf" else moved.norm())
+        torch.testing.assert_close(found[image].flatten().double(), moved, atol=1e-6, rtol=1e-5)
+    assert fooled.tolist() == [False, False, False, False, True, False, False]
 
 
 def test_arc_is_an_attack_like_any_other():

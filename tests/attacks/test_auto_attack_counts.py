@@ -97,6 +97,18 @@ def test_a_stochastic_model_keeps_the_point_that_fools_most_draws_then_of_larges
     assert [seed for *_, seed in Point.started] == wanted
 
 
+@pytest.mark.parametrize(("noise", "more"), [(0.0, 0), (1e-6, 3 * 19)])
+def test_points_of_parts_are_judged_by_fresh_draws_where_there_are_any(noise, more, parts):
+    """Each of three parts by so many passes; one pass tells all of a deterministic model."""
+    x, y = torch.zeros(2, 1, 1, 1), torch.zeros(2, dtype=torch.int64)
+
+    def model(images):
+        return two_logits(images.flatten() - 0.9 + (noise * torch.randn(len(images)) if noise else 0))
+
+    few, many = (AutoAttack(1.0, draws=draws).run(model, x, y).forward_passes for draws in (1, 20))
+    assert many - few == more
+
+
 def test_more_fooled_draws_count_for_more_than_a_wider_margin(monkeypatch):
     Point.started.clear()
     monkeypatch.setattr(AutoAttack, "parts", lambda self, classes: {v: Point(1.0, value=v) for v in (0.8, 0.4)})

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 import learn2perturb as l2p
-from learn2perturb.attacks import FGSM, PGD, Transfer
+from learn2perturb.attacks import FGSM, PGD, Attack, Transfer
 from learn2perturb.attacks.spec import attacks_of_size, build_attacks
 from learn2perturb.defenses.objectives import TradesAdversary
 from learn2perturb.errors import ConfigError
 from learn2perturb.presets import PRESETS, preset
+from learn2perturb.registry import ATTACKS
 
 DATA = torch.rand(4, 1, 8, 8), torch.arange(4)
 MAKERS = {
@@ -122,6 +125,26 @@ def test_attacks_written_for_linf_are_put_into_another_norm():
     assert found["pgd20"] == PGD(0.5, steps=found["pgd20"].steps, norm="l2")
     kept = attacks_of_size({"pgd20": SPECS["pgd20"]}, SIZES.__getitem__, norm="l2")  # nobody says that it is a preset's
     assert kept["pgd20"].step_size == SPECS["pgd20"][1]["step_size"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Smallest(Attack):
+    """Looks for the smallest change, by steps."""
+
+    eps: float = math.inf
+    step_size: float = 0.1
+    minimum_norm: ClassVar[bool] = True
+
+    def perturb(self, query, x, y):
+        return x
+
+
+def test_a_step_gives_no_radius_to_an_attack_that_looks_for_the_smallest(monkeypatch):
+    monkeypatch.setattr(ATTACKS, "_entries", dict(ATTACKS._entries))
+    ATTACKS.register("smallest", f"{__name__}:Smallest", "for this test")
+    specs = {"own": ("smallest", {"step_size": 0.3})}
+    for found in (build_attacks(specs), attacks_of_size(specs, SIZES.__getitem__)):
+        assert (found["own"].eps, found["own"].step_size) == (math.inf, 0.3)
 
 
 def test_attacks_have_the_size_of_the_run_unless_they_bring_one():

@@ -68,6 +68,44 @@ def test_both_sides_of_a_difference_have_the_same_draws_and_no_two_differences(n
 
 
 @every_sampling
+@pytest.mark.parametrize(("rows", "deterministic", "asked"), [
+    (12, True, [12, 12, 8]), (100, True, [32]), (2, True, [4] * 8), (12, False, [4] * 8),
+])  # fmt: skip
+def test_a_model_without_noise_is_asked_about_several_directions_in_one_pass(
+    name, rows, deterministic, asked, monkeypatch
+):
+    """Of so many rows at most, but for one direction; the answers of a random model belong to one."""
+    monkeypatch.setattr("learn2perturb.attacks.spsa._ROWS", rows)
+    x, model, sizes = torch.rand(4, *SHAPE), Linear(SHAPE, bias=-50.0), []
+
+    def counted(images):
+        sizes.append(len(images))
+        noise = 0 if deterministic else torch.randn(len(images))
+        return two_logits(model(images)[:, 1] + noise)
+
+    build_attack(name, eps=0.1, steps=1, directions=8, eot=1, seed=0)(counted, x, zeros(x))
+    both_sides = [size for size in asked for _ in range(2)]
+    start = len(sizes) - len(both_sides) - 1 - deterministic  # at last the result is judged, and the step before that
+    assert sizes[start : start + len(both_sides)] == both_sides
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("spsa", 1), ("nes", 2 * 3 * 48)])
+def test_spsa_goes_as_far_in_every_pixel_and_nes_by_the_normal_distribution(name, sizes):
+    """Around the image, whose pixels are far from the bounds: both sides, opposite to each other."""
+    x, asked = torch.full((2, *SHAPE), 0.5), []
+
+    def model(images):
+        asked.append(images)
+        return two_logits(torch.randn(len(images)))
+
+    build_attack(name, eps=0.1, size=0.01, steps=1, directions=3, eot=1, seed=0)(model, x, zeros(x))
+    steps = torch.stack(asked[-7:-1]) - x  # up and down of each direction; then the result is judged
+    torch.testing.assert_close(steps[::2], -steps[1::2], atol=1e-6, rtol=0)
+    assert len((steps[::2].abs() * 1e5).round().unique()) == pytest.approx(sizes, rel=0.2)
+    assert float(steps.square().mean().sqrt()) == pytest.approx(0.01, rel=0.15)
+
+
+@every_sampling
 def test_a_common_draw_cancels(name):
     """A noise far above the differences, the same for all classes' margin, does not disturb an estimate."""
 

@@ -462,3 +462,13 @@ def test_every_convolution_is_a_placement():
     network = build_model("digits_cnn", input_shape=(1, 8, 8))
     build_defense("learn2perturb", {"placement": "every_convolution"}).prepare(network, (1, 8, 8))
     assert len(noise_sites(network)) == sum(isinstance(module, nn.Conv2d) for module in network.modules()) == 5
+
+
+@pytest.mark.parametrize(("init", "minimum", "first"), [
+    ("relative", 0.01, 0.25), ("relative", 0.5, 0.5), (0.125, 0.01, 0.125), (0.75, 0.5, 0.75),
+])  # fmt: skip
+def test_theta_until_the_features_are_measured(init, minimum, first):
+    defense = build_defense("learn2perturb", {"init": init, "minimum": minimum, "sites": "site"})
+    (noise,) = noise_modules(defense.prepare(Tiny(), (1, 2, 2)))
+    assert noise.theta.unique().tolist() == [first]
+    assert defense.measures == (init == "relative")

@@ -11,7 +11,7 @@ import torch
 from learn2perturb.errors import ConfigError, InputError
 from learn2perturb.evaluation import arrays, values
 from learn2perturb.evaluation.arrays import black_box
-from learn2perturb.evaluation.values import Reading
+from learn2perturb.evaluation.values import Reading, no_gradient
 
 
 def images(n):
@@ -163,3 +163,22 @@ def test_settings_at_their_bounds(settings, good):
     else:
         with pytest.raises(ConfigError, match=next(iter(settings))):
             black_box(scores, **settings)
+
+
+class Counting(torch.nn.Module):
+    """Counts its passes in one buffer, and has another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+        self.register_buffer("fixed", torch.ones(2))
+
+    def forward(self, x):
+        self.passes += 1
+        return x.flatten(1)[:, :2] * self.fixed
+
+
+def test_asking_for_a_gradient_leaves_buffers_as_they_were():
+    model = Counting()
+    assert no_gradient(model, torch.rand(3, 1, 2, 2)) == ""
+    assert (model.passes.item(), model.fixed.tolist()) == (0, [1, 1])

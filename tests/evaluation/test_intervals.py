@@ -114,6 +114,15 @@ def test_one_resample_is_a_point_without_an_error() -> None:
     assert found.interval.low == found.interval.high
 
 
+@pytest.mark.parametrize("resamples", [2, 3])
+def test_two_resamples_have_an_error_already(resamples: int) -> None:
+    """The interval of two ends at quantiles of two means; their distance gives back the standard deviation."""
+    found = bootstrap_mean(np.arange(20.0), resamples, seed=1)
+    assert found.standard_error > 0
+    if resamples == 2:
+        assert (found.interval.high - found.interval.low) / 0.95 == pytest.approx(found.standard_error * 2**0.5)
+
+
 # Rows are scorings, columns images.
 CORRECT = np.array([[1, 1, 0, 0], [1, 0, 0, 1], [1, 1, 0, 1]], dtype=bool)
 

@@ -14,7 +14,7 @@ from learn2perturb.attacks import FGSM, PGD
 from learn2perturb.cli.main import main
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.evaluation import AttackedImages, Evaluation, ImageKeeper, Unfinished, evaluate
-from learn2perturb.evaluation.attacked import AttackedRow, beside, broken_and_held, eight_bits
+from learn2perturb.evaluation.attacked import AttackedRow, beside, broken_and_held, eight_bits, rule
 from learn2perturb.evaluation.pictures import amplification, difference, png, save_sheets, sheet
 from tests.foreign import write_network
 
@@ -73,6 +73,15 @@ def test_the_first_broken_and_held_images_of_each_row_are_kept(both):
     assert "the first 2 images that are broken" in images_kept.about["rule"]
 
 
+@pytest.mark.parametrize(("each", "clean", "right_before", "start"), [
+    (2, True, 2, "the first 2 images"), (3, False, 0, "the first 3 images"), (None, True, 0, "all images"),
+    (None, False, 0, "all images"),
+])  # fmt: skip
+def test_the_rule_says_right_before_only_where_clean_images_were_scored(each, clean, right_before, start):
+    said = rule(each, clean)
+    assert said.count("right in most scorings of the clean row") == right_before and said.startswith(start)
+
+
 def test_broken_was_right_before_and_a_tie_is_neither():
     labels = np.zeros(4, dtype=np.int64)
     attacked = np.array([[0, 1, 1, 0], [0, 1, 1, 1]])  # right always, never, never, half of the time
@@ -103,13 +112,43 @@ def test_the_numbers_are_those_of_an_evaluation_that_keeps_nothing(both):
 
 @pytest.mark.parametrize("clean", [True, False])
 def test_a_loader_is_read_once_and_its_images_are_kept(clean):
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*images()), batch_size=16)
-    found, from_loader = kept(data=loader, clean=clean)
+    data = torch.utils.data.TensorDataset(*images())
+    found, from_loader = kept(data=torch.utils.data.DataLoader(data, batch_size=16), clean=clean)
     assert from_loader.misfit(found) is None
     x, y = images()
     assert (from_loader.clean == x[from_loader.index].numpy()).all()
     assert (from_loader.labels == y[from_loader.index].numpy()).all()
     assert all((row.clean_predictions is None) == (not clean) for row in from_loader.rows)
+
+
+def test_kept_images_of_a_loader_that_shuffles_are_those_that_were_attacked():
+    data = torch.utils.data.TensorDataset(*images())
+    _, found = kept(each=None, data=torch.utils.data.DataLoader(data, batch_size=16, shuffle=True))
+    assert len(found.rows) == len(ATTACKS) and len(found.clean) == 40
+    for row in found.rows:
+        assert np.abs(row.adversarial - found.clean).max() <= 0.1 + 1e-6
+
+
+def test_a_few_chosen_of_all_are_those_that_are_kept_at_once(both):
+    found, few = both
+    _, every = kept(each=None)
+    chosen = every.chosen(2)
+    assert len(every.index) == 40 > len(few.index) and chosen.misfit(found) is None
+    assert dict(chosen.about) == dict(few.about)
+    for name in ("index", "labels", "clean"):
+        assert np.array_equal(getattr(chosen, name), getattr(few, name))
+    for one, other in zip(chosen.rows, few.rows, strict=True):
+        for name in ("index", "adversarial", "predictions", "clean_predictions"):
+            assert np.array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_without_an_attack_there_are_no_images(tmp_path):
+    keeper = ImageKeeper(2)
+    record = evaluate(noisy(), images(4), draws=2, images=keeper, progress=False)
+    again = AttackedImages.load(keeper.found.save(tmp_path / "none.npz"))
+    for found in (keeper.found, again, again.chosen(1)):
+        assert (found.rows, found.index.tolist(), found.labels.tolist(), len(found.clean)) == ((), [], [], 0)
+        assert found.misfit(record) is None and "clean row" not in found.about["rule"]
 
 
 def test_what_is_saved_is_read_again(both, tmp_path):

@@ -106,6 +106,24 @@ def test_memory_does_not_grow_with_the_members():
     assert many < one + 50 * 100 < activations + one
 
 
+@pytest.mark.parametrize(("rule", "gradient", "passes"), [
+    ("single", True, 1), ("single", False, 1), ("vote", False, 3), ("mean_probability", False, 3),
+    ("mean_probability", True, 2 * 3), ("mean_logits", True, 2 * 3),
+])  # fmt: skip
+def test_passes_are_repeated_only_for_the_gradient_of_a_mean(rule, gradient, passes):
+    calls = []
+
+    def model(images):
+        calls.append(len(images))
+        return images.flatten(1)
+
+    x = torch.rand(2, 1, 2, 2, requires_grad=gradient)
+    score = Predictor(model, rule, 3)(x)
+    if gradient:
+        score.sum().backward()
+    assert len(calls) == passes
+
+
 def test_a_vote_is_attacked_through_the_mean_probability():
     predictor = Predictor(Counting(), "vote", 5)
     with pytest.raises(InputError, match="no gradient"):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
+import json
+import math
+import types
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,8 +19,11 @@ from torch import Tensor, nn
 from learn2perturb.attacks import FGSM, PGD, Attack, Square
 from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError, UnknownNameError
-from learn2perturb.evaluation import evaluate
-from learn2perturb.evaluation.rows import RowRun
+from learn2perturb.evaluation import EvaluateConfig, evaluate
+from learn2perturb.evaluation.evaluating import _pixels
+from learn2perturb.evaluation.image_keeper import Kept
+from learn2perturb.evaluation.margins import Margins
+from learn2perturb.evaluation.rows import RowRun, _Batch
 from learn2perturb.noise import perturb
 
 X = torch.rand(40, 1, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -177,3 +186,86 @@ def test_long_attacks_on_a_random_model_are_compiled(stochastic, attack, passes,
     monkeypatch.setattr(execution, "with_compiled_attack", lambda *words: (asked.append(words), words[0])[1])
     run_of(attack, stochastic=stochastic).compile_if_long(100, rows=7)
     assert asked == ([] if passes is None else [(execution.PLAIN, 100 * passes, 7)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy(Attack):
+    """Asks about a batch once for each of its images, half of the time for a gradient."""
+
+    def perturb(self, query: Any, x: Tensor, y: Tensor) -> Tensor:
+        for _ in x:
+            query.logits(x)
+            query.gradient(x, y)
+        return x
+
+
+def test_passes_of_a_row_are_means_over_all_images_of_batches_of_unlike_sizes():
+    row = evaluate(plain, (X, Y), {"greedy": Greedy(0.1)}, batch_size=15).row("greedy")
+    each = (15 * 15 + 15 * 15 + 10 * 10) / 40
+    assert row.backward_passes == pytest.approx(each)
+    assert row.forward_passes == pytest.approx(2 * each)
+
+
+def test_the_pooled_mean_probability_is_of_all_draws():
+    """Of three draws that answer 1, 1 and 0, or 1, 0 and 0: whichever draw comes last decides nothing."""
+
+    class Turns(nn.Module):
+        turn = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = x.flatten(1)[:, :1] * 0 + 1
+            right = (1.0, 1.0, -1.5, 1.0, -1.0, -1.5)[Turns.turn % 6]
+            Turns.turn += 1
+            return torch.cat([first * right, 0 * first], dim=1)
+
+    run = run_of(None)
+    x, y = X[:4], torch.tensor([0, 1, 0, 1])
+    for expected in (0, 1):
+        run.add(Turns().eval(), x, y, expected, lambda share: None)
+        assert run.batches[expected].pooled.tolist() == [expected] * 4
+    assert [row.pooled[1].accuracy for row in run.rows(np.concatenate([y.numpy()] * 2), 2, (4, 4))] == [0.5]
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_what_another_process_has_of_a_batch_arrives_as_it_was(full):
+    batch = _Batch(np.array([[0, 1], [1, 1]]), np.array([1, 1]), {"linf": 0.5, "seconds": 2.0})
+    if full:
+        batch.kept = Kept(np.array([1]), np.float32([[[[0.1]]]]))
+        batch.margins = Margins.of(np.array([0.5, -0.25]), np.array([True, False]))
+    found = _Batch.of(**json.loads(json.dumps(batch.plain())))
+    assert found.predictions.tolist() == batch.predictions.tolist() and found.pooled.tolist() == [1, 1]
+    assert (found.sums, found.margins) == (batch.sums, batch.margins)
+    assert found.predictions.dtype == found.pooled.dtype == np.int64
+    assert (found.kept is None) == (not full)
+    if full:
+        assert (found.kept.index == batch.kept.index).all() and (found.kept.images == batch.kept.images).all()
+        assert found.kept.images.dtype == np.float32
+
+
+def test_images_of_another_process_are_numbers_never_objects():
+    held = np.array([{}], dtype=object)
+    with pytest.raises(ValueError, match="pickle"):
+        Kept(held, held).plain()
+    content = io.BytesIO()
+    np.save(content, held, allow_pickle=True)
+    text = base64.b64encode(content.getvalue()).decode()
+    with pytest.raises(ValueError, match="pickle"):
+        Kept.of(text, text)
+
+
+def test_two_configs_are_one_too_many():
+    with pytest.raises(ConfigError, match="two configs are given"):
+        evaluate(plain, (X, Y), EvaluateConfig(), config=EvaluateConfig())
+    assert evaluate(plain, (X, Y), EvaluateConfig(limit=3)).rows[0].n == 3
+
+
+@pytest.mark.parametrize(("shape", "limit", "attack", "pixels"), [
+    ((3, 4, 5), None, PGD(0.1, 0.05, 4), 40 * 4 * 20), ((3, 4, 5), 10, PGD(0.1, 0.05, 4), 10 * 4 * 20),
+    ((3, 4, 5), 100, PGD(0.1, 0.05, 4), 40 * 4 * 20), ((3, 4, 5), None, None, 0),
+    (None, None, PGD(0.1, 0.05, 4), math.inf), (None, None, None, 0.0),
+])  # fmt: skip
+def test_the_pixels_that_attacks_see(shape, limit, attack, pixels):
+    """A loader of unknown images counts as long where there is an attack."""
+    source = types.SimpleNamespace(input_shape=shape, num_examples=40)
+    table = [("clean", None), *([] if attack is None else [("pgd", attack)])]
+    assert _pixels(source, table, EvaluateConfig(limit=limit)) == pixels

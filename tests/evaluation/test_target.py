@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,19 @@ def test_what_cannot_be_called_or_is_elsewhere_is_refused():
         Target(3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="the model is on cpu"):
         Target(Linear((1, 4, 4)), "meta")
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_processes_agree_on_the_settings_the_rows_the_weights_and_the_images(images, monkeypatch):
+    asked: dict[str, str] = {}
+    several = types.SimpleNamespace(alone=False, agree=asked.__setitem__)
+    monkeypatch.setattr("learn2perturb.evaluation.target.current", lambda: several)
+    target, config = Target(Linear((1, 4, 4))), EvaluateConfig(draws=7)
+    target.seen.add(X, Y)
+    target.check_alike(config, {"pgd": [3, "x"]}, images=images)
+    expected = {name: repr(value) for name, value in config.to_dict().items()} | {"pgd": "[3, 'x']"}
+    expected |= {"weights": fingerprint_of_weights(target.model)} | ({"images": hash_of_all()} if images else {})
+    assert asked == expected and asked["draws"] == "7"
 
 
 @pytest.mark.filterwarnings("ignore")  # a linear model of two images, of which much is said that is not asked here

@@ -206,6 +206,9 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ("diagnosis/blackbox.py", "return (x + BALLS[attack.norm].random(x, attack.eps)).clamp_(0, 1)",
      "x + BALLS[attack.norm].random(x, attack.eps)", "(x) - (BALLS[attack.norm].random(x, attack.eps))"):
         "a random point of a ball is as likely as the one opposite",
+    ("attacks/arc.py", "point = (x + self.ball.random(x, self.eps)).clamp_(0.0, 1.0) if self.random_start else x",
+     "x + self.ball.random(x, self.eps)", "(x) - (self.ball.random(x, self.eps))"):
+        "a random point of a ball is as likely as the one opposite",
     ("attacks/base.py", "stacked = torch.stack(margins) * (-1 if self._attack.targeted else 1)",
      "torch.stack(margins) * (-1 if self._attack.targeted else 1)",
      "(torch.stack(margins)) / (-1 if self._attack.targeted else 1)"): "1 / +-1 is +-1",
@@ -279,6 +282,8 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "picks = torch.searchsorted(edges, torch.cat(drawn), right=True).clamp_max(self.count - 1)",
      "self.count - 1", "(self.count) + (1)"):
         "only a draw that the rounding of the last edge leaves out",
+    ("noise/sites.py", "self._note(output, depth + 1)", "1", "2"):
+        "depths are compared with each other only",
     ("noise/sensitivity.py",
      "scale = found[1, :, 0, 0] - found[0, :, 0, 0]",
      "0", "1"): "any pixel of a black and of a white image",

@@ -211,6 +211,19 @@ def test_a_draw_that_is_shared_is_one_member_for_all(replayed):
     assert seen == {0.0, 1.0}
 
 
+def test_answers_are_picked_image_by_image():
+    answers = torch.arange(2 * 3 * 4.0).view(2, 3, 4)  # (members, images, classes)
+    found = members(2, [0.5, 0.5]).perturbation.noisy(answers, torch.tensor([1, 0, 1]))
+    assert torch.equal(found, torch.stack([answers[1, 0], answers[0, 1], answers[1, 2]]))
+
+
+def test_a_replayed_member_is_that_of_the_row_whatever_the_batch():
+    network, x = members(3, [1.0, 1.0, 2.0]), torch.zeros(40, 1)
+    with fixed_noise(network, 3):
+        whole, half = network(x)[:, 0], network(x[:20])[:, 0]
+    assert torch.equal(whole[:20], half) and set(whole.tolist()) == {0.0, 1.0, 2.0}
+
+
 def test_the_first_member_alone_and_the_switch_after_it():
     network, x = members(2, [0.0, 1.0]), torch.zeros(3, 1)
     for enabled in (True, False):

@@ -231,6 +231,19 @@ def test_the_example_runs(capsys):
     assert float(told[0].split()[-1]) > 0 and float(told[1].split()[-1]) == 0
 
 
+@pytest.mark.parametrize(("words", "summary"), [
+    ("One line.", "One line"), ("\n    First line.\n\n    Another.", "First line"), (None, "Law"), ("", "Law"),
+])  # fmt: skip
+def test_a_law_is_summed_up_by_its_first_line_or_its_name(words, summary, forgotten):
+    class Law(NoiseModule):
+        noisy = own_noise.Affine.noisy
+        scale = own_noise.Affine.scale
+
+    Law.__doc__ = words
+    register_noise("own/summed", paper="A paper", year=2020)(Law)
+    assert NOISES.entry("own/summed").summary == summary
+
+
 def test_a_law_that_is_not_whole_or_not_new_is_refused(forgotten):
     class Half(NoiseModule):
         def scale(self):

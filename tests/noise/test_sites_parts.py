@@ -128,6 +128,41 @@ def test_without_a_stem_the_ends_of_branches_are_all(in_place):
     assert "2.end" in seen.branch_ends
 
 
+class Sum(nn.Module):
+    """Two layers on what a third gives, and a sum."""
+
+    def __init__(self, added):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(4, 4) for _ in range(3))
+        self.parameter = nn.Parameter(torch.ones(2, 4))
+        self.added = added
+
+    def forward(self, x):
+        return self.added(self, self.one(x.flatten(1)))
+
+
+@pytest.mark.parametrize(("added", "ends", "shortcuts"), [
+    # of equal depth: the first is the branch, which has an end if a layer made it
+    (lambda net, h: net.two(h) + net.three(h), ["two"], ["three"]),
+    (lambda net, h: net.two(h) + net.three(h).relu(), ["two"], []),
+    (lambda net, h: net.two(h).relu() + net.three(h), [], ["three"]),
+    (lambda net, h: net.two(h).relu() + net.three(h).sigmoid(), [], []),
+    # the deeper one is the branch, on whichever side it stands
+    (lambda net, h: net.two(h) + h, ["two"], ["one"]),
+    (lambda net, h: h + net.two(h), ["two"], ["one"]),
+    (lambda net, h: h.relu() + net.three(net.two(h)), ["three"], []),
+    (lambda net, h: torch.add(net.three(net.two(h)), net.two(h)), ["three"], ["two"]),
+    # no sum of two activations
+    (lambda net, h: net.two(h) + net.parameter, [], []),
+    (lambda net, h: net.two(h) + 1, [], []),
+    (lambda net, h: net.two(h) + h[:1], [], []),
+])  # fmt: skip
+def test_of_a_sum_the_deeper_operand_is_the_branch(added, ends, shortcuts):
+    seen = probe(nn.Sequential(Sum(added)), (1, 2, 2))
+    assert [name.removeprefix("0.") for name in seen.branch_ends] == ends
+    assert [name.removeprefix("0.") for name in seen.shortcuts] == shortcuts
+
+
 # --- what is named
 
 

@@ -22,7 +22,8 @@ def build_attacks(specs: Mapping[str, tuple[str, dict[str, Any]]], eps: float = 
     """
     attacks = {}
     for row, (name, settings) in specs.items():
-        if "step_size" in settings and "eps" not in settings and settings.get("norm", "linf") == "linf":
+        stepped = "step_size" in settings and settings.get("norm", "linf") == "linf"
+        if stepped and "eps" not in settings and _takes_size(name, "linf"):
             # A step is judged by the radius that it is for; those of presets are for 8/255, and shrink with it.
             settings = settings | {"eps": max(eps, LINF_EPS)}
         values = converted(settings, kinds_of(ATTACKS.entry(name).load()), f"attack {row!r}: ")
@@ -65,7 +66,7 @@ def attacks_of_size(
             settings["norm"] = place
         if sized and place != "linf":
             settings = {"eps": size, **settings}
-        (attack,) = build_attacks({row: (name, settings)}, LINF_EPS if size is None else size).values()
+        (attack,) = build_attacks({row: (name, settings)}, size or LINF_EPS).values()
         found[row] = attack if asked or not sized or size is None else attack.resized(size)
     return found
 
