@@ -39,7 +39,8 @@ class _Start(NamedTuple):
             return ""
         rate = (done - self.done) / (now - self.at)
         seconds = (self.total - done) / rate
-        left = f"{max(1, round(seconds / 60))} min" if seconds > 60 else f"{seconds:.0f} s"
+        short = f"{max(1, round(seconds / 60))} min" if seconds > 60 else f"{seconds:.0f} s"
+        left = duration(seconds) if seconds >= 7200 else short
         return f", {rate:.3g} a second, about {left} left"
 
 
@@ -54,6 +55,7 @@ class Reporter:
         self.silent = silent or level() < 0
         self.enabled = enabled and not self.silent
         self.interval = interval / (6 if level() > 0 else 1)
+        self.unit = ""  # of what is counted, with a blank before it
         self._console = Console(file=cast(TextIO, Steady(sys.stderr)))
         self._bar: Bar | None = None
         self._task: Any = None
@@ -102,7 +104,7 @@ class Reporter:
             self._start = _Start(now, done, total)
         if now - self._spoken > self.interval:
             self._spoken = now
-            self.line(f"{label}: {done:.0f}/{total:.0f}{self._start.left(now, done)}")
+            self.line(f"{label}: {done:.0f}/{total:.0f}{self.unit}{self._start.left(now, done)}")
 
 
 @contextmanager

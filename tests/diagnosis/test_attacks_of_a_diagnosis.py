@@ -82,6 +82,7 @@ def test_3_an_eighth_of_the_steps_will_do_where_it_leaves_nothing():
 
 def test_5_every_size_gets_the_reported_attack_with_its_steps_scaled():
     bench = Recording()
+    bench.budget = dataclasses.replace(BUDGET, near=0.2)
     clean = left(0.75)
     draft, curve = whitebox.distortion(bench, clean)
     far, _, _ = bench.run.pop("eps 102/255")  # one draw, which leaves too much
@@ -119,7 +120,7 @@ def test_5_every_size_gets_the_reported_attack_with_its_steps_scaled():
 )
 def test_5_far_beyond_the_radius_one_draw_does_where_it_leaves_no_more_than_chance(leaves, before, stochastic, names):
     bench = Recording(stochastic=stochastic, leaves=leaves)
-    bench.budget = dataclasses.replace(BUDGET, eps_grid=(0.4,))
+    bench.budget = dataclasses.replace(BUDGET, eps_grid=(0.4,), near=0.2)
     whitebox.distortion(bench, left(before))
     assert list(bench.run) == names
     assert [attack.eot for attack, *_ in bench.run.values()] == [1, 3][: len(names)] if stochastic else [3]

@@ -15,7 +15,9 @@ from learn2perturb.diagnosis import QUICK
 from learn2perturb.diagnosis.measure import Bench, Subject
 from learn2perturb.engine import execution
 from learn2perturb.engine.random import seed_everything
+from learn2perturb.evaluation import pace
 from learn2perturb.evaluation.passes import Model
+from learn2perturb.evaluation.pieces import NOTHING, Pieces
 
 N = 5
 PLAN = dataclasses.replace(QUICK, images=N, some=N, scorings=3)
@@ -59,7 +61,37 @@ def test_the_progress_is_of_passes_and_never_more_than_is_expected():
     bench.attacked("reported", OWN, N)
     assert [done for done, *_ in told] == [2 * 3, 4 * 3, 5 * 3]
     assert [total for _, total, _ in told] == [6, 12, 15]  # more than the four that were expected
-    assert {name for *_, name in told} == {"reported"}
+    assert [name for *_, name in told] == ["reported (40%)", "reported (80%)", "reported (100%)"]
+
+
+def test_progress_moves_within_a_batch_and_says_at_which_check(monkeypatch):
+    monkeypatch.setattr(pace, "_INTERVAL", 0.0)
+    told: list[tuple[float, float, str]] = []
+    bench = bench_of(progress=lambda *words: told.append(words))
+    bench.stage = "check 7, 1 of 10 checks done"
+    bench.attacked("50 steps", PGD(0.1, 0.05, 50), N)
+    done = [passes for passes, *_ in told]
+    assert len(done) > 100 and done == sorted(done) and done[-1] == 50 * N
+    assert max(done) <= 50 * N
+    assert {name.rpartition(" (")[0] for *_, name in told} == {"check 7, 1 of 10 checks done, 50 steps"}
+    assert {"(10%)", "(50%)", "(100%)"} < {name.rpartition(" ")[2] for *_, name in told}
+
+
+def test_what_was_finished_before_is_neither_done_nor_left(monkeypatch, tmp_path):
+    monkeypatch.setattr(Pieces, "WORTH", 0.0)
+    ends = []
+    for _ in range(2):
+        told: list[tuple[float, float, str]] = []
+        subject = Subject(linear, stochastic=False, identity="mine")
+        bench = Bench(
+            subject, X, Y, OWN, PLAN, seed=0, mode=execution.PLAIN, batch_size=2, expected_passes=60,
+            progress=lambda *words, told=told: told.append(words), pieces=Pieces(tmp_path),
+        )  # fmt: skip
+        bench.attacked("reported", OWN, N)
+        bench.pieces = NOTHING
+        bench.attacked("another", OWN, N)
+        ends.append(told[-1][:2])
+    assert ends == [(30, 60), (15, 45)]
 
 
 def test_an_attack_on_our_model_by_itself_is_one_that_settings_repeat():

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
+from learn2perturb.attacks import PGD
 from learn2perturb.diagnosis.budget import (
     FULL,
     QUICK,
@@ -13,9 +17,13 @@ from learn2perturb.diagnosis.budget import (
     budget_from,
     really_searched,
     value_queries,
+    with_grid,
 )
-from learn2perturb.diagnosis.checks import CHECKS, gradient_passes
+from learn2perturb.diagnosis.checks import CHECKS, gradient_passes, passes_by_part
+from learn2perturb.diagnosis.measure import Attacked, Subject
+from learn2perturb.diagnosis.whitebox import distortion
 from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.evaluation.intervals import Scores
 
 # Numbers that no two products of which are equal by chance.
 ODD = Budget(
@@ -29,7 +37,7 @@ ODD = Budget(
 def test_a_budget_of_plain_values():
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(ODD).items()}
     assert budget_from(plain) == ODD
-    late = ("real_queries", "descent_steps", "descent_directions", "surrogate_queries")  # of older records
+    late = ("real_queries", "descent_steps", "descent_directions", "surrogate_queries", "near")  # of older records
     older = budget_from({key: value for key, value in plain.items() if key not in late})
     assert older == replace(ODD, real_queries=1000, descent_steps=40, descent_directions=16, surrogate_queries=10_000)
     with pytest.raises(ConfigError, match="lacks some, steps;"):
@@ -60,7 +68,7 @@ def test_the_passes_of_a_diagnosis():
         3: 31 * 1 * 3, 4: 31 * 21 * 2 / 3, 5: 31 * steps * 3 * 5, 6: 2 * 101 * steps,
         7: 31 * (steps * (1 + 2 + 8) + 5 * (3 + 6)), 8: 31 * 5 * steps * (6 + 4 + 2),
     }  # fmt: skip
-    far = replace(ODD, eps_grid=tuple(range(1, 8)))  # of seven radii three are far beyond the one in question
+    far = replace(ODD, eps_grid=tuple(range(1, 8)), near=4.0)  # of seven radii three are far
     assert CHECKS[5].cost(far, True) == 31 * steps * (4 * 5 + 3)
     assert CHECKS[5].cost(far, False) == 31 * steps * 7
     for stochastic, expected in ((False, quiet), (True, noisy)):
@@ -70,3 +78,40 @@ def test_the_passes_of_a_diagnosis():
     assert gradient_passes(ODD, stochastic=False, sources=2) == int(101 * steps * 3 + sum(quiet.values()) + rest[False])
     found = 101 * steps * (7 + 2) + 31 * 17 * 6 / 3 + sum(noisy.values()) + rest[True]
     assert gradient_passes(ODD, stochastic=True, sources=2) == int(round(found, 6))
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize(
+    ("norm", "eps", "pixels"), [("linf", 8 / 255, 3072), ("linf", 0.2, 64), ("l2", 0.5, 3072), ("l2", 0.02, 3072)]
+)
+def test_what_check_5_is_said_to_take_is_what_it_takes(norm, eps, pixels, stochastic):
+    """Where one draw leaves nothing at far radii: which are far is one rule for both."""
+    plan = with_grid(replace(ODD, eps_grid=()), norm, eps, pixels)
+    taken: list[int] = []
+
+    def attacked(name: str, attack: PGD, n: int, **_: object) -> Attacked:
+        taken.append(n * attack.steps * (attack.eot if stochastic else 1))
+        return Attacked(name, torch.zeros(n, 1), Scores(np.zeros((1, n), bool)))
+
+    bench = SimpleNamespace(
+        attack=PGD(eps, eps / 4, 11, norm=norm, eot=7), budget=plan, num_classes=10, attacked=attacked,
+        subject=Subject(lambda x: x, stochastic),
+    )  # fmt: skip
+    distortion(bench, Attacked("clean", torch.zeros(101, 1), Scores(np.ones((1, 101), bool))))
+    assert sum(taken) == CHECKS[5].cost(plan, stochastic)
+    assert len({*taken}) == (2 if stochastic else 1)  # some are far, some are not
+
+
+def test_the_radius_from_which_one_draw_is_tried():
+    assert [QUICK.is_far(radius) for radius in (0.01, 1e9)] == [False, False]  # not known yet
+    plan = with_grid(QUICK, "linf", 8 / 255, 3072)
+    assert [plan.is_far(radius) for radius in plan.eps_grid] == [False] * 4 + [True] * 3
+    assert with_grid(replace(QUICK, near=0.3), "linf", 8 / 255, 3072).near == 0.3
+    with pytest.raises(ConfigError, match="near is -1; it is a radius above 0"):
+        replace(QUICK, near=-1)
+
+
+def test_the_parts_add_up_to_the_whole():
+    parts = passes_by_part(ODD, stochastic=True, sources=2)
+    assert list(parts) == ["what all checks share", *(f"check {number}" for number in CHECKS)]
+    assert int(round(sum(parts.values()), 6)) == gradient_passes(ODD, stochastic=True, sources=2)

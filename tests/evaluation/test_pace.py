@@ -124,6 +124,17 @@ def test_plain_lines_are_rare_and_have_an_estimate(capsys, monkeypatch):
     ]
 
 
+def test_hours_are_said_as_hours_and_what_is_counted_too(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Reporter() as reporter:
+        reporter.unit = " passes"
+        for second in range(35):
+            now[0] = 100.0 + second
+            reporter(second, 20_000, "check 8")
+    assert capsys.readouterr().err == "check 8: 31/20000 passes, 1 a second, about 5.5 h left\n"
+
+
 @pytest.mark.parametrize(("steps", "said"), [(2, False), (500_000, True)])
 def test_how_long_it_takes_is_said_before_it_starts(steps, said, capsys, monkeypatch):
     """C&W and few pixels at a paper's budget take hours: a user hears of it before the first row."""

@@ -23,10 +23,12 @@ from learn2perturb.cli.subject import (
 from learn2perturb.diagnosis.config import DiagnoseConfig
 from learn2perturb.errors import ConfigError
 from learn2perturb.naming import is_factory, made_by
+from learn2perturb.progress import duration
 from learn2perturb.sizes import LINF_EPS
 from learn2perturb.terminal import number_among
 
 if TYPE_CHECKING:
+    from learn2perturb.cli.subject import Subject
     from learn2perturb.diagnosis import Claim, Diagnosis
 
 DESCRIPTION = (
@@ -80,10 +82,35 @@ def plan(arguments: argparse.Namespace) -> Plan:
     check_subject(arguments)
     named, config = _named_sources(arguments.source), config_of(DiagnoseConfig, arguments)
     sources = ", ".join(named) or ("trained" if arguments.train_sources else "none")
+    steps = [f"diagnose {arguments.run}, split {arguments.split}, budget {config.budget}", f"sources: {sources}"]
     return Plan(
         config.to_dict() | {"sources": named},
-        (f"diagnose {arguments.run}, split {arguments.split}, budget {config.budget}", f"sources: {sources}"),
+        (*steps, *(_expected(arguments, config, len(named)) if arguments.dry_run else [])),
     )
+
+
+def _expected(arguments: argparse.Namespace, config: DiagnoseConfig, sources: int) -> list[str]:
+    """Say about how long it takes, and which parts of it: from one pass of the network."""
+    if arguments.black_box:
+        return ["how long it takes depends on the black box, which a dry run asks nothing"]
+    from learn2perturb.diagnosis.diagnosing import expected_seconds
+    from learn2perturb.evaluation.pace import said_of
+
+    subject = load_subject(arguments)
+    seconds = expected_seconds(subject.model, subject.data, _settled(arguments, config, subject), sources=sources)
+    if not seconds:
+        return ["the network has no gradients, so attacks ask for values: how long that takes is not known"]
+    parts = ", ".join(f"{part} {duration(value)}" for part, value in seconds.items())
+    return [said_of(seconds, "parts"), f"parts: {parts}"]
+
+
+def _settled(arguments: argparse.Namespace, config: DiagnoseConfig, subject: Subject) -> DiagnoseConfig:
+    """Return the settings with claim, norm and size: what is not given is the run's."""
+    from learn2perturb.diagnosis.threat import threat_of_training
+
+    claim = None if arguments.claim is None else stated(arguments.claim)
+    norm, eps = threat_of_training(subject.config, norm=config.norm, eps=config.eps, claim=claim)
+    return replace(config, claim=claim, norm=norm, eps=eps)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -92,21 +119,19 @@ def run(arguments: argparse.Namespace) -> int:
     named = _named_sources(arguments.source)
     figures = check_folder(arguments.figures)
     config = config_of(DiagnoseConfig, arguments)
-    claim = None if arguments.claim is None else stated(arguments.claim)
+    if arguments.claim is not None:
+        stated(arguments.claim)  # refuse what is none before anything is loaded
     if arguments.sources_dir is not None and not (arguments.train_sources and arguments.named):
         raise ConfigError("--sources-dir is for --train-sources of module:function; those of a run go to RUN/sources")
     if arguments.out:
         new_record(arguments, Path(), "diagnosis")  # refuse a wrong place before hours of work
 
     from learn2perturb.diagnosis import diagnose
-    from learn2perturb.diagnosis.threat import threat_of_training
     from learn2perturb.evaluation import Unfinished
     from learn2perturb.records import check_writable
 
     subject = load_subject(arguments)
-    asked = config.eps
-    norm, eps = threat_of_training(subject.config, norm=config.norm, eps=asked, claim=claim)
-    config = replace(config, claim=claim, norm=norm, eps=eps)
+    asked, config = config.eps, _settled(arguments, config, subject)
     out = new_record(arguments, subject.folder, "diagnosis")
     check_writable(out)
     device = next((str(p.device) for p in getattr(subject.model, "parameters", list)()), None)

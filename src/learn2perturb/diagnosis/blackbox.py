@@ -181,7 +181,9 @@ def _best_samples(bench: Bench, x: Tensor, y: Tensor) -> Tensor:
         return (x + BALLS[attack.norm].random(x, attack.eps)).clamp_(0, 1)
 
     def judged(sample: int) -> Tensor:
-        return _margin(bench, f"random point {sample}", candidate(sample), y, budget.sample_draws).double()
+        found = _margin(bench, f"random point {sample}", candidate(sample), y, budget.sample_draws).double()
+        bench.spend(len(x) * budget.sample_draws / 3, "random points", (sample + 1) / budget.samples)
+        return found
 
     key = "random points", attack.norm, attack.eps, budget.sample_draws, digest(x, y)
     for sample, found in enumerate(bench.each(judged, budget.samples, key)):

@@ -38,6 +38,7 @@ class Budget:
         descent_steps, descent_directions: of the descent on values (SPSA), and directions of each estimate.
         surrogate_queries: images that the model is asked about to train a surrogate of it.
         slope_images, slope_repeats: images and repetitions from which the variance of gradients is told (check 9).
+        near: radius up to which check 5 averages over draws; beyond it tries one draw first. None: twice eps.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Budget:
     descent_steps: int = 40
     descent_directions: int = 16
     surrogate_queries: int = 10_000
+    near: float | None = None
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -78,8 +80,14 @@ class Budget:
             curve = getattr(self, name)
             if list(curve) != sorted(set(curve)) or not curve or curve[-1] % part or curve[-1] // part not in curve:
                 raise ConfigError(f"{name} is {curve}; it must rise, and hold its last number divided by {part}")
+        if self.near is not None and not self.near > 0:
+            raise ConfigError(f"near is {self.near!r}; it is a radius above 0, or None: twice eps")
         if list(self.eps_grid) != sorted(set(self.eps_grid)) or any(eps <= 0 for eps in self.eps_grid):
             raise ConfigError(f"eps_grid is {self.eps_grid}; it must rise from above 0, such as (2/255, 4/255)")
+
+    def is_far(self, radius: float) -> bool:
+        """Tell whether nearly every image is broken at this radius, by any attack that is one."""
+        return self.near is not None and radius > self.near
 
 
 # Sized for two CPU cores and a ResNet-V1(20) on 32 x 32 images, where an attack pass takes about 1 ms an image.
@@ -144,10 +152,14 @@ def resized(budget: Budget, images: int) -> Budget:
 
 
 def with_grid(budget: Budget, norm: str, eps: float, pixels: int) -> Budget:
-    """Return the budget with the radii of check 5 for ``eps``: they go beyond it, and to where accuracy is chance."""
+    """Return the budget with the radii of check 5 for ``eps``: they go beyond it, and to where accuracy is chance.
+
+    And with the one beyond which they are far.
+    """
     grid = budget.eps_grid or sweep(norm, eps, pixels)
     last = reach(norm, eps, pixels)
-    return replace(budget, eps_grid=grid if grid[-1] >= last * (1 - 1e-9) else (*grid, last))
+    near = 2 * eps if budget.near is None else budget.near
+    return replace(budget, eps_grid=grid if grid[-1] >= last * (1 - 1e-9) else (*grid, last), near=near)
 
 
 def really_searched(budget: Budget) -> Budget:

@@ -115,11 +115,17 @@ def own_checks() -> list[Callable[..., Any]]:
 
 def gradient_passes(budget: Budget, *, stochastic: bool, sources: int) -> int:
     """Return about how many forward-and-backward passes of an image a diagnosis makes, to choose the execution mode."""
+    return int(round(sum(passes_by_part(budget, stochastic=stochastic, sources=sources).values()), 6))
+
+
+def passes_by_part(budget: Budget, *, stochastic: bool, sources: int) -> dict[str, float]:
+    """Return the same of what all checks share, and of each check."""
     eot = budget.eot if stochastic else 1
     shared = float(budget.images * budget.steps * (eot + sources))  # the reported attack; sources mostly have no noise
     if stochastic:
         shared += budget.some * budget.square_queries * budget.square_draws / 3  # values only
-    return int(round(shared + sum(check.cost(budget, stochastic) for check in CHECKS.values()), 6))
+    checks = {f"check {number}": float(check.cost(budget, stochastic)) for number, check in CHECKS.items()}
+    return {"what all checks share": shared, **checks}
 
 
 def _unbounded(budget: Budget, stochastic: bool) -> float:
@@ -131,8 +137,7 @@ def _random(budget: Budget, stochastic: bool) -> float:
 
 
 def _sizes(budget: Budget, stochastic: bool) -> float:
-    near = 4  # radii up to twice the one that is diagnosed; beyond, one draw mostly leaves chance
-    far = max(0, len(budget.eps_grid) - near)
+    far = sum(budget.is_far(radius) for radius in budget.eps_grid)  # there one draw mostly leaves chance
     return budget.some * budget.steps * ((len(budget.eps_grid) - far) * (budget.sweep_eot if stochastic else 1) + far)
 
 

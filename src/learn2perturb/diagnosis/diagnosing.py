@@ -30,6 +30,7 @@ from learn2perturb.diagnosis.budget import (
 from learn2perturb.diagnosis.checks import gradient_passes, own_checks
 from learn2perturb.diagnosis.claim import Claim
 from learn2perturb.diagnosis.config import DiagnoseConfig
+from learn2perturb.diagnosis.forecast import seconds_by_part
 from learn2perturb.diagnosis.images import others
 from learn2perturb.diagnosis.measure import Bench, Subject
 from learn2perturb.diagnosis.record import Diagnosis
@@ -50,6 +51,7 @@ from learn2perturb.evaluation.inputs import (
 )
 from learn2perturb.evaluation.keeping import Unfinished
 from learn2perturb.evaluation.origin import identity_of, weights_of
+from learn2perturb.evaluation.pace import tell_seconds
 from learn2perturb.evaluation.passes import Model, classes_of, passes_differ
 from learn2perturb.evaluation.pieces import NOTHING
 from learn2perturb.evaluation.replays import contained, draws_anew, seeds_decide
@@ -57,7 +59,7 @@ from learn2perturb.evaluation.result import format_eps
 from learn2perturb.evaluation.target import Target, check_callable
 from learn2perturb.evaluation.values import ValuesOnly, no_gradient
 from learn2perturb.noise import noise_modules
-from learn2perturb.progress import Progress
+from learn2perturb.progress import Progress, Reporter
 from learn2perturb.records import PackedIntegers, plain
 from learn2perturb.sizes import usual_eps, whole_box
 
@@ -111,12 +113,7 @@ def diagnose(
     config = DiagnoseConfig.of(config, settings)
     target = Target(model, device, name)
     seed, batch_size, stochastic = config.seed, config.batch_size, config.stochastic
-    plan = budget_of(config.budget)
-    stated = None if config.claim is None else Claim.of(config.claim)
-    limit = decision.limit_of(stated, config.limit)
-    if limit is not None:
-        plan = resized(plan, limit)
-    attack = _reported(*decision.asked(stated, attack, config.eps, config.norm, plan), plan)
+    stated, plan, attack = _planned(config, attack)
     for key, source in (sources or {}).items():
         check_callable(f"source {key!r}", source)
     if noise_off is not None:
@@ -164,6 +161,10 @@ def diagnose(
             subject, x, y, attack, plan, seed=seed, mode=mode, batch_size=batch_size, expected_passes=work,
             progress=told, ranks=_sharing(target, model, x, seed), pieces=pieces,
         )  # fmt: skip
+        if isinstance(told, Reporter):
+            told.unit = " passes"
+            if told.enabled and not blind:
+                tell_seconds(told, seconds_by_part(bench, sources=len(sources or {})), "parts")
         given = {key: _source(source, x, seed, classes) for key, source in (sources or {}).items()}
         quiet = None
         if noise_off is not None:
@@ -212,6 +213,49 @@ def diagnose(
         claim=decided.claim,
         trial=decided.trial,
     )
+
+
+@takes(DiagnoseConfig)
+def expected_seconds(
+    model: Model, data: Any, config: DiagnoseConfig | None = None, *, sources: int = 0, **settings: Any
+) -> dict[str, float]:
+    """Return about how many seconds each part of a diagnosis takes, from one pass; empty for what has no gradients.
+
+    Args:
+        model: as of :func:`diagnose`.
+        data: as of :func:`diagnose`.
+        config: all settings in one.
+        sources: number of networks that attacks are transferred from.
+        settings: the fields of :class:`DiagnoseConfig`; what is given replaces that of ``config``.
+    """
+    config = DiagnoseConfig.of(config, settings)
+    _, plan, attack = _planned(config, None)
+    target, seed = Target(model), config.seed
+    with target.judged(False):
+        source = target.source(data, batch_size=config.batch_size, seed=seed, limit=plan.images)
+        x, y = _images(target, source, seed)
+        plan = with_grid(resized(plan, len(x)), attack.norm, attack.eps, _checked_pixels(attack, x))
+        model, blind = _askable(model, x, source.num_classes or max(2, int(y.max()) + 1))
+        if blind:
+            return {}
+        subject = Subject(contained(model, x[:8], seed), draws_anew(model, x[:8], seed))
+        work = gradient_passes(plan, stochastic=subject.stochastic, sources=sources)
+        mode = execution.select(config.engine, target.device, pixels=work * x.shape[2] * x.shape[3])
+        bench = Bench(
+            subject, x, y, attack, plan, seed=seed, mode=mode, batch_size=config.batch_size, expected_passes=work,
+            progress=None,
+        )  # fmt: skip
+        return seconds_by_part(bench, sources=sources)
+
+
+def _planned(config: DiagnoseConfig, attack: PGD | None) -> tuple[Claim | None, Budget, PGD]:
+    """Return the claim, the budget and the reported attack."""
+    plan = budget_of(config.budget)
+    stated = None if config.claim is None else Claim.of(config.claim)
+    limit = decision.limit_of(stated, config.limit)
+    if limit is not None:
+        plan = resized(plan, limit)
+    return stated, plan, _reported(*decision.asked(stated, attack, config.eps, config.norm, plan), plan)
 
 
 def _askable(model: Model, x: Tensor, classes: int) -> tuple[Model, str]:

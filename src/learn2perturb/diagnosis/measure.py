@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from learn2perturb.attacks import PGD, SPSA, Attack
+from learn2perturb.attacks.listening import passes_told_to
 from learn2perturb.attacks.losses import margin
 from learn2perturb.diagnosis.budget import Budget
 from learn2perturb.diagnosis.record import Measurement
@@ -24,6 +25,7 @@ from learn2perturb.engine.modes import dropouts_off
 from learn2perturb.engine.random import derive_seed, seed_everything
 from learn2perturb.engine.ranks import ALONE, Ranks
 from learn2perturb.evaluation.intervals import Scores, accuracy_interval, passes_of
+from learn2perturb.evaluation.pace import Pace
 from learn2perturb.evaluation.parts import attacked
 from learn2perturb.evaluation.passes import Model, checked_logits, classes_of
 from learn2perturb.evaluation.pieces import NOTHING, Pieces
@@ -136,6 +138,7 @@ class Bench:
         # The images of the strongest of them, to be scored again.
         self.kept: dict[str, Tensor] = {}
         self._passes, self._expected = 0.0, expected_passes
+        self.stage = ""  # what is going on, beside the attack in hand
         with subject.ready() as model:
             self.num_classes = classes_of(model, x)
 
@@ -157,17 +160,27 @@ class Bench:
         """
         source, victim = source or self.subject, victim or self.subject
         attack = source.suited(attack if source.gradient or not attack.needs_gradient else self._descent(attack))
-        batches, before = self.batches(n), self._passes
+        batches, before, made, pace = self.batches(n), self._passes, 0.0, Pace(attack)
+        worth = 1.0 if attack.needs_gradient else 1 / 3
         with source.ready() as model, execution.running(self.mode):
 
             def one(batch: int) -> tuple[Tensor, dict[str, float]]:
+                nonlocal made
                 rows = batches[batch]
+
+                def within(share: float) -> None:
+                    passes = self._passes + self.ranks.world * share * pace.expected * worth * len(x)
+                    self._tell(passes, name, (rows.start + share * len(x)) / n)
+
                 x = self.mode.place_images(self.x[rows])
                 y = self.y[rows] if targets is None else targets[rows]
                 own = dataclasses.replace(attack, seed=derive_seed(self.seed, "diagnose", name, batch))
-                result = attacked(own, model, x, y, self._fits)
+                with passes_told_to(pace.listener(len(x), within)):
+                    result = attacked(own, model, x, y, self._fits)
+                pace.took(result.forward_passes)
                 passes = len(x) * max(result.backward_passes, result.forward_passes / 3)
-                self._progress(self._passes + self.ranks.world * passes, name)
+                made += passes
+                self.spend(passes, name, rows.stop / n)
                 told = {
                     "forwards": result.forward_passes * len(x), "backwards": result.backward_passes * len(x),
                     "seconds": result.seconds, "passes": passes,
@@ -182,7 +195,8 @@ class Bench:
         forwards, backwards, seconds, passes = (
             sum((told[key] for _, told in found), 0.0) for key in ("forwards", "backwards", "seconds", "passes")
         )
-        self._passes = before + passes
+        self._passes = before
+        self._settle(passes, made)
         x_adv = torch.cat([part for part, _ in found])
         scores = self.score(name, x_adv, victim)
         parameters = plain(attack)
@@ -320,10 +334,21 @@ class Bench:
         """
         return self.pieces.each(work, count, key, self.x.device, self.ranks)
 
-    def _progress(self, passes: float, name: str) -> None:
-        self._passes = passes
+    def spend(self, passes: float, name: str, share: float) -> None:
+        """Count passes of this process, and tell of what, and what ``share`` of it is done."""
+        self._passes += self.ranks.world * passes
+        self._tell(self._passes, name, share)
+
+    def _settle(self, passes: float, made: float) -> None:
+        """Count the passes of all processes; what was finished before is neither done here nor left to be done."""
+        found_before = passes - made if self.ranks.alone else 0.0
+        self._passes += passes - found_before
+        self._expected -= found_before
+
+    def _tell(self, passes: float, name: str, share: float) -> None:
         if self.progress is not None:
-            self.progress(passes, max(self._expected, passes), name)
+            what = f"{self.stage}, {name}" if self.stage else name
+            self.progress(passes, max(self._expected, passes), f"{what} ({share:.0%})")
 
     def batches(self, n: int) -> list[slice]:
         """Return the rows of each pass over the first ``n`` images."""

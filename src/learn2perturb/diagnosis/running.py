@@ -42,6 +42,7 @@ def run_checks(
         replay: how its draws are known to be replayed, if they are.
         blind: why the model has no gradients, or nothing.
     """
+    bench.stage = "what all checks share"
     told = None if blind else truth.truth_of(bench)
     if told is None or not told.near:
         # Nothing passes before what needs no gradient was tried: a source that is always there, and a real search.
@@ -57,8 +58,10 @@ def run_checks(
         shared |= _by_gradients(bench, told, sources, quiet, adaptive)
     drafts: dict[int, Draft] = {}
     curves: dict[int, list[Curve]] = {}
-    for check in sorted(CHECKS.values(), key=lambda one: not one.first):
+    for done, check in enumerate(sorted(CHECKS.values(), key=lambda one: not one.first)):
+        bench.stage = f"check {check.number}, {done} of {len(CHECKS)} checks done"
         drafts[check.number], curves[check.number] = _run(check, shared, claimed=claimed, blind=bool(blind))
+    bench.stage = "decision"
     return [drafts[number] for number in CHECKS], [curve for number in CHECKS for curve in curves[number]]
 
 

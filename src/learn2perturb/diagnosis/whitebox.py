@@ -126,10 +126,10 @@ def distortion(bench: Bench, clean: Attacked) -> tuple[Draft, Curve]:
 def _at_radius(bench: Bench, attack: PGD, *, most: float) -> Attacked:
     """Return what ``attack`` leaves; far beyond the radius in question one draw does where it leaves ``most`` or less.
 
-    There nearly every image is broken, by any attack that is one, and averages over draws would only cost more.
+    Averages over draws would only cost more there.
     """
     name, n = f"eps {format_eps(attack.eps)}", bench.budget.some
-    if bench.subject.stochastic and attack.eot > 1 and attack.eps > 2 * bench.attack.eps:
+    if bench.subject.stochastic and attack.eot > 1 and bench.budget.is_far(attack.eps):
         found = bench.attacked(name, dataclasses.replace(attack, eot=1), n, rival=False)
         if found.accuracy <= most:
             return found

@@ -59,11 +59,15 @@ def guessed_passes(attack: Attack, images: int = 1) -> float:
     return float(sides * math.prod(factor for factor in factors if isinstance(factor, int) and factor > 0))
 
 
-def tell_seconds(told: Progress, seconds: Mapping[str, float]) -> None:
+def tell_seconds(told: Progress, seconds: Mapping[str, float], what: str = "rows") -> None:
     """Say about how long rows take, from one pass that was timed, where that is more than a minute."""
-    total = sum(seconds.values())
-    if total < _LONG or not isinstance(told, Reporter):
-        return
+    if sum(seconds.values()) >= _LONG and isinstance(told, Reporter):
+        told.line(said_of(seconds, what))
+
+
+def said_of(seconds: Mapping[str, float], what: str) -> str:
+    """Return the words for about how long rows, or ``what`` else, take."""
     longest = max(seconds, key=lambda label: seconds[label])
     most = "" if len(seconds) == 1 else f", {longest} alone {duration(seconds[longest])}"
-    told.line(f"about {duration(total)} for {len(seconds)} rows{most}: a guess from one pass of the network")
+    total = duration(sum(seconds.values()))
+    return f"about {total} for {len(seconds)} {what}{most}: a guess from one pass of the network"
