@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -193,3 +194,69 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(library, u
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingDependencyError, match=f"{library} cannot be imported.*pip install"):
         use(x, y)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Stands in for whatever library is asked for."""
+    found = types.SimpleNamespace()
+    monkeypatch.setattr("learn2perturb.attacks.foreign.foreign_library", lambda name: found)
+    return found
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_what_the_adversarial_robustness_toolbox_is_told(targeted, x, stand_in):
+    told = {}
+
+    class Evasion:
+        def __init__(self, classifier):
+            assert classifier is told
+
+        def set_params(self, **named):
+            told.update(named)
+
+        def generate(self, images, labels):
+            return images
+
+    stand_in.PyTorchClassifier = lambda **settings: (told.update(settings), told)[1]
+    from_art(Evasion, targeted=targeted)(Linear(SHAPE), x, torch.ones(6).long())
+    assert (told["device_type"], told["nb_classes"], told["input_shape"]) == ("cpu", 2, SHAPE)
+    assert told["clip_values"] == (0.0, 1.0) and told.get("targeted", False) is targeted
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("eps", [None, 0.1])
+def test_what_foolbox_is_told_and_which_images_are_taken(eps, targeted, x, stand_in):
+    told = {}
+
+    def attack(wrapped, images, criterion, epsilons):
+        told.update(wrapped=wrapped, criterion=criterion[0], epsilons=epsilons)
+        return images + 0.01, images + 0.02, None  # as found, and clipped to the ball
+
+    stand_in.criteria = types.SimpleNamespace(
+        TargetedMisclassification=lambda y: ("targeted", y), Misclassification=lambda y: ("any other", y)
+    )
+    stand_in.PyTorchModel = lambda model, bounds, device: (bounds, device.type)
+    found = from_foolbox(attack, eps=eps, norm="linf", targeted=targeted)(Linear(SHAPE), x, torch.ones(6).long())
+    assert torch.equal(found, x + (0.01 if eps is None else 0.02))
+    assert told == {
+        "wrapped": ((0, 1), "cpu"), "criterion": "targeted" if targeted else "any other", "epsilons": eps,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_torchattacks_is_told_of_targets_without_a_word(targeted, x):
+    told = []
+
+    class Attack:
+        def __init__(self, model):
+            pass
+
+        def set_mode_targeted_by_label(self, quiet=False):
+            told.append(quiet)
+
+        def __call__(self, images, labels):
+            return images
+
+    from_torchattacks(Attack, targeted=targeted)(Linear(SHAPE), x, torch.ones(6).long())
+    assert told == [True] * targeted

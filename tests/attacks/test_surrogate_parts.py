@@ -8,7 +8,7 @@ from torch import nn
 
 from learn2perturb.attacks import PGD, Surrogate, surrogate
 from learn2perturb.attacks.balls import BALLS
-from learn2perturb.attacks.surrogate import Substitute, _Draws, _fit, _fresh, _near, train
+from learn2perturb.attacks.surrogate import Asked, Substitute, _Draws, _fit, _fresh, _near, train
 from learn2perturb.errors import ConfigError
 
 
@@ -173,3 +173,46 @@ def test_what_crafts_on_the_substitute(monkeypatch):
     Surrogate(0.2, norm="l2", loss="margin", targeted=True)(model, x, y)
     Surrogate(0.2, attack=PGD(0.1, 0.05, 7, eot=5))(model, x, y)
     assert made == [PGD(0.2, steps=40, norm="l2", loss="margin", targeted=True), PGD(0.2, 0.05, 7)]
+
+
+def test_a_substitute_is_trained_anew_for_other_settings_or_answers_only():
+    asked, built = Asked(torch.rand(20, 1, 2, 2)), []
+
+    def build(images):
+        built.append((images, torch.rand(1)))
+        return nn.Identity()
+
+    def made(settings, scale):
+        return asked.substitute(settings, lambda images: scale * images.flatten(1), build, x)
+
+    x = torch.zeros(2, 1, 2, 2, dtype=torch.float64)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = made("one", 1)
+    assert made("one", 1) is first and len(built) == 1
+    second = made("other", 1)
+    third = made("other", 2)
+    assert made("other", 2) is third and len({id(one) for one in (first, second, third)}) == 3
+    assert made("one", 1) is not first and len(built) == 4  # the last one alone is held
+    assert all(torch.equal(images, asked.images.double()) for images, _ in built)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len({drawn.item() for _, drawn in built}) == 1  # whichever batch comes first
+
+
+@pytest.mark.parametrize("average", ["loss", "probability", "logits"])
+def test_an_answer_is_the_mean_of_eot_passes(average, monkeypatch):
+    """Of probabilities, as a black box gives them, but for an attacker who averages logits."""
+    draws, turn, answered = torch.tensor([[2.0, 0, 0], [0, 0, 1.0]]), [], []
+
+    def model(images):
+        turn.append(0)
+        return draws[len(turn) % 2].expand(len(images), 3)
+
+    def trained(answers, images, *_):
+        answered.append(answers(images))
+        return nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+
+    monkeypatch.setattr(surrogate, "train", trained)
+    Surrogate(0.2, eot=2, eot_average=average)(model, torch.rand(1, 1, 2, 2), torch.zeros(1).long())
+    expected = draws.mean(0).softmax(0) if average == "logits" else draws.softmax(1).mean(0)
+    torch.testing.assert_close(answered[0][0].softmax(0), expected)

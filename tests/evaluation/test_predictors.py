@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from learn2perturb.attacks import PGD
 from learn2perturb.errors import ConfigError, InputError, UnknownNameError
 from learn2perturb.evaluation import PREDICTORS, Predictor, evaluate
+from learn2perturb.evaluation.passes import are_probabilities
+from learn2perturb.evaluation.predictors import probability_margins
 from learn2perturb.models import build_model
 from learn2perturb.noise import is_stochastic, perturb
 
@@ -180,3 +182,19 @@ def test_what_is_not_allowed_is_named(arguments, error, message):
 def test_a_model_that_cannot_be_called_is_refused():
     with pytest.raises(ConfigError, match="must be callable"):
         Predictor(None)
+
+
+def test_margins_are_of_double_precision_and_of_the_best_other_class():
+    found = probability_margins(torch.tensor([[20.0, 0.0, -5.0], [0.0, 1.0, 3.0]]), torch.tensor([0, 1]))
+    exact = torch.tensor([[20.0, 0.0, -5.0], [0.0, 1.0, 3.0]]).double().softmax(1)
+    assert found.tolist() == pytest.approx([(exact[0, 0] - exact[0, 1]).item(), (exact[1, 1] - exact[1, 2]).item()])
+    assert found[0] < 1 - 1e-9
+
+
+@pytest.mark.parametrize(("logits", "found"), [
+    ([[0.0, 1.0]], True), ([[0.25, 0.75], [0.5, 0.5]], True), ([[0.5, 0.5009]], True), ([[0.5, 0.4991]], True),
+    ([[0.5, 0.5015]], False), ([[0.5, 0.4985]], False), ([[-1e-6, 1.0]], False), ([[0.5, 0.5], [2.0, -1.0]], False),
+    ([[0.5, 0.5], [2.0, 1.0]], False),
+])  # fmt: skip
+def test_probabilities_are_known_by_their_sum(logits, found):
+    assert are_probabilities(torch.tensor(logits)) is found

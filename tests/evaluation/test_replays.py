@@ -14,7 +14,15 @@ from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import InputError
 from learn2perturb.evaluation import evaluate
 from learn2perturb.evaluation.inputs import check_fixed
-from learn2perturb.evaluation.replays import BY_ROW, HIDDEN, SEEDS, Contained, replayed, seeds_generators
+from learn2perturb.evaluation.replays import (
+    BY_ROW,
+    HIDDEN,
+    SEEDS,
+    Contained,
+    replayed,
+    seeds_decide,
+    seeds_generators,
+)
 
 X = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 WEIGHT = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
@@ -168,3 +176,10 @@ def test_evaluate_says_that_a_model_seeds_and_its_attacks_go_on():
     honest = evaluate(lambda x: x.flatten(1) @ weight, (x, y), attacks, engine="plain")
     assert found.rows[1].accuracy == pytest.approx(honest.rows[1].accuracy, abs=0.1)
     assert found.metadata["model"] == "seeding"
+
+
+@pytest.mark.parametrize("size", [0.3, 1e-6])
+def test_a_generator_that_runs_on_decides_however_little_it_draws(size):
+    own = torch.Generator().manual_seed(0)
+    assert not seeds_decide(lambda x: x.flatten(1) + size * torch.randn(8, 16, generator=own), X, 0)
+    assert seeds_decide(lambda x: x.flatten(1) + size * torch.randn(8, 16), X, 0)
