@@ -107,6 +107,8 @@ def test_points_of_parts_are_judged_by_fresh_draws_where_there_are_any(noise, mo
 
     few, many = (AutoAttack(1.0, draws=draws).run(model, x, y).forward_passes for draws in (1, 20))
     assert many - few == more
+    if not noise:  # to know that there is none; at the images; for each part, whether it broke them and how well
+        assert few == 8 + 1 + 3 * 2
 
 
 def test_more_fooled_draws_count_for_more_than_a_wider_margin(monkeypatch):

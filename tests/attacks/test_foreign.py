@@ -28,7 +28,7 @@ from learn2perturb.attacks import (
 )
 from learn2perturb.errors import ConfigError, InputError, MissingDependencyError
 from learn2perturb.evaluation import evaluate
-from tests.problems import Linear, NoisyLinear
+from tests.problems import Linear, NoisyLinear, as_if_on
 
 SHAPE = (1, 4, 4)
 
@@ -204,8 +204,10 @@ def stand_in(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("targeted", [False, True])
-def test_what_the_adversarial_robustness_toolbox_is_told(targeted, x, stand_in):
+@pytest.mark.parametrize(("targeted", "place", "kind"), [
+    (False, "cpu", "cpu"), (True, "cpu", "cpu"), (False, "cuda", "gpu"), (False, "mps", "cpu"),
+])  # fmt: skip
+def test_what_the_adversarial_robustness_toolbox_is_told(targeted, place, kind, x, stand_in):
     told = {}
 
     class Evasion:
@@ -219,8 +221,9 @@ def test_what_the_adversarial_robustness_toolbox_is_told(targeted, x, stand_in):
             return images
 
     stand_in.PyTorchClassifier = lambda **settings: (told.update(settings), told)[1]
-    from_art(Evasion, targeted=targeted)(Linear(SHAPE), x, torch.ones(6).long())
-    assert (told["device_type"], told["nb_classes"], told["input_shape"]) == ("cpu", 2, SHAPE)
+    attack = from_art(Evasion, targeted=targeted)
+    attack.craft_in_library(Linear(SHAPE), as_if_on(place, x), torch.ones(6).long())
+    assert (told["device_type"], told["nb_classes"], told["input_shape"]) == (kind, 2, SHAPE)
     assert told["clip_values"] == (0.0, 1.0) and told.get("targeted", False) is targeted
 
 

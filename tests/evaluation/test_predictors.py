@@ -14,6 +14,7 @@ from learn2perturb.evaluation.passes import are_probabilities
 from learn2perturb.evaluation.predictors import probability_margins
 from learn2perturb.models import build_model
 from learn2perturb.noise import is_stochastic, perturb
+from tests.problems import as_if_on
 
 
 class Script:
@@ -189,6 +190,10 @@ def test_margins_are_of_double_precision_and_of_the_best_other_class():
     exact = torch.tensor([[20.0, 0.0, -5.0], [0.0, 1.0, 3.0]]).double().softmax(1)
     assert found.tolist() == pytest.approx([(exact[0, 0] - exact[0, 1]).item(), (exact[1, 1] - exact[1, 2]).item()])
     assert found[0] < 1 - 1e-9
+
+
+def test_margins_are_of_single_precision_where_there_is_no_other():
+    assert probability_margins(as_if_on("mps", torch.tensor([[20.0, 0.0]])), torch.tensor([0])).tolist() == [1.0]
 
 
 @pytest.mark.parametrize(("logits", "found"), [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.attacks import Square
+from learn2perturb.attacks import Square, probing
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import InputError
 from learn2perturb.evaluation import evaluate
@@ -23,6 +23,7 @@ from learn2perturb.evaluation.replays import (
     seeds_decide,
     seeds_generators,
 )
+from tests.problems import as_if_on
 
 X = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 WEIGHT = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
@@ -176,6 +177,21 @@ def test_evaluate_says_that_a_model_seeds_and_its_attacks_go_on():
     honest = evaluate(lambda x: x.flatten(1) @ weight, (x, y), attacks, engine="plain")
     assert found.rows[1].accuracy == pytest.approx(honest.rows[1].accuracy, abs=0.1)
     assert found.metadata["model"] == "seeding"
+
+
+@pytest.mark.parametrize(("kind", "size", "same"), [
+    ("mps", 1e-4, True), ("mps", 2e-4, False), ("cpu", 1e-4, False), ("cpu", 1e-7, False),
+])  # fmt: skip
+def test_rounding_is_no_noise_where_kernels_add_in_any_order(kind, size, same):
+    """Of answers of 1/2, of which one part in 10,000 more than as much is allowed."""
+    turn = []
+
+    def model(x: Tensor) -> Tensor:
+        turn.append(0)
+        return torch.full((len(x), 3), 0.5) + size * (len(turn) % 2)
+
+    assert seeds_decide(model, as_if_on(kind, X), 0) is same
+    assert probing.passes_differ(model, as_if_on(kind, X)) is not same
 
 
 @pytest.mark.parametrize("size", [0.3, 1e-6])

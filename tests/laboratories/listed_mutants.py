@@ -199,6 +199,8 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "one image more",
     ("attacks/base.py", "_COMPARED = 4  # images on which a finite ensemble is compared with its members", "4", "3"):
         "one image less",
+    ("evaluation/evaluating.py", '_FIRST_PASS: tuple[str, int] = ("probe", 0)  # its stream of draws', "0", "1"):
+        "any name of a stream will do",
     ("evaluation/exact.py", "_COMPARED = 4  # images on which the model is compared with its members", "4", "5"):
         "one image more",
     ("evaluation/exact.py", "_COMPARED = 4  # images on which the model is compared with its members", "4", "3"):
@@ -276,6 +278,9 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "one image more is asked how many classes there are",
     ("defenses/barre.py", "errors = 1 - mean_of_rows(right.to(choice.chances.dtype))", "1", "2"):
         "the nearest point of the simplex is the same from all that is moved alike",
+    ("defenses/learn2perturb.py",
+     '(1,), site="", granularity=self.granularity, sharing=self.sharing, distribution=self.distribution,', "1", "2"):
+        "the module is asked for its checks alone, which know no shape",
     ("defenses/pixeldp.py", "return 1.0 if share > 0.9 else share", "share > 0.9", "(share) >= (0.9)"):
         "no step has a share of 0.9",
     ("noise/members.py",

@@ -152,6 +152,10 @@ class Sum(nn.Module):
     (lambda net, h: h + net.two(h), ["two"], ["one"]),
     (lambda net, h: h.relu() + net.three(net.two(h)), ["three"], []),
     (lambda net, h: torch.add(net.three(net.two(h)), net.two(h)), ["three"], ["two"]),
+    # what no layer has met is at no depth
+    (lambda net, h: net.parameter.sigmoid() + h, ["one"], []),
+    (lambda net, h: torch.zeros(2, 4) + h, ["one"], []),
+    (lambda net, h: h + net.two(net.parameter), ["one"], ["two"]),
     # no sum of two activations
     (lambda net, h: net.two(h) + net.parameter, [], []),
     (lambda net, h: net.two(h) + 1, [], []),
