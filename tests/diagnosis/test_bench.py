@@ -131,6 +131,13 @@ def test_of_many_attacks_the_strongest_keep_their_images_and_the_reported_one_al
     assert "quiet" not in bench.kept and "quiet" not in bench.rivals
 
 
+def test_of_equally_strong_attacks_the_earlier_keep_their_images():
+    bench = bench_of()
+    for number in range(12):
+        bench.scored("reported" if number == 11 else f"{number}", X, kind="canned", rival=True)
+    assert list(bench.kept) == [*map(str, range(8)), "reported"]
+
+
 def test_images_that_no_attack_has_just_made_cost_nothing():
     bench = bench_of()
     pool = [bench.scored(name, x, kind="canned") for name, x in (("clean", X), ("opposite", 1 - X))]

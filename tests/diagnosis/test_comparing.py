@@ -125,6 +125,8 @@ def test_what_cannot_be_compared_is_refused(other, reason):
 def test_settings_that_differ_are_named(other, note):
     assert any(text.startswith(note) or note in text for text in compare_diagnoses(diagnosis(), other).notes)
     assert compare_diagnoses(diagnosis(), diagnosis(60)).notes == ()
+    newer = dataclasses.replace(diagnosis(60), budget=diagnosis().budget | {"near": 0.2})  # which holds one number more
+    assert compare_diagnoses(diagnosis(), newer).notes == ()
 
 
 def test_at_the_command_line(tmp_path, capsys):

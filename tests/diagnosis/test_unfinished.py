@@ -317,7 +317,7 @@ def test_sigkill_loses_little(tmp_path):
         command = [sys.executable, "-c", KILLED, str(at), *words, "--out", str(tmp_path / out)]
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
-    assert typed(25, "a/one.json").returncode == -signal.SIGKILL
+    assert typed(12, "a/one.json").returncode == -signal.SIGKILL
     again = typed(-1, "a/one.json")
     assert (again.returncode, "going on: " in again.stderr) == (0, True), again.stderr
     assert typed(-1, "b/one.json").returncode == 0

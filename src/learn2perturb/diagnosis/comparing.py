@@ -181,9 +181,10 @@ def _paired(what: str, first: Diagnosis, one: str, second: Diagnosis, other: str
 def _unlike(first: Diagnosis, second: Diagnosis) -> Iterable[str]:
     """Say in which settings the two differ, and what is not known of them."""
     budgets = [one.budget for one in (first, second)]
-    names = sorted(key for key in {*budgets[0], *budgets[1]} if budgets[0].get(key) != budgets[1].get(key))
+    # Of numbers that an older record does not hold nothing is known.
+    names = sorted(key for key in {*budgets[0]} & {*budgets[1]} if budgets[0][key] != budgets[1][key])
     if names:
-        shown = ", ".join(f"{name} {budgets[0].get(name)} and {budgets[1].get(name)}" for name in names[:4])
+        shown = ", ".join(f"{name} {budgets[0][name]} and {budgets[1][name]}" for name in names[:4])
         yield f"the budgets differ ({shown}{', ...' if len(names) > 4 else ''})"
     if first.metadata.get("parameters") != second.metadata.get("parameters"):
         yield f"the reported attacks differ: {first.metadata.get('attack')} and {second.metadata.get('attack')}"

@@ -236,7 +236,8 @@ class Bench:
         """Keep images, unless those of enough stronger attacks are there: all of them would be much memory."""
         self.kept[name] = x
         accuracy = {one.name: one.accuracy for one in self.measurements}
-        for weakest in sorted(self.kept.keys() - {"reported"}, key=lambda key: accuracy[key])[_KEPT:]:
+        # Of equally strong ones the earlier: the order of a set would be another in each process.
+        for weakest in sorted((key for key in self.kept if key != "reported"), key=lambda key: accuracy[key])[_KEPT:]:
             del self.kept[weakest]
 
     def assembled(self, name: str, parts: Sequence[Attacked], winner: NDArray[np.int64]) -> Attacked:
