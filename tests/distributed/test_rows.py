@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode
 
-from learn2perturb.engine import execution, fused
+from learn2perturb.engine import execution, fused, rows
 from learn2perturb.engine.ranks import ALONE, Ranks, Share, current_share
 from learn2perturb.engine.rows import sharded, shared_by_all
 from learn2perturb.noise import Perturbation
@@ -22,6 +22,9 @@ DRAWS = {
     "randn_like": lambda n: torch.randn_like(torch.empty(n, 2, 4, 4).contiguous(memory_format=torch.channels_last)),
     "randint": lambda n: torch.randint(0, 9, (n, 2)),
     "normal_": lambda n: torch.empty(n, 5).normal_(),
+    "many numbers a row": lambda n: torch.empty(n, 8192).normal_(1.0, 0.5),
+    "many of doubles": lambda n: torch.empty(n, 8192, dtype=torch.float64).normal_(),
+    "many and no whole blocks": lambda n: torch.empty(n, 8191).normal_(),
     "one number a row": lambda n: torch.empty(n).uniform_(),
     "normal of tensors": lambda n: torch.normal(torch.zeros(n, 2), torch.ones(n, 2)),
     "bernoulli": lambda n: torch.bernoulli(torch.full((n, 3), 0.3)),
@@ -44,6 +47,16 @@ def test_rows_have_the_draws_of_the_whole_batch_and_streams_stay_in_step(name):
         part, then = DRAWS[name](ROWS.rows), torch.rand(7)
     assert torch.equal(part, whole[ROWS.start : ROWS.stop])
     assert torch.equal(then, after)
+
+
+def test_normal_numbers_of_other_rows_are_passed_over_and_not_drawn(monkeypatch):
+    drawn, draw = [], rows._blank
+    monkeypatch.setattr(rows, "_blank", lambda *which: drawn.append(which) or draw(*which))
+    with sharded(ROWS):
+        torch.empty(ROWS.rows, 8192).normal_()
+        assert not drawn
+        torch.empty(ROWS.rows, 8192).uniform_()
+        assert drawn
 
 
 def test_two_batches_in_one_have_the_draws_of_both():

@@ -35,6 +35,9 @@ _GRACE = 3.0
 _REMEMBERED = 10_000
 # A sum over all processes is of one block of memory at most this large: enough to hide the latency of a message.
 _BLOCK = 25 * 2**20
+# So much and so many at most are told by each process to each other one: a sum of gloo's goes round in several pieces
+# (0.55 ms of CPU time against 0.40, 4.8 ms until it is there against 3.4: two processes on a busy machine).
+_SMALL, _FEW = 2**16, 8
 
 
 @final
@@ -77,6 +80,11 @@ class Ranks:
         if self.alone:
             return tensor
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        if total.device.type == "cpu" and 0 < total.nbytes <= _SMALL and self.world <= _FEW:
+            given = torch.stack([total] * self.world)
+            found = torch.empty_like(given)
+            self._together(lambda: dist.all_to_all_single(found, given))
+            return found.sum(0, dtype=total.dtype)
         self._together(lambda: dist.all_reduce(total))
         return total
 

@@ -1,10 +1,10 @@
 """Passes on a part of a batch that draw, normalise and differentiate as passes on the whole batch do.
 
 Random numbers are a stream: the first rows of a batch take the first numbers. So each process draws the rows of the
-whole batch and keeps its own: all streams stay in step, and every row has the draw that it has in one process. Which
-draws have rows is seen from their shape, so that an attack, a loss or a network of anyone's needs to know nothing of
-it. What a pass takes from all rows at once (the statistics of BatchNorm, a gradient of the weights) is summed over the
-processes.
+whole batch and keeps its own, or goes past those of others (see ``stream``): all streams stay in step, and every row
+has the draw that it has in one process. Which draws have rows is seen from their shape, so that an attack, a loss or a
+network of anyone's needs to know nothing of it. What a pass takes from all rows at once (the statistics of BatchNorm, a
+gradient of the weights) is summed over the processes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from learn2perturb.engine import ranks
 from learn2perturb.engine.batch_norm import batch_norm
 from learn2perturb.engine.ranks import Share
+from learn2perturb.engine.stream import fill_between
 
 Treatment = Callable[[Share, Callable[..., Any], Sequence[Any], dict[str, Any]], Any]
 
@@ -141,6 +142,10 @@ def _filled(share: Share, func: Callable[..., Any], args: Sequence[Any], kwargs:
     times = _times(share, target)
     if not times:
         return func(*args, **kwargs)
+    if func is Tensor.normal_ and times == 1 and "generator" not in kwargs:
+        row = target.numel() // share.rows
+        if fill_between(target, share.start * row, (share.total - share.stop) * row, *others, **kwargs):
+            return target
     wide = _blank(share, target, times)
     func(wide, *(_widened(share, value) for value in others), **kwargs)
     target.copy_(_own(share, wide, times))
