@@ -127,12 +127,13 @@ def test_more_fooled_draws_count_for_more_than_a_wider_margin(monkeypatch):
     assert report.x_adv.item() == pytest.approx(0.4)
 
 
-def test_the_spread_is_that_of_the_draws(parts):
+@pytest.mark.parametrize("draws", [2, 40])
+def test_the_spread_is_that_of_the_draws(draws, parts):
     def model(images):
         return two_logits(0 * images.flatten() + torch.randn(len(images)))
 
     x, y = torch.zeros(50, 1, 1, 1), torch.zeros(50, dtype=torch.int64)
-    report = auto_attack_report(model, x, y, AutoAttack(1.0, draws=1), draws=40)
+    report = auto_attack_report(model, x, y, AutoAttack(1.0, draws=1, seed=draws), draws=draws)
     each = report.correct.double().mean(dim=1)
     assert report.std == pytest.approx(each.std().item())
     assert report.accuracy == pytest.approx(each.mean().item())

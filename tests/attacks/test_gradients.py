@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from learn2perturb.attacks.gradients import AVERAGES, input_gradient, value_and_gradient
+from learn2perturb.attacks.gradients import AVERAGES, input_gradient, value_and_gradient, values_of
 from learn2perturb.attacks.losses import LOSSES
 from learn2perturb.errors import InputError
 from tests.problems import NoisyLinear
@@ -46,6 +46,19 @@ def test_it_is_the_gradient_of_the_loss_of_the_mean(average, loss):
     else:
         total = LOSSES[loss]((sum(z.softmax(dim=1) for z in draws) / 5).log(), y).sum()
     torch.testing.assert_close(found, torch.autograd.grad(total, leaf)[0])
+
+
+@averages
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_values_are_means_over_any_number_of_draws(count, average):
+    draws, y = list(torch.randn(count, 5, 4, dtype=torch.float64)), torch.tensor([0, 1, 2, 3, 0])
+    found, ce = values_of(draws, LOSSES["ce"], y, average), torch.nn.functional.cross_entropy
+    mean = sum(draws) / count if average != "probability" else (sum(z.softmax(1) for z in draws) / count).log()
+    each = draws if average == "loss" else [mean]
+    others = [z.scatter(1, y[:, None], -math.inf).amax(1) - z.gather(1, y[:, None])[:, 0] for z in each]
+    torch.testing.assert_close(found.logits.log_softmax(1), mean.log_softmax(1))
+    torch.testing.assert_close(found.loss, sum(ce(z, y, reduction="none") for z in each) / len(each))
+    torch.testing.assert_close(found.margin, sum(others) / len(each))
 
 
 @pytest.mark.parametrize("average", ["loss", "logits"])

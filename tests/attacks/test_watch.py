@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 import learn2perturb as l2p
-from learn2perturb.attacks import CW, PGD, Square, build_attack, from_function
+from learn2perturb.attacks import ARC, CW, PGD, Square, build_attack, from_function
+from learn2perturb.attacks.base import Query
 from learn2perturb.defenses.objectives import TradesAdversary
 from learn2perturb.errors import InputError, NonFiniteError
 from learn2perturb.registry import ATTACKS
 from tests.attacks.test_attacks import CASES, small
+from tests.problems import two_logits
 
 GRADIENT_CASES = [(name, norm) for name, norm in CASES if ATTACKS.entry(name).load().needs_gradient]
 LOGIT_CASES = [case for case in CASES if case not in GRADIENT_CASES]
@@ -186,3 +188,22 @@ def test_a_hinge_that_is_reached_is_no_masked_gradient():
     with torch.no_grad():
         wrong = (model(x).argmax(1) + 1) % 10
     assert CW(search_steps=1, steps=3).run(model, x, wrong).zero_gradients == 0
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize(("lead", "counted"), [(-1.0, 2), (0.0, 2), (1.0, 0)])
+def test_a_flat_model_hides_its_gradient_until_the_attack_has_its_way(lead, counted, targeted):
+    """A margin of 0 is no success yet."""
+    x, y = torch.rand(2, 1, 2, 2), torch.full((2,), int(targeted))
+    query = Query(
+        lambda images: two_logits(images.flatten(1).sum(1) * 0 + lead), PGD(targeted=targeted), y, strict=True
+    )
+    query.value_and_gradient(x, y)
+    assert query.watch.zero_gradients == counted
+
+
+@pytest.mark.parametrize(("lead", "counted"), [(-1.0, 2), (0.0, 2), (1.0, 0)])
+def test_arc_counts_gradients_of_zero_where_a_member_is_not_fooled(lead, counted):
+    x, y = torch.rand(2, 1, 2, 2), torch.zeros(2).long()
+    flat = lambda images: two_logits(images.flatten(1).sum(1) * 0 + lead)  # noqa: E731
+    assert ARC(0.1, steps=1, seed=0).run(flat, x, y).zero_gradients == counted

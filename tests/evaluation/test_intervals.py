@@ -132,6 +132,7 @@ def test_mean_and_std_by_hand() -> None:
     assert mean == pytest.approx(7 / 12)
     assert std == pytest.approx(np.sqrt(((1 / 2 - 7 / 12) ** 2 * 2 + (3 / 4 - 7 / 12) ** 2) / 2))
     assert mean_and_std(CORRECT[:1]) == (0.5, None)
+    assert mean_and_std(CORRECT[1:])[1] == pytest.approx(0.25 / np.sqrt(2))
 
 
 def test_worst_of_by_hand() -> None:

@@ -211,6 +211,8 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ("attacks/arc.py", "point = (x + self.ball.random(x, self.eps)).clamp_(0.0, 1.0) if self.random_start else x",
      "x + self.ball.random(x, self.eps)", "(x) - (self.ball.random(x, self.eps))"):
         "a random point of a ball is as likely as the one opposite",
+    ("attacks/gradients.py", 'if average == "loss" and len(draws) > 1:', "len(draws) > 1", "(len(draws)) >= (1)"):
+        "the mean over one draw is that draw",
     ("attacks/base.py", "stacked = torch.stack(margins) * (-1 if self._attack.targeted else 1)",
      "torch.stack(margins) * (-1 if self._attack.targeted else 1)",
      "(torch.stack(margins)) / (-1 if self._attack.targeted else 1)"): "1 / +-1 is +-1",
@@ -220,6 +222,9 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "there the gradient that it divides is zero",
     ("evaluation/inputs.py", "half = x[: _IMAGES // 2] if len(x) > 1 else torch.cat([x, 1 - x])",
      "x[: _IMAGES // 2] if len(x) > 1 else torch.cat([x, 1 - x])", "torch.cat([x, 1 - x])"):
+        "the same question about more images",
+    ("evaluation/inputs.py", "half = x[: _IMAGES // 2] if len(x) > 1 else torch.cat([x, 1 - x])",
+     "_IMAGES // 2", "(_IMAGES) * (2)"):
         "the same question about more images",
     ("evaluation/rows.py",
      "pooled: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty(0, dtype=np.int64))", "0", "1"):

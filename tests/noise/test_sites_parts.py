@@ -134,11 +134,12 @@ class Sum(nn.Module):
     def __init__(self, added):
         super().__init__()
         self.one, self.two, self.three = (nn.Linear(4, 4) for _ in range(3))
-        self.parameter = nn.Parameter(torch.ones(2, 4))
+        self.flat, self.parameter = nn.Flatten(), nn.Parameter(torch.ones(2, 4))
         self.added = added
 
     def forward(self, x):
-        return self.added(self, self.one(x.flatten(1)))
+        self.images = self.flat(x)
+        return self.added(self, self.one(self.images))
 
 
 @pytest.mark.parametrize(("added", "ends", "shortcuts"), [
@@ -154,6 +155,7 @@ class Sum(nn.Module):
     (lambda net, h: torch.add(net.three(net.two(h)), net.two(h)), ["three"], ["two"]),
     # what no layer has met is at no depth
     (lambda net, h: net.parameter.sigmoid() + h, ["one"], []),
+    (lambda net, h: net.images + net.parameter.sigmoid(), [], []),
     (lambda net, h: torch.zeros(2, 4) + h, ["one"], []),
     (lambda net, h: h + net.two(net.parameter), ["one"], ["two"]),
     # no sum of two activations
