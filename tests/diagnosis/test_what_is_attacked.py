@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from learn2perturb.attacks import ARC, FGSM, PGD
+from learn2perturb.attacks.surrogate import Substitute
 from learn2perturb.diagnosis import QUICK, blackbox, diagnose, diagnosing, whitebox
 from learn2perturb.diagnosis.diagnosing import _reported
 from learn2perturb.diagnosis.measure import Subject
@@ -123,13 +124,20 @@ def test_the_name_of_the_reported_attack(stochastic, eot, name):
 @pytest.mark.parametrize(("stochastic", "draws"), [(True, 4), (False, 1)])
 def test_a_surrogate_learns_from_means_over_draws_where_there_are_draws(stochastic, draws, monkeypatch):
     asked = {}
-    monkeypatch.setattr(blackbox, "distil", lambda model, images, **settings: asked.update(settings) or model)
-    subject = Subject(Linear((1, 2, 2)), stochastic=stochastic)
-    found = bench(PGD(0.1, norm="l2"), subject=subject, seed=3, progress=None)
-    source = blackbox.surrogate(found, torch.zeros(2, 1, 2, 2))
+    images = torch.rand(2, 1, 4, 4)
+    learned = Substitute.of(images, 3)
+    monkeypatch.setattr(blackbox, "distil", lambda model, images, **settings: asked.update(settings) or learned)
+    subject = Subject(Linear((1, 4, 4)), stochastic=stochastic)
+    found = bench(
+        PGD(0.1, norm="l2"), subject=subject, seed=3, progress=None, num_classes=3,
+        each=lambda work, count, key: [work(number) for number in range(count)],
+    )  # fmt: skip
+    source = blackbox.surrogate(found, images)
     assert (asked["draws"], asked["queries"]) == (draws, PLAN.surrogate_queries)
     assert (asked["eps"], asked["norm"]) == (0.1, "l2")
-    assert source.model is subject.model and not source.stochastic and source.gradient
+    assert torch.equal(source.model(images), learned.eval()(images)) and not source.model.training
+    assert not source.stochastic and source.gradient and source.identity is not None
+    assert not any(one.requires_grad for one in source.model.parameters())
 
 
 @pytest.mark.parametrize(
