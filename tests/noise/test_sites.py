@@ -132,6 +132,9 @@ def sequential():
         ("layer1.0.bn2", "*", False),
         ("a.b.c.d", "a.**.d", True),
         ("a.d", "a.**.d", True),
+        ("a.b.c", "a.**.d", False),  # what comes after ** counts
+        ("layer1.0.bn1", "**.bn2", False),
+        ("a.b", "a.**.b.c", False),
     ],
 )
 def test_globs_keep_to_parts(name, pattern, expected):
