@@ -93,7 +93,7 @@ def test_a_grid_of_ones_own_is_kept_and_extended_where_it_ends_too_early(norm):
     assert with_grid(short, norm, 0.1 * whole, DIGITS).eps_grid == (0.1 * whole, 0.2 * whole, 0.5 * whole)
     assert with_grid(short, norm, 0.4 * whole, DIGITS).eps_grid[-1] == reach(norm, 0.4 * whole, DIGITS) == 0.8 * whole
     full = dataclasses.replace(QUICK, eps_grid=(0.1 * whole, 0.7 * whole))
-    assert with_grid(full, norm, 0.2 * whole, DIGITS) == full
+    assert with_grid(full, norm, 0.2 * whole, DIGITS) == dataclasses.replace(full, near=2 * (0.2 * whole))
     assert with_grid(QUICK, norm, 0.2 * whole, DIGITS).eps_grid == sweep(norm, 0.2 * whole, DIGITS)
 
 

@@ -234,6 +234,21 @@ def source_of(module: str, thing: object = None) -> dict[str, Any]:
     return source
 
 
+def codes_of(parts: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fingerprint of the code of each part, by kind and name, of what ``own_parts`` or a record says."""
+    found = {}
+    for part in parts.get(PARTS) or ():
+        if isinstance(part, Mapping) and isinstance(part.get("code"), str):
+            found[f"{part.get('kind')} {part.get('name')}"] = str(part["code"])
+    return found
+
+
+def changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Return the parts that both have and whose code differs, by kind and name; records of before do not say."""
+    one, other = codes_of(first), codes_of(second)
+    return sorted(part for part in one.keys() & other.keys() if one[part] != other[part])
+
+
 def _imported_quietly(module: str) -> ModuleType | None:
     with contextlib.suppress(Exception):
         return importlib.import_module(module)

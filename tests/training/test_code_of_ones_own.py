@@ -13,8 +13,9 @@ import learn2perturb as l2p
 from learn2perturb.errors import CheckpointError
 from learn2perturb.evaluation import compare
 from learn2perturb.evaluation.keeping import Unfinished
-from learn2perturb.evaluation.own_parts import codes_of, own_parts
+from learn2perturb.evaluation.own_parts import own_parts
 from learn2perturb.experiments.store import run_address
+from learn2perturb.plugins import codes_of
 from learn2perturb.registry import ATTACKS, DEFENSES, NOISES
 
 MODULE = '''

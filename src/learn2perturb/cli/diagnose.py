@@ -23,7 +23,6 @@ from learn2perturb.cli.subject import (
 from learn2perturb.diagnosis.config import DiagnoseConfig
 from learn2perturb.errors import ConfigError
 from learn2perturb.naming import is_factory, made_by
-from learn2perturb.progress import duration
 from learn2perturb.sizes import LINF_EPS
 from learn2perturb.terminal import number_among
 
@@ -95,6 +94,7 @@ def _expected(arguments: argparse.Namespace, config: DiagnoseConfig, sources: in
         return ["how long it takes depends on the black box, which a dry run asks nothing"]
     from learn2perturb.diagnosis.diagnosing import expected_seconds
     from learn2perturb.evaluation.pace import said_of
+    from learn2perturb.progress import duration
 
     subject = load_subject(arguments)
     seconds = expected_seconds(subject.model, subject.data, _settled(arguments, config, subject), sources=sources)

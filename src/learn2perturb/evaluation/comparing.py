@@ -14,9 +14,9 @@ from learn2perturb import records
 from learn2perturb.brief import brief
 from learn2perturb.errors import ConfigError, InputError
 from learn2perturb.evaluation.intervals import Estimate, Interval, Scores, paired_difference
-from learn2perturb.evaluation.own_parts import changed
 from learn2perturb.evaluation.result import Evaluation, Row
 from learn2perturb.evaluation.significance import equals, holm, mcnemar
+from learn2perturb.plugins import changed
 
 # What the record of a comparison keeps of the metadata of both: its name here -> its name there.
 _KEPT = {"steps": "step", "weights": "weights"}

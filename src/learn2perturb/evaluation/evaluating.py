@@ -29,7 +29,6 @@ from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.evaluation.image_keeper import ImageKeeper, arrays_of
 from learn2perturb.evaluation.inputs import peculiarities
 from learn2perturb.evaluation.keeping import Unfinished, taken
-from learn2perturb.evaluation.own_parts import codes_of
 from learn2perturb.evaluation.pace import guessed_passes, tell_seconds
 from learn2perturb.evaluation.passes import (
     PROBABILITIES,
@@ -43,6 +42,7 @@ from learn2perturb.evaluation.result import CLEAN, Evaluation, Row
 from learn2perturb.evaluation.rows import CONFIDENCE, RowRun
 from learn2perturb.evaluation.target import Target
 from learn2perturb.noise import is_stochastic, noise_disabled, noise_modules
+from learn2perturb.plugins import codes_of
 from learn2perturb.progress import Progress
 from learn2perturb.records import PackedIntegers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -70,21 +70,6 @@ def named_parts(*named: tuple[Registry, object]) -> list[dict[str, Any]]:
 
 
 _REGISTERED = ("attack", "noise", "check")
-
-
-def codes_of(parts: Mapping[str, Any]) -> dict[str, str]:
-    """Return the fingerprint of the code of each part, by kind and name, of what :func:`own_parts` or a record says."""
-    found = {}
-    for part in parts.get(PARTS) or ():
-        if isinstance(part, Mapping) and isinstance(part.get("code"), str):
-            found[f"{part.get('kind')} {part.get('name')}"] = str(part["code"])
-    return found
-
-
-def changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """Return the parts that both have and whose code differs, by kind and name; records of before do not say."""
-    one, other = codes_of(first), codes_of(second)
-    return sorted(part for part in one.keys() & other.keys() if one[part] != other[part])
 
 
 def _of_model(model: object) -> Iterator[_Part]:

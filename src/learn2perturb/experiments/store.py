@@ -30,10 +30,10 @@ from learn2perturb.data.transforms import Transforms
 from learn2perturb.diagnosis.record import Diagnosis
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.evaluation.attacked import beside
-from learn2perturb.evaluation.own_parts import codes_of, named_parts, own_parts
+from learn2perturb.evaluation.own_parts import named_parts, own_parts
 from learn2perturb.evaluation.result import Evaluation
 from learn2perturb.naming import function_of, is_factory
-from learn2perturb.plugins import PARTS
+from learn2perturb.plugins import PARTS, codes_of
 from learn2perturb.reading import MOST_RECORD, parse_json, read_bytes, reading
 from learn2perturb.records import Saved, atomic_write, make_folder, plain
 from learn2perturb.registry import DEFENSES, MODELS, NOISES

@@ -40,9 +40,10 @@ from learn2perturb.errors import (
     MemoryLimitError,
     NonFiniteError,
 )
-from learn2perturb.evaluation.own_parts import codes_of, own_parts
+from learn2perturb.evaluation.own_parts import own_parts
 from learn2perturb.naming import network_name
 from learn2perturb.noise import noise_modules
+from learn2perturb.plugins import codes_of
 from learn2perturb.progress import Reporter
 from learn2perturb.registry import DEFENSES
 from learn2perturb.runs.checkpoint import FOLDER as CHECKPOINTS
