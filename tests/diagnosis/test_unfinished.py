@@ -209,7 +209,7 @@ def test_damaged_files_are_done_again_with_a_warning(whole, kept, runs):
     assert len(runs) < len(whole[1])
 
 
-def test_a_disk_that_is_full_is_said_and_loses_nothing(whole, tmp_path):
+def test_a_disk_that_is_full_is_said_and_loses_nothing(whole, runs, tmp_path):
     place = tmp_path / "file"
     place.write_text("no folder")
     with pytest.warns(UserWarning, match="finished work is not kept: cannot write") as warned:

@@ -16,7 +16,8 @@ import torch
 
 from learn2perturb.defenses.pgd_at import PGDTraining
 from learn2perturb.engine import ranks
-from learn2perturb.errors import ElsewhereError, InputError
+from learn2perturb.engine.ranks import joined
+from learn2perturb.errors import ElsewhereError, InputError, TrainingError
 from learn2perturb.registry import DEFENSES
 from learn2perturb.runs.checkpoint import checkpoints, read_model, read_resume
 from learn2perturb.training import read_metrics, train
@@ -213,3 +214,20 @@ def test_torchrun_restarts_a_run_whose_processes_are_killed_ten_times(tmp_path):
     code, text = torchrun(script, tmp_path / "whole")
     assert code == 0, text[-3000:]
     check_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_meeting_after_meeting_whoever_leaves_first(tmp_path):
+    def meet(leaves):
+        with joined() as ranks:
+            if leaves:  # at once, and is at the next meeting while the other still leaves this one
+                raise TrainingError("the dog ate it")
+            ranks.largest(0)
+
+    def work(rank):
+        for meeting in range(8):
+            with pytest.raises(TrainingError):
+                meet(rank == meeting % 2)
+        return "done"
+
+    found = ended(started(2, work, tmp_path), tmp_path, seconds=30)
+    assert found == [("returned", "done")] * 2

@@ -368,6 +368,7 @@ def valued(own: Tensor, value: Tensor) -> Tensor:
 
 _current: contextvars.ContextVar[Ranks] = contextvars.ContextVar("ranks", default=ALONE)
 _meetings = 0
+_stores: dict[tuple[object, ...], Any] = {}  # of this process, and those of one that it was forked from
 
 
 def current() -> Ranks:
@@ -454,16 +455,30 @@ def _open(timeout: float, name: str) -> None:
     # NCCL takes one card a process; fewer cards than processes, as in a trial run, talk through the CPU.
     cards = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= local else "gloo"
     try:
-        store, *_ = next(iter(rendezvous("env://", rank, world, timeout=longest)))
+        store = _shared(rank, world, longest)
         dist.init_process_group(
             f"cpu:gloo,cuda:{cards}" if torch.cuda.is_available() else "gloo",
             store=dist.distributed_c10d.PrefixStore(name, store), rank=rank, world_size=world, timeout=longest,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
+        _stores.clear()
         reason = " ".join(str(error).split())[:300]
         raise TrainingError(
             f"process {rank} cannot join the {world} of them ({reason}); start them all, by torchrun"
         ) from None
+
+
+def _shared(rank: int, world: int, longest: datetime.timedelta) -> Any:
+    """Return the store that the processes share: the same one at every meeting.
+
+    Where none is torchrun's the first process keeps it. Opened anew for each meeting, it would take the place of the
+    one before, which a process that is early still finds, and loses.
+    """
+    where = os.getpid(), rank, world, os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if where not in _stores:
+        _stores[where], *_ = next(iter(rendezvous("env://", rank, world, timeout=longest)))
+    _stores[where].set_timeout(longest)
+    return _stores[where]
 
 
 def _seconds(otherwise: float) -> float:
