@@ -8,29 +8,14 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from learn2perturb import load_data, perturb
 from learn2perturb.attacks import Attack
 from learn2perturb.cli.main import main
-from learn2perturb.diagnosis import CHECKS, QUICK, diagnose, diagnosing, forecast
+from learn2perturb.diagnosis import CHECKS, diagnose, diagnosing, forecast
 from learn2perturb.diagnosis.checks import gradient_passes
 from learn2perturb.diagnosis.diagnosing import expected_seconds
-
-TINY = dataclasses.replace(
-    QUICK, name="tiny", images=6, some=4, scorings=2, eot=2, sweep_eot=1, steps=2, unbounded_steps=8, samples=3,
-    judge_draws=2, eps_grid=(0.1, 0.5), draw_curve=(1, 4), step_curve=(1, 2), restarts=2, square_queries=4,
-    square_draws=1, slope_images=2, slope_repeats=3, real_queries=4, descent_steps=2, descent_directions=2,
-    surrogate_queries=8,
-)  # fmt: skip
-DATA = load_data("digits", "test", limit=12)
-
-
-def network(*, noisy: bool = True) -> nn.Module:
-    torch.manual_seed(0)
-    plain: nn.Module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 10))
-    return (perturb(plain, input_shape=(1, 8, 8)) if noisy else plain).eval()
+from tests.diagnosis.test_unfinished import DATA, TINY, network
 
 
 def silent(x: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ def votes_of(
             if share.counted:
                 counts += torch.bincount(images * classes + predicted, minlength=len(counts))
             progress(before + stop, total, "votes")
-        return counts, kept_generators()
+        return counts, kept_generators() if pieces.folder else {}
 
     counts = torch.zeros(len(x) * classes, dtype=torch.int64, device=x.device)
     seed_everything(*stream)
