@@ -16,6 +16,7 @@ from learn2perturb.cli.main import VERBS, main
 from learn2perturb.errors import ConfigError
 from learn2perturb.presets import named_attack
 from learn2perturb.progress import Reporter
+from learn2perturb.registry import DEFENSES
 from learn2perturb.terminal import verbosity
 from learn2perturb.training.config import TrainConfig
 
@@ -80,6 +81,18 @@ def test_a_dry_run_of_a_training_says_whether_a_run_goes_on(network, capsys, tmp
     assert "0 epochs of 0" in printed(capsys, *words, "--out", network, "--dry-run")
     assert main([*words, "--seed=9", "--out", network, "--dry-run"]) == 2
     assert "holds another run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["--awp=0.01", "--consistency=1", "--eps=0", "--options.nonsense=1"])
+@pytest.mark.parametrize("defense", DEFENSES.names())
+def test_a_dry_run_refuses_what_the_training_would(defense, setting, capsys, tmp_path):
+    words = [*TRAIN, *TINY, f"--defense={defense}", setting, "--out=new"]
+    code = main([*words, "--dry-run"])
+    refused = capsys.readouterr().err
+    assert code == (2 if refused else 0)
+    assert not refused or (main(words) == 2 and capsys.readouterr().err == refused)
+    if defense == "mart" or "nonsense" in setting:
+        assert refused or setting == "--eps=0"
 
 
 @pytest.mark.parametrize("option", ["--print-config", "--dry-run"])

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from learn2perturb.errors import CheckpointError, ConfigError, Interrupted, MissingDependencyError
+from learn2perturb.errors import CheckpointError, ConfigError, Interrupted, MissingDependencyError, UnknownNameError
 from learn2perturb.experiments import tasks
 from learn2perturb.experiments.ledger import Ledger
 from learn2perturb.experiments.store import MODEL, Store
@@ -25,6 +25,15 @@ def test_a_study_is_done_once(tiny, tmp_path):
     assert set(ended(tmp_path).values()) == {1}
     second = run(tiny, tmp_path)
     assert second.computed == 0 and table(second.results) == table(first.results)
+
+
+def test_what_a_defense_refuses_is_refused_before_anything_is_trained(tiny, tmp_path):
+    tiny["runs"]["bad"] = {"defense": "mart", "awp": 0.01}
+    with pytest.raises(ConfigError, match="run bad, seed 1: awp is 0.01"):
+        run(tiny, tmp_path)
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(UnknownNameError, match=r"run bad, seed 1: .*'gama'.*did you mean 'gamma'"):
+        run({**tiny, "runs": {"bad": {"defense": "learn2perturb", "options.gama": 1}}}, tmp_path)
 
 
 def test_another_study_takes_what_is_there(tiny, tmp_path):

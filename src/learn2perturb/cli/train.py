@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from learn2perturb.cli.options import add_fields, add_json, print_json, print_ta
 from learn2perturb.cli.planning import Plan
 from learn2perturb.defenses.settings import Settings
 from learn2perturb.naming import network_name
+from learn2perturb.registry import DEFENSES
 from learn2perturb.training.config import TrainConfig, read_config
 from learn2perturb.values import converted, kinds_of
 
@@ -77,12 +79,13 @@ def plan(arguments: argparse.Namespace) -> Plan:
     """Return what would be done: every setting, filled by the recipe, and whether a run goes on.
 
     Raises:
-        ConfigError: a setting is not allowed, or the folder holds another run.
+        ConfigError: a setting is not allowed, by itself or with the defense, or the folder holds another run.
     """
     from learn2perturb.training.folder import check_folder
     from learn2perturb.training.metrics import read_metrics
 
-    config = build_config(arguments).resolve()
+    config = _with_options(build_config(arguments)).resolve()
+    config.built_defense()
     folder = Path(arguments.out) if arguments.out else default_folder(config)
     check_folder(folder, config)
     done = len(read_metrics(folder)) if (folder / "config.yaml").is_file() else 0
@@ -95,14 +98,10 @@ def plan(arguments: argparse.Namespace) -> Plan:
 
 
 def _train(config: TrainConfig, folder: Path, *, as_json: bool) -> int:
-    from dataclasses import replace
-
-    from learn2perturb.registry import DEFENSES
     from learn2perturb.training.loop import train
     from learn2perturb.training.metrics import read_metrics
 
-    defense = DEFENSES.entry(config.defense).load()
-    config = replace(config, options=converted(config.options, kinds_of(defense), "options."))
+    config = _with_options(config)
     before = len(read_metrics(folder)) if (folder / "config.yaml").is_file() else 0
     result = train(config, out=folder)
     finished_before = 0 < before == len(result.metrics)
@@ -128,6 +127,12 @@ def _train(config: TrainConfig, folder: Path, *, as_json: bool) -> int:
         print_table(("metric", "last epoch"), _summary(last))
     print(f"\nnext: {following}")
     return 0
+
+
+def _with_options(config: TrainConfig) -> TrainConfig:
+    """Return the config with the options of its defense as that defense takes them: numbers, not texts."""
+    defense = DEFENSES.entry(config.defense).load()
+    return replace(config, options=converted(config.options, kinds_of(defense), "options."))
 
 
 def _own_network(config: TrainConfig) -> list[str]:

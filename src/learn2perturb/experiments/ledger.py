@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from learn2perturb.errors import CheckpointError
+from learn2perturb.errors import CheckpointError, ConfigError, UnknownNameError
 from learn2perturb.experiments.results import Answer, Results
 from learn2perturb.experiments.spec import Pair, RunPlan, Study
 from learn2perturb.experiments.store import MODEL, Store
@@ -50,6 +50,9 @@ class Ledger:
     def __post_init__(self) -> None:
         # What can be refused is refused before any work.
         headers = {run.title: self.header(run) for run in self.study.runs}
+        for run in self.study.runs:
+            if self.network(run) is None and run.config is not None:
+                _check(run)
         for pair in self.study.all_pairs():
             attack_of(pair, headers[pair.run.title])
 
@@ -183,3 +186,16 @@ class Ledger:
         return Results(
             self.study, tuple(answers), self.history, lambda run: None if run.config is None else self.folder(run)
         )  # fmt: skip
+
+
+def _check(run: RunPlan) -> None:
+    """Refuse a run whose defense takes not its settings.
+
+    Raises:
+        ConfigError, UnknownNameError: it does not.
+    """
+    assert run.config is not None
+    try:
+        run.config.built_defense()
+    except (ConfigError, UnknownNameError) as error:
+        raise type(error)(f"run {run.title}: {error}") from None

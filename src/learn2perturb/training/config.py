@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replac
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from learn2perturb.checks import check_choice, check_count, fitting_step, fraction
 from learn2perturb.configs import ENGINES, Config
@@ -18,6 +18,9 @@ from learn2perturb.naming import network_name
 from learn2perturb.reading import MOST_SETTINGS, parse_yaml, read_bytes, reading
 from learn2perturb.registry import DATASETS, DEFENSES
 from learn2perturb.sizes import usual_eps, usual_step
+
+if TYPE_CHECKING:
+    from learn2perturb.defenses import Defense
 
 OTHER_LR = 1e-3  # of an optimiser that the recipe was not made for
 LOGGER_NAMES = ("tensorboard", "csv", "mlflow", "wandb")
@@ -165,6 +168,20 @@ class TrainConfig(OpenSettings, Config):
         if resolved.missing():
             raise ConfigError(f"recipe {self.recipe!r} leaves {', '.join(resolved.missing())} open; set them")
         return resolved
+
+    def built_defense(self) -> Defense:
+        """Return the defense with its options, which has accepted all settings.
+
+        Raises:
+            UnknownNameError: it has no such option.
+            ConfigError: an option or a setting makes no sense with it.
+        """
+        from learn2perturb.defenses import build_defense
+
+        config = self.resolve()
+        defense = build_defense(config.defense, config.options)
+        defense.check(config.closed())
+        return defense
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain values."""

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from learn2perturb.data import BatchSource, check_labels, warn_of_subset
-from learn2perturb.defenses import Clock, Defense, Losses, Stage, build_defense, forward, training_adversary
+from learn2perturb.defenses import Clock, Defense, Losses, Stage, forward, training_adversary
 from learn2perturb.engine import execution
 from learn2perturb.engine.batch_norm import average_running_statistics
 from learn2perturb.engine.devices import choose_device
@@ -109,8 +109,7 @@ class Training:
         out = self.out = folder if ranks.first else None
         self.settings = config.closed()
         self.device = choose_device(config.device)
-        self.defense: Defense = build_defense(config.defense, config.options)
-        self.defense.check(self.settings)
+        self.defense: Defense = config.built_defense()
         self.source, self.monitor, self.monitored, self.classes = sources(config, data, self.device)
         self.plan: tuple[Stage, ...] = self.defense.stages(self.settings)
         self.epochs = sum(stage.epochs for stage in self.plan)
