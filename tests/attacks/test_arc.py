@@ -293,3 +293,12 @@ def test_another_radius_has_steps_of_the_same_share():
     assert ARC(0.2, step_size=0.1).resized(0.4).step_size == pytest.approx(0.2)
     assert ARC(0.0).resized(0.4).step_size == pytest.approx(0.1)  # a quarter, as by default
     assert ARC(0.2).resized(0.0).step_size == 1.0
+
+
+def test_a_boundary_that_is_as_far_as_a_step_is_long_is_out_of_its_reach():
+    """The length that would reach it is without end there: half of the step is kept, and half goes uphill."""
+    ask = types.SimpleNamespace(leads=lambda *_: [(torch.tensor([-1 / 32]), torch.tensor([[[[1.0, 0.0]]]]))])
+    local = torch.full((1, 1, 1, 2), 1 / 32)
+    centre = torch.full_like(local, 0.5)
+    found, _ = ARC(0.25, step_size=1 / 16)._local_step(ask, 0, centre, local, centre)
+    torch.testing.assert_close(found.flatten(), torch.tensor([1 / 16, 1 / 48]))

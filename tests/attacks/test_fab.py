@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -171,3 +172,38 @@ def test_a_step_is_drawn_towards_the_image_by_a_tenth_at_most(norm):
     assert not torch.allclose(start, x)
     torch.testing.assert_close(landed, 0.9 * (start + 1.05 * there) + 0.1 * (x + 1.05 * direct), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(start + 1.05 * there, x + 1.05 * direct, atol=1e-3)  # else the share would not show
+
+
+class Plateau(nn.Module):
+    """Beyond the boundary nothing is wrong: the two logits are equal there."""
+
+    def forward(self, x):
+        return two_logits((x.flatten(1).mean(dim=1) - 0.6).clamp_max(0.0))
+
+
+def test_a_tie_is_not_wrong():
+    x = torch.full((2, *SHAPE), 0.5)
+    assert torch.equal(FAB(math.inf, steps=3)(Plateau(), x, zeros(x)), x)
+    tied = nn.Flatten(2)
+    tied.forward = lambda x: two_logits((x.flatten(1) - 0.5).sum(dim=1))
+    found = FAB(0.5, steps=3, restarts=3, seed=0)(tied, x, zeros(x))
+    assert bool((tied(found)[:, 1] > 0).all())  # on its boundary an image has no way to go, but from elsewhere
+
+
+def test_bisection_ends_on_the_wrong_side_of_a_tie():
+    """Halfway the two logits are equal, which bisection meets at once."""
+    query = SimpleNamespace(value=lambda points, y: SimpleNamespace(margin=points.flatten(1).mean(dim=1) - 0.5))
+    x = torch.zeros(1, *SHAPE, dtype=torch.float64)
+    found = FAB(math.inf)._bisected(query, x, zeros(x), torch.ones_like(x))
+    assert 0.5 < found.max().item() < 0.505
+
+
+def test_of_two_points_as_near_the_first_is_kept(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Linear(SHAPE), torch.full((2, *SHAPE), 0.5)
+    with torch.no_grad():
+        model.bias -= model(x)[0, 1] + 0.2
+    monkeypatch.setattr(FAB, "_size", lambda self, delta: torch.ones(len(delta)))
+    monkeypatch.setattr(FAB, "_bisected", lambda self, query, x, y, best: best)
+    first, more = (FAB(math.inf, steps=steps)(model, x, zeros(x)) for steps in (1, 4))
+    assert bool((first != x).any()) and torch.equal(first, more)

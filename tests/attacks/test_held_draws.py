@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from learn2perturb.attacks import PGD
+from learn2perturb.attacks.base import Query
 from learn2perturb.attacks.gradients import AVERAGES
 from learn2perturb.attacks.spec import build_attacks
 from learn2perturb.errors import ConfigError
@@ -93,3 +94,13 @@ def test_a_record_from_before_there_were_held_draws_is_of_the_same_attack():
     )
     assert comparison._differing(older, newer) == []
     assert comparison._differing(older, held) == ["eot_draws"]
+
+
+def test_what_is_held_is_drawn_from_very_many():
+    query = Query(lambda x: two_logits(x.flatten(1).sum(dim=1)), PGD(0.1, 0.02, 1), Y, strict=True)
+    seen = set()
+    for _ in range(60):
+        with query.held():
+            seen.add(query._held)
+        assert query._held is None
+    assert len(seen) == 60

@@ -124,3 +124,10 @@ def test_asking_draws_nothing_from_the_callers_generator_and_needs_no_gradient()
     grads = []
     passes_differ(lambda x: (grads.append(torch.is_grad_enabled()), x.flatten(1))[1], torch.rand(1, 1, 2, 2))
     assert set(grads) == {False}
+
+
+def test_of_points_that_are_equally_good_the_first_is_kept():
+    judge = Judge()
+    judge.success = lambda x, y, draws: (torch.full((len(x),), 0.5), torch.full((len(x),), 2.0))
+    runs, _ = runs_of([1.0] * 4, [2.0] * 4)
+    assert best_of(judge, X, Y, runs, drop=False, draws=3).flatten().tolist() == [1.0] * 4

@@ -216,3 +216,16 @@ def test_an_answer_is_the_mean_of_eot_passes(average, monkeypatch):
     Surrogate(0.2, eot=2, eot_average=average)(model, torch.rand(1, 1, 2, 2), torch.zeros(1).long())
     expected = draws.mean(0).softmax(0) if average == "logits" else draws.softmax(1).mean(0)
     torch.testing.assert_close(answered[0][0].softmax(0), expected)
+
+
+def test_what_walks_away_is_asked_about_within_the_box():
+    asked = []
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            asked.append(x.detach())
+            return super().forward(x.flatten(1))
+
+    x = torch.tensor([0.0, 1.0]).repeat(4, 2).view(4, 1, 2, 2)
+    _near(Net(4, 3), x, torch.rand(4, 3).softmax(1), BALLS["linf"], 0.3, _Draws())
+    assert len(asked) == 3 and all(one.min() >= 0 and one.max() <= 1 for one in asked)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from learn2perturb.errors import InputError
-from learn2perturb.evaluation.inputs import check_batches
+from learn2perturb.evaluation.inputs import check_batches, peculiarities
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -25,3 +25,17 @@ def test_a_thousandth_of_the_logits_is_rounding(shift, refused, masked):
             check_batches(model, x, 0)
     else:
         assert check_batches(model, x, 0) == []
+
+
+@pytest.mark.parametrize("pixel", [0.0, 0.5, 1.0, None])
+def test_other_images_beside_an_image_are_images_too_and_others(pixel):
+    """Of a model that is asked about nothing else, and whose answer is less the mean of its batch."""
+
+    def model(x: Tensor) -> Tensor:
+        assert x.min() >= 0 and x.max() <= 1
+        logits = x.flatten(1)
+        return 10 * (logits - logits.mean(dim=0))
+
+    x = torch.rand(6, 1, 2, 2) if pixel is None else torch.full((6, 1, 2, 2), pixel)
+    with pytest.warns(UserWarning, match="depends on the other images of its batch"):
+        assert len(peculiarities(model, x, 0)) == 1

@@ -251,3 +251,23 @@ def test_the_printed_comparison():
 def test_a_model_without_a_name_is_a_model():
     nameless = dataclasses.replace(record(row()), metadata={"data": "digits"})
     assert (compare(nameless, record(row())).first, compare(nameless, record(row())).second) == ("a model", "mine")
+
+
+def coded(code: str) -> list[dict[str, str]]:
+    return [{"kind": "attack", "name": "Own", "code": code}]
+
+
+def test_rows_of_other_code_are_left_out_of_what_is_compared():
+    own = attack("own", attack_type="Own")
+    first, second = (record(row(), attack(), own, weights=code, parts=coded(code)) for code in ("aa", "bb"))
+    found = compare(first, second)
+    assert [one.first for one in found.differences] == ["clean", "pgd 0.1"]
+    assert found.left_out == (
+        "own 0.1 of the first (differs in its code)", "own 0.1 of the second (differs in its code)",
+    )  # fmt: skip
+    assert "attack Own is of other code in the two" in found.notes
+    alone = [record(own, weights=code, parts=coded(code)) for code in ("aa", "bb")]
+    with pytest.raises(ConfigError, match="no row in common: attack Own is of other code in the two; evaluate both"):
+        compare(*alone)
+    with pytest.raises(ConfigError, match=r"no row in common: own 0.1 against pgd 0.1; name what to compare as pairs"):
+        compare(record(own), record(attack()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import random
 import zipfile
@@ -365,3 +366,11 @@ def test_what_cannot_be_kept_is_refused_before_work(words, said, tmp_path, monke
     assert main(["evaluate", "runs/none", *words]) == 2
     assert said in capsys.readouterr().err
     assert (tmp_path / "taken.npz").read_bytes() == b"mine"
+
+
+def test_kept_images_are_numbers_never_objects(tmp_path, both):
+    found = both[1]
+    odd = dataclasses.replace(found, index=np.array([{}] * len(found.index), dtype=object))
+    with pytest.raises(ValueError, match="pickle"):
+        odd.save(tmp_path / "odd.npz")
+    assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from learn2perturb.attacks import Square, probing
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.errors import InputError
-from learn2perturb.evaluation import evaluate
+from learn2perturb.evaluation import evaluate, replays
 from learn2perturb.evaluation.inputs import check_fixed
 from learn2perturb.evaluation.replays import (
     BY_ROW,
@@ -199,3 +199,23 @@ def test_a_generator_that_runs_on_decides_however_little_it_draws(size):
     own = torch.Generator().manual_seed(0)
     assert not seeds_decide(lambda x: x.flatten(1) + size * torch.randn(8, 16, generator=own), X, 0)
     assert seeds_decide(lambda x: x.flatten(1) + size * torch.randn(8, 16), X, 0)
+
+
+@pytest.mark.parametrize("least", [0, 1])
+def test_passes_that_draw_less_than_the_first_are_no_replay_of_it(least):
+    """The first pass draws two times, each later one so many times: what comes again is none of the rest."""
+    passes = []
+
+    def model(x: Tensor) -> Tensor:
+        passes.append(0)
+        for _ in range(2 if len(passes) == 1 else least):
+            torch.randint(1, (1,))
+        return plain(x)
+
+    with isolated_rng():
+        assert replays.draws_afresh(model, X)
+    assert len(passes) == 2
+
+
+def test_a_contained_model_has_no_mode_of_its_own():
+    assert Contained(plain).training is False

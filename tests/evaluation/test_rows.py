@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from learn2perturb.attacks import FGSM, PGD, Attack, Square
 from learn2perturb.engine import execution
+from learn2perturb.engine.ranks import Ranks
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.evaluation import EvaluateConfig, evaluate
 from learn2perturb.evaluation.evaluating import _pixels
@@ -240,6 +241,30 @@ def test_what_another_process_has_of_a_batch_arrives_as_it_was(full):
     if full:
         assert (found.kept.index == batch.kept.index).all() and (found.kept.images == batch.kept.images).all()
         assert found.kept.images.dtype == np.float32
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_batches_of_other_processes_are_taken_in_where_there_are_others(several, monkeypatch):
+    run, theirs = run_of(None), _Batch(np.array([[2, 3]]), np.array([4]), {"linf": 0.25})
+    run.batches[0] = _Batch(np.array([[0, 1]]), np.array([1]))
+    asked = []
+
+    def gathered(self, own: bytes) -> list[bytes]:
+        asked.append(json.loads(own))
+        return [own, json.dumps({"1": theirs.plain()}).encode()]
+
+    monkeypatch.setattr(Ranks, "gathered", gathered)
+    run.meet(Ranks(0, 2) if several else Ranks())
+    assert [list(one) for one in asked] == ([["0"]] if several else [])
+    assert {number: one.predictions.tolist() for number, one in run.batches.items()} == (
+        {0: [[0, 1]], 1: [[2, 3]]} if several else {0: [[0, 1]]}
+    )
+
+
+def test_the_margins_of_a_row_are_of_every_scoring_of_every_image():
+    row = evaluate(plain, (X, Y), batch_size=15).rows[0]
+    assert row.margins is not None
+    assert (sum(row.margins.right), sum(row.margins.wrong)) == (round(40 * row.accuracy), 40 - round(40 * row.accuracy))
 
 
 def test_images_of_another_process_are_numbers_never_objects():

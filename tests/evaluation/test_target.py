@@ -12,6 +12,7 @@ from learn2perturb.certification import certify
 from learn2perturb.diagnosis import diagnose
 from learn2perturb.engine import execution
 from learn2perturb.engine.identity import ImagesFingerprint, fingerprint_of_weights
+from learn2perturb.engine.ranks import Ranks
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation import EvaluateConfig, evaluate
 from learn2perturb.evaluation.target import Target
@@ -100,3 +101,18 @@ def test_records_of_all_verbs_say_of_their_target_alike():
         assert record.metadata["weights"] == fingerprint_of_weights(model)
         assert record.metadata["config"]["seed"] == 2
         assert record.metadata["batch_size"] == record.metadata["config"]["batch_size"]
+
+
+@pytest.mark.parametrize(("model", "ranks", "decide", "reason"), [
+    (lambda x: x.flatten(1), Ranks(), True, "the model is a function"),
+    (Linear((1, 4, 4)), Ranks(0, 2), True, "several processes share the work"),
+    (Linear((1, 4, 4)), Ranks(), False, "draws of the model follow from what it has drawn before"),
+    (Linear((1, 4, 4)), Ranks(), True, ""),
+])  # fmt: skip
+def test_what_is_not_kept_says_why(model, ranks, decide, reason, monkeypatch):
+    asked = []
+    monkeypatch.setattr("learn2perturb.evaluation.target.current", lambda: ranks)
+    monkeypatch.setattr("learn2perturb.evaluation.target.seeds_decide", lambda *given: (asked.append(given), decide)[1])
+    found = Target(model).unkept(torch.rand(20, 1, 4, 4), 3)
+    assert found.startswith(reason) and bool(found) == bool(reason)
+    assert [(len(x), seed) for _, x, seed in asked] == ([(8, 3)] if not reason or not decide else [])
