@@ -215,6 +215,12 @@ def test_a_ball_is_left_by_rounding_alone(eps, norm, beyond, good):
         attack.run(model, x, zeros(x))
 
 
+def test_the_tolerance_of_radii_below_1_is_a_millionth():
+    x = torch.full((2, *SHAPE), 0.2, dtype=torch.float64)
+    with pytest.raises(Learn2PerturbError, match="left its linf ball"):
+        type("Off", (Off,), {"beyond": 1.5e-6})(0.5).run(model, x, zeros(x))
+
+
 def test_the_tolerance_grows_with_radii_above_1():
     class Wide(Attack):
         def perturb(self, query, x, y):

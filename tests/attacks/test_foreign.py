@@ -263,3 +263,16 @@ def test_torchattacks_is_told_of_targets_without_a_word(targeted, x):
 
     from_torchattacks(Attack, targeted=targeted)(Linear(SHAPE), x, torch.ones(6).long())
     assert told == [True] * targeted
+
+
+def test_libraries_draw_from_one_of_very_many_streams(x, y):
+    seeds = []
+
+    def library(model, images, labels):
+        seeds.append(torch.initial_seed())
+        return images
+
+    attack = from_function(library, eps=0.1)
+    for _ in range(60):
+        attack(Linear(SHAPE), x[:1], y[:1])
+    assert len(set(seeds)) == 60

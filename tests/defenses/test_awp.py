@@ -79,3 +79,25 @@ def test_a_shared_weight_is_one_weight_and_moves_in_all_its_places():
             weight.add_(0.3 * weight.norm() / gradient.norm() * gradient)
     moved = against_weights(network, 0.3, lambda f: F.cross_entropy(f(X), Y))
     torch.testing.assert_close(moved(X), twin(X))
+
+
+class Aside(nn.Module):
+    """One of its layers is not in its pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(16, 3), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x.flatten(1))
+
+
+def test_a_weight_that_no_pass_uses_is_left_alone():
+    network = Aside()
+    moved = against_weights(network, 0.3, lambda f: F.cross_entropy(f(X), Y))
+    assert not torch.equal(moved(X), network(X))
+
+
+def test_without_weights_to_move_the_network_is_as_it_is():
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16))
+    assert against_weights(network, 0.3, lambda f: f(X).sum()) is network

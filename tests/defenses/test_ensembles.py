@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 import learn2perturb as l2p
 from learn2perturb.attacks import ARC
 from learn2perturb.data import ImageData
-from learn2perturb.defenses import Clock, barre, build_defense
+from learn2perturb.defenses import Clock, barre, build_defense, ensembles
 from learn2perturb.defenses.barre import onto_simplex
 from learn2perturb.engine.finite import members_of
 from learn2perturb.errors import ConfigError, SiteError
@@ -180,6 +181,41 @@ def test_barres_chances_leave_a_member_that_errs():
         expected = expected if batch == 0 else min(expected + 0.5 / batch / 2, 1.0)  # the last three of the training
         assert model.perturbation.probabilities[0] == pytest.approx(expected)
     assert model.training
+
+
+def test_the_chance_of_a_member_that_has_none_stays_zero(monkeypatch):
+    """It would be the best of the three; but it is not trained yet, or was given up. Members answer in eval mode."""
+    asked = []
+
+    def right(members, x, y):
+        asked.append((members.probabilities, [module.training for module in model.modules()]))
+        return torch.tensor([[True, False], [False, False], [True, True]])
+
+    monkeypatch.setattr(barre, "answers_right", right)
+    monkeypatch.setattr(barre, "ARC", lambda *_, **__: SimpleNamespace(craft=lambda model, x, y: x))
+    defense = build_defense("barre", {"count": 3, "osp_lr": 0.5})
+    model = defense.prepare(dense(), SHAPE).train()
+    model.perturbation.set_chances([0.5, 0.5, 0.0])
+    settings = config("barre", epochs=3).resolve()
+    defense._choose(model, torch.rand(2, *SHAPE), torch.zeros(2).long(), settings, 2)
+    # less 0.25 times the shares of wrong answers, 1/2 and 1; what is lost goes to both alike
+    assert model.perturbation.probabilities == pytest.approx([0.5625, 0.4375, 0.0])
+    ((chances, modes),) = asked
+    assert chances == pytest.approx([0.5, 0.5, 0.0]) and not any(modes) and model.training
+
+
+@pytest.mark.parametrize(("epochs", "count", "expected"), [
+    (1, 2, [(1, [1, 1]), (0, [])]), (2, 2, [(1, [0, 1]), (1, [0, 1])]), (7, 3, [(3, [1, 3]), (2, [1, 2]), (2, [1, 2])]),
+    (0, 2, [(0, [0, 0])]),
+])  # fmt: skip
+def test_milestones_are_in_proportion_to_the_epochs_of_a_stage(epochs, count, expected, monkeypatch):
+    made = []
+    monkeypatch.setattr(ensembles, "learning_rate_factor", lambda own, length: made.append((length, own.milestones)))
+    settings = config("barre", epochs=epochs).resolve()
+    milestones = [round(epochs * 0.4), round(epochs * 0.8)] if epochs > 1 else [epochs] * 2
+    object.__setattr__(settings, "milestones", milestones)
+    ensembles.stages_of_members(settings, count)
+    assert made == [one for one in expected if one != (0, [])]
 
 
 @pytest.mark.parametrize(("stage", "asked"), [(0, False), (1, True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from learn2perturb.defenses import Clock, build_defense
+from learn2perturb.defenses.base import of_clean_images
 from learn2perturb.defenses.rse import RSE
 from learn2perturb.defenses.settings import OpenSettings, Settings, number
 from learn2perturb.errors import ConfigError
@@ -398,3 +400,15 @@ def test_the_noise_of_pixeldp_in_a_pass_of_the_loss(ramp, step, share):
     torch.testing.assert_close(losses.total.detach(), losses.clean)
     assert losses.extra["noise_deviation"].item() == pytest.approx(whole)
     assert noise.theta.item() == pytest.approx(whole)
+
+
+def test_clean_images_have_the_whole_loss():
+    found = of_clean_images(OpenSettings(alpha=0.5, beta=0.25))
+    assert (found.alpha, found.beta) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(("norm", "good"), [("l2", True), ("linf", False), (None, False)])
+def test_sizes_in_l2_may_be_more_than_the_range_of_a_pixel(norm, good):
+    settings = OpenSettings(norm=norm, eps=2.0, attack_step_size=1.5)
+    with contextlib.nullcontext() if good else pytest.raises(ConfigError, match="eps is 2.0"):
+        settings.check()

@@ -174,11 +174,21 @@ def test_wcas_isotropic_noise_is_a_diagonal():
 LINEAR = nn.Sequential(nn.Flatten(), nn.Linear(72, 3))
 
 
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.last = nn.Linear(72, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.last(self.one(x.flatten(1))))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "network", "error", "message"),
     [
         ("wca", {"variance": "full"}, None, ConfigError, "anisotropic, isotropic"),
         ("wca", {}, nn.Sequential(nn.Conv2d(2, 3, 6), nn.Flatten()), SiteError, "no linear layer"),
+        ("wca", {}, Twice(), SiteError, "'last', is called more than once in a pass"),
         ("rpf", {"share": 1.0}, None, ConfigError, "share is 1.0"),
         ("rpf", {}, LINEAR, SiteError, "no convolution"),
         ("rpf", {}, nn.Sequential(nn.Conv2d(2, 1, 3)), SiteError, "two filters"),

@@ -271,3 +271,18 @@ def test_rows_of_other_code_are_left_out_of_what_is_compared():
         compare(*alone)
     with pytest.raises(ConfigError, match=r"no row in common: own 0.1 against pgd 0.1; name what to compare as pairs"):
         compare(record(own), record(attack()))
+
+
+@pytest.mark.parametrize(("one", "other", "test"), [
+    (False, False, "mcnemar"), (True, False, "t"), (False, True, "t"), (True, True, "t"),
+])  # fmt: skip
+def test_students_test_decides_where_a_draw_may_come_out_otherwise(one, other, test):
+    rng = np.random.default_rng(0)
+    votes = [(rng.random((6, N)) < share).astype(np.int64) for share in (0.3, 0.5)]
+    rows = [
+        row(predictions=given if random else given[:1], stochastic=random)
+        for given, random in zip(votes, (one, other), strict=True)
+    ]
+    (found,) = compare(record(rows[0]), record(rows[1], weights="bb")).differences
+    assert found.test == test
+    assert (found.p_value == found.mcnemar) == (test == "mcnemar")

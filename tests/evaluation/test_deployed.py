@@ -122,3 +122,17 @@ def test_what_cannot_be_traced_or_written_is_told_by_its_first_line(said, shown,
     monkeypatch.setattr(torch.export, "export", fails)
     with pytest.raises(ConfigError, match=f"cannot be traced with batches of any size: {shown}; make"):
         deploying._traced(network, X)
+
+
+def test_a_program_is_made_of_the_network_in_eval_mode(tmp_path, monkeypatch):
+    network, seen = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout()).train(), []
+
+    def write(model, example, text):
+        seen.append((model.training, model[1].training, tuple(example.shape), torch.is_grad_enabled(), text))
+        return b"a program", model
+
+    monkeypatch.setattr(deploying, "_torch_export", write)
+    made = deploying.deploy(network, tmp_path / "it.pt2", "torch-export", input_shape=(1, 2, 2), facts={"b": 1, "a": 2})
+    assert seen == [(False, False, (4, 1, 2, 2), False, '{"a": 2, "b": 1}')]
+    assert made.path.read_bytes() == b"a program" and (made.stochastic, made.difference) == (False, 0.0)
+    assert network.training and network[1].training

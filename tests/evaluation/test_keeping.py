@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from learn2perturb import load_data, perturb
 from learn2perturb.attacks import FGSM, PGD
 from learn2perturb.cli.main import main
-from learn2perturb.evaluation import Evaluation, Unfinished, evaluate
+from learn2perturb.evaluation import Evaluation, ImageKeeper, Unfinished, evaluate
 from learn2perturb.evaluation.keeping import PartialEvaluation
+from learn2perturb.evaluation.pieces import key_of
 from learn2perturb.evaluation.rows import RowRun
 
 ATTACKS = {"fgsm": FGSM(0.1), "pgd": PGD(0.1, 0.05, 1, eot=2)}
@@ -168,3 +169,17 @@ def test_the_command_line_goes_on_and_tidies_up(kill, tmp_path, capsys):
     assert list(out.parent.iterdir()) == [out]
     assert main([*words, "--out", str(tmp_path / "whole.json")]) == 0
     assert alike(Evaluation.load(out).rows, Evaluation.load(tmp_path / "whole.json").rows)
+
+
+def test_rows_whose_images_are_kept_are_other_work_than_those_without_or_of_other_numbers(tmp_path):
+    asked = []
+
+    class Listening(Unfinished):
+        def open(self, identity, expected):
+            asked.append(key_of(identity))
+            return super().open(identity, expected)
+
+    model = plain_network()
+    for keeper in (None, None, ImageKeeper(1), ImageKeeper(2), ImageKeeper(None)):
+        evaluate(model, DATA, {"fgsm": FGSM(0.1)}, limit=4, keep=Listening(tmp_path), images=keeper)
+    assert len(asked) == 5 and asked[0] == asked[1] and len(set(asked)) == 4

@@ -374,3 +374,10 @@ def test_kept_images_are_numbers_never_objects(tmp_path, both):
     with pytest.raises(ValueError, match="pickle"):
         odd.save(tmp_path / "odd.npz")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("largest", "times"), [(0.0, 1), (0.1, 5), (0.2, 2), (0.3, 1), (0.6, 1)])
+def test_differences_are_enlarged_by_whole_numbers(largest, times):
+    clean = np.full((1, 1, 1, 2), 0.25)
+    assert amplification(clean, clean + np.array([largest, 0.0])) == times
+    assert amplification(clean[:0], clean[:0]) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import types
 
 import pytest
 import torch
@@ -169,3 +170,53 @@ def test_the_longest_row_is_named_where_there_are_several(seconds, said):
 def test_the_queries_of_a_substitute_are_those_of_a_batch():
     attack = Surrogate(0.1, queries=600, eot=3)
     assert pace.guessed_passes(attack, 20) == 90 and pace.guessed_passes(attack) == 1800
+
+
+@pytest.mark.parametrize(("attack", "passes"), [
+    (PGD(0.1, 0.05, 4, eot=3, restarts=2), 24), (FGSM(0.1), 1), (SPSA(0.1, steps=5, directions=8), 2 * 5 * 8),
+    (Square(0.1, queries=10), 10), (CW(steps=3, search_steps=2), 6), (FAB(0.1, steps=3, targets=2), 6),
+    (FAB(0.1, steps=3, targets=0), 3), (FewPixel(1, population=4, generations=2), 8),
+    (BPDA(attack=PGD(0.1, 0.05, 4), modules="0"), 4), (Transfer(attack=PGD(0.1, 0.05, 4), source=network()), 4),
+    (AutoAttack(0.1, steps=3, targets=2, queries=4), 3 + 2 * 3 + 2 * 3 + 4),
+])  # fmt: skip
+def test_the_guess_is_the_product_of_what_multiplies_passes(attack, passes):
+    assert pace.guessed_passes(attack, 7) == passes
+
+
+def test_the_share_done_is_of_the_passes_expected_and_never_all(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(pace, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    shares: list[float] = []
+    pacing = pace.Pace(PGD(0.1, 0.05, 4))
+    told = pacing.listener(10, shares.append)
+    for seconds in (0.25, 0.25, 0.4, 0.1, 9.0):
+        now[0] += seconds
+        told(10)
+    assert shares == [0.5, 0.99, 0.99]  # at half a second, at one, at the end
+    pacing.took(0.25)
+    assert pacing.expected == 1.0
+    pacing.took(8.0)
+    told = pacing.listener(5, shares.append)
+    now[0] += 1
+    told(10)
+    assert shares[-1] == 10 / (8 * 5)
+
+
+@pytest.mark.parametrize("seconds", [59.9, 60.0])
+def test_a_minute_is_long(seconds):
+    told: list[str] = []
+
+    class Listening(Reporter):
+        def line(self, text):
+            told.append(text)
+
+    pace.tell_seconds(Listening(), {"pgd": seconds})
+    assert len(told) == (seconds >= 60)
+
+
+def test_a_report_inside_a_batch_counts_its_images_in_part(monkeypatch):
+    monkeypatch.setattr(pace, "_INTERVAL", 0.0)
+    told: list[float] = []
+    attack = PGD(0.001, 0.0005, 4)
+    evaluate(network(), DATA, {"pgd": attack}, batch_size=10, progress=lambda done, *_: told.append(done))
+    assert sorted(set(told)) == pytest.approx([10, 20, 22.5, 25, 27.5, 29.9, 30, 32.5, 35, 37.5, 39.9, 40])

@@ -219,3 +219,12 @@ def test_passes_that_draw_less_than_the_first_are_no_replay_of_it(least):
 
 def test_a_contained_model_has_no_mode_of_its_own():
     assert Contained(plain).training is False
+
+
+def test_numbers_from_a_continuum_that_come_again_are_replayed_whatever_else_is_fresh():
+    def model(x: Tensor) -> Tensor:
+        torch.randint(10**9, (4,))
+        return own_generator(x)
+
+    with isolated_rng():
+        assert not replays.draws_afresh(model, X)

@@ -243,3 +243,8 @@ def test_the_table_of_a_network_without_noise_says_nothing_of_draws_and_ensemble
     assert str(dataclasses.replace(record(row(pooled=True)), confidence=0.9)).splitlines()[-1].startswith(
         "Accuracy: mean +- std over 3 fresh draws; interval: 90 %"
     )  # fmt: skip
+
+
+def test_numbers_of_images_end_where_their_column_ends():
+    lines = str(record(row(predictions=PREDICTIONS[:1], n=12))).splitlines()
+    assert lines[0].endswith(" n") and lines[2].endswith("12") and len(lines[0]) == len(lines[2])

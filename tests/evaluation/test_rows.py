@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from learn2perturb.attacks import FGSM, PGD, Attack, Square
+from learn2perturb.attacks import FGSM, PGD, Attack, FewPixel, Square
 from learn2perturb.engine import execution
 from learn2perturb.engine.ranks import Ranks
 from learn2perturb.errors import ConfigError, UnknownNameError
-from learn2perturb.evaluation import EvaluateConfig, evaluate
+from learn2perturb.evaluation import EvaluateConfig, evaluate, evaluating
 from learn2perturb.evaluation.evaluating import _pixels
 from learn2perturb.evaluation.image_keeper import Kept
 from learn2perturb.evaluation.margins import Margins
@@ -284,13 +285,52 @@ def test_two_configs_are_one_too_many():
     assert evaluate(plain, (X, Y), EvaluateConfig(limit=3)).rows[0].n == 3
 
 
-@pytest.mark.parametrize(("shape", "limit", "attack", "pixels"), [
-    ((3, 4, 5), None, PGD(0.1, 0.05, 4), 40 * 4 * 20), ((3, 4, 5), 10, PGD(0.1, 0.05, 4), 10 * 4 * 20),
-    ((3, 4, 5), 100, PGD(0.1, 0.05, 4), 40 * 4 * 20), ((3, 4, 5), None, None, 0),
-    (None, None, PGD(0.1, 0.05, 4), math.inf), (None, None, None, 0.0),
+@pytest.mark.parametrize(("shape", "attack", "pixels"), [
+    ((3, 4, 5), PGD(0.1, 0.05, 4), 40 * 4 * 20), ((3, 4, 5), None, 0), (None, PGD(0.1, 0.05, 4), math.inf),
+    (None, None, 0.0),
 ])  # fmt: skip
-def test_the_pixels_that_attacks_see(shape, limit, attack, pixels):
+def test_the_pixels_that_attacks_see(shape, attack, pixels):
     """A loader of unknown images counts as long where there is an attack."""
     source = types.SimpleNamespace(input_shape=shape, num_examples=40)
     table = [("clean", None), *([] if attack is None else [("pgd", attack)])]
-    assert _pixels(source, table, EvaluateConfig(limit=limit)) == pixels
+    assert _pixels(source, table, EvaluateConfig()) == pixels
+
+
+def test_a_list_of_sizes_gives_an_attack_that_has_none_one_row():
+    few = FewPixel(2, population=8, generations=1)
+    found = evaluate(plain, (X[:2], Y[:2]), {"few": few, "fgsm": FGSM(0.3)}, eps=[0.1, 0.2])
+    assert [(row.attack, row.eps) for row in found.rows] == [
+        ("clean", None), ("few", few.eps), ("fgsm", 0.1), ("fgsm", 0.2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("limit", "images"), [(None, 40), (10, 10), (100, 40)])
+def test_progress_counts_the_images_that_are_asked_for(limit, images):
+    loader = DataLoader(TensorDataset(X, Y), batch_size=5)
+    told: list[tuple[float, float, str]] = []
+    evaluate(plain, loader, {"fgsm": FGSM(0.1)}, limit=limit, progress=lambda *one: told.append(one))
+    assert {total for _, total, _ in told} == {2 * images}
+    assert told[-1][0] == 2 * images and [done for done, *_ in told] == sorted(done for done, *_ in told)
+
+
+def test_the_guess_of_the_seconds_is_from_one_pass_of_the_first_batch(monkeypatch):
+    """Twelve seconds for a batch of ten: 1.2 for each of 40 images, and three times as long forward and back."""
+    clock = iter((100.0, 112.0))
+    monkeypatch.setattr(evaluating, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    told: list[dict[str, float]] = []
+    monkeypatch.setattr(evaluating, "tell_seconds", lambda _, seconds: told.append(seconds))
+    evaluate(plain, (X, Y), {"fgsm": FGSM(0.1)}, batch_size=10)
+    assert told == [{"clean, single": pytest.approx(48.0), "fgsm eps 0.1, single": pytest.approx(48.0 + 3 * 48.0)}]
+
+
+@pytest.mark.parametrize("switched", [True, False])
+def test_the_noise_is_switched_off_in_rows_without_and_stays_on_in_others(switched):
+    model, seen = noisy(), []
+    model.register_forward_hook(lambda *_: seen.append(model.fc.perturbation.enabled))
+    run = RowRun(
+        "row", FGSM(0.1), noise=not switched, switched=switched, stochastic=not switched, predictors=("single",),
+        draws=1, members=1, seed=0, mode=execution.PLAIN,
+    )  # fmt: skip
+    run.add(model, X[:2], Y[:2], 0, lambda share: None)
+    assert seen and set(seen) == {not switched}
+    assert model.fc.perturbation.enabled

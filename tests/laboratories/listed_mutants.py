@@ -226,6 +226,9 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ("evaluation/inputs.py", "half = x[: _IMAGES // 2] if len(x) > 1 else torch.cat([x, 1 - x])",
      "_IMAGES // 2", "(_IMAGES) * (2)"):
         "the same question about more images",
+    ("evaluation/inputs.py",
+     "others = [checked_logits(model, torch.cat([half, 1 - half / 2]))[: len(half)], checked_logits(model, half)]",
+     "2", "3"): "other images than the first, whichever",
     ("evaluation/rows.py",
      "pooled: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty(0, dtype=np.int64))", "0", "1"):
         "read only where several draws have filled it",
@@ -300,4 +303,33 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ("noise/sensitivity.py",
      "sums = [met[..., i::down, j::across].sum((-2, -1)).max() for i in range(down) for j in range(across)]",
      "-2", "2"): "of four dimensions",
+    ("noise/sites.py", "return any(_match(parts[i:], globs[1:]) for i in range(len(parts) + 1))", "1", "2"):
+        "nothing that is left of a name is matched once more",
+    ("noise/inject.py", "seen[place] += 1", "1", "2"): "each twin has a seed of its own, whichever",
+    ("noise/distributions.py", "if not (abs(mean) <= 0.01 and abs(variance - 1) <= 0.01):", "abs(mean) <= 0.01",
+     "(abs(mean)) < (0.01)"): "one per cent of allowance has no exact edge",
+    ("noise/distributions.py", "if not (abs(mean) <= 0.01 and abs(variance - 1) <= 0.01):",
+     "abs(variance - 1) <= 0.01", "(abs(variance - 1)) < (0.01)"): "one per cent of allowance has no exact edge",
+    ("attacks/base.py", "before, self._held = self._held, int(torch.randint(2**62, ()))", "62", "61"):
+        "any seed of very many will do",
+    ("attacks/foreign.py", "seed = int(torch.randint(2**63 - 1, ()))", "1", "2"): "any seed of very many will do",
+    ("attacks/foreign.py", "seed = int(torch.randint(2**63 - 1, ()))", "63", "62"): "any seed of very many will do",
+    ("attacks/fab.py", "far = torch.where(pace > 0, time * pace, 0.0)", "0.0", "1.0"):
+        "where there is no pace the sign is 0, by which the result is multiplied",
+    ("evaluation/pictures.py", "return png(np.full((1, _SIDE, _SIDE), 127, dtype=np.uint8))", "1", "2"):
+        "of two channels that are alike the mean is shown",
+    ("evaluation/pieces.py", "return zlib.compress(buffer.getvalue(), 1)", "1", "2"): "read again all the same",
+    ("evaluation/arrays.py",
+     "if array.ndim not in (1, 2) or shape[0] != images or (array.ndim == 2 and shape[1] < 2):", "2", "1"):
+        "one column has become labels before",
+    ("evaluation/predictors.py",
+     "votes.scatter_add_(1, logits.argmax(dim=1, keepdim=True), torch.ones_like(votes[:, :1]))", "1", "2"):
+        "as much is added as there are answers",
+    ("evaluation/rows.py", "if self.attack is not None and self.pace is not None:",
+     "self.attack is not None and self.pace is not None", "(self.attack is not None) or (self.pace is not None)"):
+        "an attack has a pace, and nothing else has",
+    ("evaluation/inputs.py", "if _depends_on_companions(model, x, 0):", "0", "1"): "any seed will do",
+    ("evaluation/evaluating.py", "each = None if self.images is None else self.images.each",
+     "None if self.images is None else self.images.each", "self.images.each"):
+        "it is asked for only where images are kept",
 }  # fmt: skip

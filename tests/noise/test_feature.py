@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from torch import nn
 
-from learn2perturb.engine import execution, fused
+from learn2perturb.engine import execution, fused, rows
 from learn2perturb.errors import ConfigError, SiteError
-from learn2perturb.noise import base
+from learn2perturb.noise import base, noise_modules, perturb_weights
 from learn2perturb.noise.base import map_shape
 from learn2perturb.noise.distributions import is_channels_last
 from learn2perturb.noise.laws import Perturbation, spread
@@ -211,3 +213,33 @@ def test_noise_that_is_off_hands_features_on(place):
     assert (
         Perturbation.from_spec({k: v for k, v in noise.spec().items() if k not in ("kind", "enabled")}).place == place
     )
+
+
+@pytest.mark.parametrize(("sharing", "all_alike"), [("per_example", False), ("per_batch", True)])
+def test_draws_for_a_whole_batch_are_those_of_every_process(sharing, all_alike, monkeypatch):
+    asked = []
+    monkeypatch.setattr(base, "shared_by_all", lambda shared: (asked.append(shared), contextlib.nullcontext())[1])
+    made(sharing=sharing, init=0.5).draw(torch.zeros(2, *SHAPE))
+    perturb_weights(network := nn.Sequential(nn.Linear(3, 2)))
+    noise_modules(network)[0].draw(torch.zeros(2, 3))
+    assert asked == [all_alike, True]  # a weight is one for all
+
+
+@pytest.mark.parametrize("sharing", ["per_example", "per_batch"])
+def test_maps_for_a_whole_batch_alone_are_scaled_once_for_all(sharing, monkeypatch):
+    asked = []
+    real = fused.add_shared_noise
+    monkeypatch.setattr(fused, "add_shared_noise", lambda *given: (asked.append(given[2].shape[0]), real(*given))[1])
+    noise, value = made(sharing=sharing, init=0.5), torch.rand(2, *SHAPE)
+    eps = torch.randn(1 if sharing == "per_batch" else 2, *SHAPE)
+    with execution.running(dataclasses.replace(execution.PLAIN, fused_noise=True)):
+        torch.testing.assert_close(noise.noisy(value, eps), value + 0.5 * eps)
+    assert asked == ([1] if sharing == "per_batch" else [])
+
+
+def test_the_spread_of_a_weight_is_its_own_whoever_shares_the_batch(monkeypatch):
+    monkeypatch.setattr(rows, "deviation", lambda values: values.std() + 1)
+    weight = torch.randn(4, 5)
+    assert spread(weight).item() == pytest.approx(weight.std().item())
+    assert spread(weight, of_rows=True).item() == pytest.approx(weight.std().item() + 1)
+    assert spread(weight[:1, :1]).item() == 0

@@ -266,3 +266,57 @@ def test_standard_deviations_are_positive_numbers(value, good, zero):
         return
     with pytest.raises(ConfigError, match=f"init is .*; it must be a number {'at least' if zero else 'above'} 0, such"):
         _positive("init", value, or_zero=zero)
+
+
+class Branch(nn.Module):
+    """``x + norm(conv(x))``: its first convolution is at once the first of the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        return x + self.norm(self.convolution(x))
+
+
+def test_a_stem_is_before_the_end_of_the_first_branch():
+    assert guess(probe(nn.Sequential(Branch(), Branch()), (2, 2, 2))) == ["0.convolution", "0.norm", "1.norm"]
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(1, None), (2, ["1"]), (3, ["1", "2"]), (4, ["1", "2", "3"])])
+def test_of_linear_layers_alone_the_last_gives_the_logits(layers, expected):
+    seen = probe(nn.Sequential(nn.Flatten(), *(nn.Linear(4, 4) for _ in range(layers))), (1, 2, 2))
+    if expected is not None:
+        assert guess(seen) == expected
+        return
+    with pytest.raises(SiteError, match="no norm, convolution or linear layer to perturb was found"):
+        guess(seen)
+
+
+@pytest.mark.parametrize("sites", [5, 0.5, [], [""], ["0", 3], ""])
+def test_sites_that_name_nothing_are_refused(sites):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(SiteError, match=r"sites is .*; give a glob, a list of names, or a predicate"):
+        perturb(network, input_shape=(1, 2, 2), sites=sites)
+
+
+class Both(nn.Module):
+    """A layer of two inputs, of which the second matters."""
+
+    def forward(self, x, y):
+        return x + 10 * y
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.both = Both()
+
+    def forward(self, x):
+        return self.both(x.flatten(1), x.flatten(1))
+
+
+def test_noise_on_what_a_layer_takes_leaves_its_other_inputs_alone():
+    network = perturb(Two(), input_shape=(1, 2, 2), sites="both", place="input", init=0.01).eval()
+    x = torch.rand(3, 1, 2, 2)
+    assert (network(x) - 11 * x.flatten(1)).abs().max() < 0.1

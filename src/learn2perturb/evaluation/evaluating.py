@@ -121,11 +121,10 @@ def evaluate(
 
 def _pixels(source: BatchSource, table: list[tuple[str, Attack | None]], config: EvaluateConfig) -> float:
     """Return about how many pixels all passes of the attacks see, which the choice of the execution mode is made by."""
-    count = source.num_examples if config.limit is None else min(config.limit, source.num_examples)
     passes = sum(guessed_passes(attack, config.batch_size) for _, attack in table if attack is not None)
     if source.input_shape is None:  # a loader that was not looked into: as if it were long
         return math.inf if passes else 0.0
-    return count * passes * math.prod(source.input_shape[1:])
+    return source.num_examples * passes * math.prod(source.input_shape[1:])
 
 
 @final
@@ -159,8 +158,7 @@ class _Work:
         self.finished: list[tuple[Row, ...]] = []  # run by run
         self.attacked: list[AttackedRow] = []  # of the finished rows of attacks
         self.clean: dict[int, Pixels] = {}  # number of a kept image -> itself, of what cannot be read again
-        limit, count = config.limit, source.num_examples
-        self.expected = count if limit is None else min(limit, count)
+        self.expected = source.num_examples  # of a limit as many
 
     @property
     def truth(self) -> NDArray[np.int64]:
