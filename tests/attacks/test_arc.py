@@ -302,3 +302,9 @@ def test_a_boundary_that_is_as_far_as_a_step_is_long_is_out_of_its_reach():
     centre = torch.full_like(local, 0.5)
     found, _ = ARC(0.25, step_size=1 / 16)._local_step(ask, 0, centre, local, centre)
     torch.testing.assert_close(found.flatten(), torch.tensor([1 / 16, 1 / 48]))
+
+
+def test_of_points_that_are_equally_good_the_image_is_kept():
+    planes = [Plane(torch.tensor([1.0, 0.2]), 9.0), Plane(torch.tensor([-1.0, 0.2]), 9.0)]
+    x, y = batch()
+    assert torch.equal(ARC(EPS, steps=2, seed=0)(RandomEnsemble(planes).eval(), x, y), x)

@@ -192,3 +192,12 @@ def test_resized_keeps_the_share_of_a_step_and_eps_zero_is_allowed():
     assert attack.resized(0.2).step_size == attack.step_size
     x = torch.rand(2, *SHAPE)
     assert torch.equal(dataclasses.replace(attack, eps=0)(Linear(SHAPE), x, zeros(x)), x)
+
+
+@pytest.mark.parametrize(("settings", "reach"), [
+    ({}, 0.1), ({"norm": "l2"}, 0.1 / 4), ({"size": 0.03}, 0.03), ({"norm": "l2", "size": 0.03}, 0.03),
+])  # fmt: skip
+def test_points_are_asked_about_a_quarter_of_the_ball_away(settings, reach):
+    """In l2 that is a length, of which each of 16 numbers has its share."""
+    attack = build_attack("spsa", eps=0.4, step_size=0.1, **settings)
+    assert attack._reach(torch.zeros(3, 1, 4, 4)) == pytest.approx(reach)

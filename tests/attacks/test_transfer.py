@@ -30,7 +30,7 @@ def test_equals_crafting_on_the_source_at_equal_seeds(norm, batch):
     crafted = dataclasses.replace(attack, seed=4).run(source, *batch)
     assert torch.equal(result.x_adv, crafted.x_adv)
     assert torch.equal(result.success, target(result.x_adv).argmax(dim=1) != batch[1])
-    assert result.forward_passes == crafted.forward_passes
+    assert (result.forward_passes, result.backward_passes) == (crafted.forward_passes, crafted.backward_passes)
     assert (result.attack.eps, result.attack.norm) == (0.1, norm)
 
 

@@ -329,3 +329,12 @@ def test_what_is_no_ensemble_or_one_already_is_refused():
     with pytest.raises(SiteError, match="already"):
         build_defense("bat").prepare(model, SHAPE)
     assert len(noise_modules(model)) == 1
+
+
+def test_a_mixture_is_the_log_of_the_weighed_mean_probability():
+    members = [dense(), dense()]
+    with torch.no_grad():
+        members[1][1].weight.normal_()
+    x = torch.rand(4, *SHAPE)
+    expected = sum(weight * torch.softmax(one(x), 1) for one, weight in zip(members, (0.75, 0.25), strict=True))
+    assert torch.allclose(ensembles.Mixture(members, (0.75, 0.25))(x).exp(), expected, atol=1e-6)

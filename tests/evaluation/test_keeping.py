@@ -12,7 +12,7 @@ from learn2perturb import load_data, perturb
 from learn2perturb.attacks import FGSM, PGD
 from learn2perturb.cli.main import main
 from learn2perturb.evaluation import Evaluation, ImageKeeper, Unfinished, evaluate
-from learn2perturb.evaluation.keeping import PartialEvaluation
+from learn2perturb.evaluation.keeping import PartialEvaluation, taken
 from learn2perturb.evaluation.pieces import key_of
 from learn2perturb.evaluation.rows import RowRun
 
@@ -183,3 +183,11 @@ def test_rows_whose_images_are_kept_are_other_work_than_those_without_or_of_othe
     for keeper in (None, None, ImageKeeper(1), ImageKeeper(2), ImageKeeper(None)):
         evaluate(model, DATA, {"fgsm": FGSM(0.1)}, limit=4, keep=Listening(tmp_path), images=keeper)
     assert len(asked) == 5 and asked[0] == asked[1] and len(set(asked)) == 4
+
+
+@pytest.mark.parametrize(("rows", "counts", "expected"), [
+    (0, [1, 2], []), (1, [1, 2], [(0,)]), (2, [1, 2], [(0,)]), (3, [1, 2], [(0,), (1, 2)]), (4, [1, 2], [(0,), (1, 2)]),
+    (1, [2, 1], []),
+])  # fmt: skip
+def test_a_run_of_which_rows_are_missing_is_none(rows, counts, expected):
+    assert taken(range(rows), counts) == expected

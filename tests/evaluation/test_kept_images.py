@@ -381,3 +381,24 @@ def test_differences_are_enlarged_by_whole_numbers(largest, times):
     clean = np.full((1, 1, 1, 2), 0.25)
     assert amplification(clean, clean + np.array([largest, 0.0])) == times
     assert amplification(clean[:0], clean[:0]) == 1
+
+
+@pytest.mark.parametrize(("side", "shown"), [(16, 64), (31, 93), (64, 64), (65, 65), (80, 80)])
+def test_images_are_enlarged_to_64_pixels_at_least(side, shown):
+    from PIL import Image
+
+    clean = np.zeros((1, 1, 4, side))
+    row = AttackedRow({"label": "pgd 8/255"}, np.array([0]), clean, np.array([[1]]), None)
+    images = AttackedImages({}, np.array([0]), np.array([0]), clean, (row,))
+    assert Image.open(io.BytesIO(sheet(images, row))).size[0] == 3 * (shown + 4)
+
+
+@pytest.mark.parametrize(("index", "good"), [([0, 2], True), ([2, 2], False), ([2, 0], False), ([-1, 2], False)])
+def test_numbers_of_images_rise_from_zero(index, good, tmp_path):
+    clean, numbers = np.zeros((2, 1, 2, 2)), np.array(index)
+    AttackedImages({}, numbers, np.array([0, 1]), clean, ()).save(tmp_path / "it.npz")
+    if good:
+        assert AttackedImages.load(tmp_path / "it.npz").index.tolist() == index
+        return
+    with pytest.raises(CheckpointError, match="the numbers of its images do not rise"):
+        AttackedImages.load(tmp_path / "it.npz")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from learn2perturb.data import ImageData
-from learn2perturb.evaluation.origin import origin, weights_of
+from learn2perturb.evaluation.origin import identity_of, origin, weights_of
 
 SEEN = SimpleNamespace(count=6, hexdigest=lambda: "abc")
 
@@ -44,3 +45,51 @@ def test_a_network_is_called_as_its_user_calls_it_or_as_it_is_registered():
     assert origin(network, [], None, weights=None, seen=SEEN)["model"] == "own"
     assert origin(network, [], "mine", weights=None, seen=SEEN)["model"] == "mine"
     assert weights_of(len) is None and len(weights_of(network)) > 8
+
+
+# --- all that is seen of what a network answers by
+
+
+class Mine(nn.Module):
+    def __init__(self, **held: Any) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        for name, value in held.items():
+            setattr(self, name, value)
+        with torch.no_grad():
+            for weight in self.layer.parameters():
+                weight.fill_(1.0)
+
+
+def test_what_a_network_is_known_by():
+    weights, text, held, sources = identity_of(nn.Sequential(Mine(levels=8), nn.ReLU()))
+    assert weights == weights_of(nn.Sequential(Mine(), nn.ReLU())) and text.startswith("<class 'torch.nn")
+    assert {name: own for name, own in held.items() if "levels" in own} == {"0": {"levels": 8}}
+    assert all(own for own in held.values())
+    ((kind, code),) = sources
+    assert kind == "Mine" and isinstance(code, str)
+    assert identity_of(len) is None
+    assert identity_of(nn.Sequential(nn.Linear(2, 2)))[3] == []
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [
+    (8, 8, True), (8, 9, False), ("a", "b", False), (0.5, 0.25, False), (None, 1, False), (True, False, False),
+    ([1, (2, "a")], [1, (2, "b")], False), (torch.ones(2), torch.zeros(2), False), (torch.ones(2), torch.ones(2), True),
+    (SimpleNamespace(a=1), SimpleNamespace(a=2), True),  # what is no plain value shows nothing
+    ([SimpleNamespace()], [1], False), ([len], [max], True),
+])  # fmt: skip
+def test_plain_values_and_tensors_that_a_module_holds_count(one, other, same):
+    assert (identity_of(Mine(held=one)) == identity_of(Mine(held=other))) is same
+
+
+def test_what_every_module_has_is_not_told():
+    model = Mine()
+    before = identity_of(model)
+    model.training = not model.training
+    assert identity_of(model) == before
+
+
+def test_a_class_of_an_installed_package_is_known_by_its_file(monkeypatch):
+    monkeypatch.setattr("learn2perturb.evaluation.origin.is_installed", lambda module: True)
+    ((kind, source),) = identity_of(Mine())[3]
+    assert (kind, source["module"], source["file"]) == ("Mine", __name__, "test_origin.py")

@@ -334,3 +334,44 @@ def test_the_noise_is_switched_off_in_rows_without_and_stays_on_in_others(switch
     run.add(model, X[:2], Y[:2], 0, lambda share: None)
     assert seen and set(seen) == {not switched}
     assert model.fc.perturbation.enabled
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_that_share_the_batches_find_what_one_finds(rank, monkeypatch):
+    model, attacks, settings = Net().eval(), {"fgsm": FGSM(0.1)}, {"batch_size": 6, "progress": None}
+    every: list[dict[str, Any]] = []  # what one process finds of each batch, row by row
+
+    def alone(self: RowRun, ranks: Ranks) -> None:
+        every.append({str(number): one.plain() for number, one in self.batches.items()})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RowRun, "meet", alone)
+        whole = evaluate(model, (X, Y), attacks, **settings)
+    attacked = []
+
+    def gathered(self: Ranks, own: bytes) -> list[bytes]:
+        theirs = {number: one for number, one in every[len(attacked)].items() if int(number) % 2 != rank}
+        attacked.append(list(json.loads(own)))
+        return [own, json.dumps(theirs).encode()]
+
+    monkeypatch.setattr(evaluating, "current", lambda: Ranks(rank, 2))
+    monkeypatch.setattr(Ranks, "gathered", gathered)
+    found = evaluate(model, (X, Y), attacks, **settings)
+    assert attacked == [[str(number) for number in range(rank, 7, 2)]] * 2
+    assert [row.predictions for row in found.rows] == [row.predictions for row in whole.rows]
+    assert [row.linf for row in found.rows] == [row.linf for row in whole.rows]
+
+
+def test_what_is_worth_a_compiler_is_counted_in_pixels_of_all_images(monkeypatch):
+    asked = []
+    monkeypatch.setattr(RowRun, "compile_if_long", lambda self, pixels, rows: asked.append((pixels, rows)))
+    x = torch.rand(20, 3, 2, 5)
+    evaluate(lambda images: images.flatten(1)[:, :2], (x, Y[:20]), batch_size=8, clean=True)
+    assert asked == [(20 * 2 * 5, 8)]
+
+
+def test_the_numbers_of_a_row_are_its_attacks_settings_but_no_text_and_no_object():
+    found = run_of(PGD(0.1, 0.05, 4, random_start=False), stochastic=False).numbers
+    assert (found["eps"], found["step_size"], found["steps"], found["random_start"]) == (0.1, 0.05, 4, False)
+    assert not {"norm", "loss", "seed"} & set(found)
+    assert run_of(None).numbers == {}

@@ -91,3 +91,8 @@ def test_differences_by_students_distribution(freedom):
 def test_holm_in_any_order_with_ties():
     assert holm([0.04, 0.01, 0.01, 0.5]) == pytest.approx([0.08, 0.04, 0.04, 0.5])
     assert holm([0.02, 0.0201]) == pytest.approx([0.04, 0.04])  # in order: the larger one is no less
+
+
+def test_a_corrected_p_value_is_at_most_one():
+    assert holm([0.6, 0.9, 0.7]) == [1.0, 1.0, 1.0]
+    assert equals(0.0, 0.1) == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 
 import pytest
@@ -15,6 +16,7 @@ from learn2perturb.engine.identity import ImagesFingerprint, fingerprint_of_weig
 from learn2perturb.engine.ranks import Ranks
 from learn2perturb.errors import ConfigError, DataError
 from learn2perturb.evaluation import EvaluateConfig, evaluate
+from learn2perturb.evaluation.arrays import black_box
 from learn2perturb.evaluation.target import Target
 from tests.problems import Linear
 from tests.test_configs import TINY
@@ -116,3 +118,30 @@ def test_what_is_not_kept_says_why(model, ranks, decide, reason, monkeypatch):
     found = Target(model).unkept(torch.rand(20, 1, 4, 4), 3)
     assert found.startswith(reason) and bool(found) == bool(reason)
     assert [(len(x), seed) for _, x, seed in asked] == ([(8, 3)] if not reason or not decide else [])
+
+
+def among(world: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = contextlib.nullcontext(Ranks(rank, world))
+    monkeypatch.setattr("learn2perturb.evaluation.target.joined", lambda timeout: ranks)
+
+
+@pytest.mark.parametrize(("world", "rank", "heard"), [(1, 0, True), (2, 0, True), (2, 1, False)])
+def test_of_several_processes_the_first_tells_how_far_it_is(world, rank, heard, monkeypatch):
+    among(world, rank, monkeypatch)
+    told = []
+    with Target(Linear((1, 4, 4))).judged(lambda *one: told.append(one)) as tell:
+        tell(1, 2, "pgd")
+    assert told == ([(1, 2, "pgd")] if heard else [])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_black_box_is_asked_by_one_process_alone(world, monkeypatch):
+    among(world, 0, monkeypatch)
+    target = Target(black_box(lambda images: images.reshape(len(images), -1)))
+    with (
+        pytest.raises(ConfigError, match="black box, and 2 processes would each count")
+        if world > 1
+        else contextlib.nullcontext(),
+        target.judged(None),
+    ):
+        pass

@@ -332,4 +332,22 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ("evaluation/evaluating.py", "each = None if self.images is None else self.images.each",
      "None if self.images is None else self.images.each", "self.images.each"):
         "it is asked for only where images are kept",
+    ("evaluation/pace.py",
+     "return float(sides * math.prod(factor for factor in factors if isinstance(factor, int) and factor > 0))",
+     "0", "1"): "a factor of 1 changes nothing",
+    ("attacks/fab.py", "reached = torch.where(moving > 0, spent + moving * ends, torch.inf) >= needed", "moving > 0",
+     "(moving) >= (0)"): "where nothing moves any more all room is given, whatever time is found",
+    ("evaluation/attacked.py",
+     "pixels = np.stack([clean[number] for number in index.tolist()]) if len(index) else np.empty((0, 1, 1, 1))",
+     "1", "2"): "no image has no channels and no sides",
+    ("noise/sensitivity.py",
+     "size = max(8, *(k * d for k, d in zip(convolution.kernel_size, convolution.dilation, strict=True)))", "8", "9"):
+        "images of any size that holds a kernel",
+    ("noise/sensitivity.py",
+     "size = max(8, *(k * d for k, d in zip(convolution.kernel_size, convolution.dilation, strict=True)))", "8", "7"):
+        "images of any size that holds a kernel",
+    ("defenses/barre.py", "target = Mixture(members, [1 / trained] * trained)", "1", "2"):
+        "what is added to all logits alike moves no probability",
+    ("defenses/barre.py", "target = Mixture(members, [1 / trained] * trained)", "1 / trained", "(1) * (trained)"):
+        "what is added to all logits alike moves no probability",
 }  # fmt: skip

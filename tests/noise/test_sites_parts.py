@@ -158,6 +158,8 @@ class Sum(nn.Module):
     (lambda net, h: net.images + net.parameter.sigmoid(), [], []),
     (lambda net, h: torch.zeros(2, 4) + h, ["one"], []),
     (lambda net, h: h + net.two(net.parameter), ["one"], ["two"]),
+    (lambda net, h: net.two(net.parameter) + h, ["two"], ["one"]),
+    (lambda net, h: net.two(input=h) + net.three(h), ["three"], ["two"]),
     # no sum of two activations
     (lambda net, h: net.two(h) + net.parameter, [], []),
     (lambda net, h: net.two(h) + 1, [], []),
@@ -320,3 +322,21 @@ def test_noise_on_what_a_layer_takes_leaves_its_other_inputs_alone():
     network = perturb(Two(), input_shape=(1, 2, 2), sites="both", place="input", init=0.01).eval()
     x = torch.rand(3, 1, 2, 2)
     assert (network(x) - 11 * x.flatten(1)).abs().max() < 0.1
+
+
+class Scores(nn.Module):
+    """Gives one number an image, or whole numbers."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.inner = nn.Flatten()
+        self.inner.forward = lambda x: x.flatten(1)[:, 0] if kind == "flat" else x.flatten(1).long()
+
+    def forward(self, x):
+        return self.inner(x).float()
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("flat", r"\(2,\)"), ("whole", r"\(2, 4\)")])
+def test_noise_needs_features_of_each_image_in_floating_point(kind, shape):
+    with pytest.raises(SiteError, match=rf"the output of site 'inner' has shape {shape} and type torch"):
+        perturb(Scores(kind), input_shape=(1, 2, 2), sites="inner")

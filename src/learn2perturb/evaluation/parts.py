@@ -24,8 +24,7 @@ def attacked(attack: Attack, model: Model, x: Images, y: Labels, fits: Halving) 
         own = attack if rows.start == 0 else dataclasses.replace(attack, seed=derive_seed(attack.seed or 0, rows.start))
         return own.run(model, x[rows], y[rows])
 
-    parts = fits.run(part, len(x))
-    return parts[0] if len(parts) == 1 else _joined(parts)
+    return _joined(fits.run(part, len(x)))
 
 
 def _joined(parts: list[AttackResult]) -> AttackResult:

@@ -46,7 +46,7 @@ def sheet(images: AttackedImages, row: AttackedRow, each: int = EACH) -> bytes:
     clean = images.clean[images.places(chosen)]
     times = amplification(clean, chosen.adversarial)
     kinds = eight_bits(clean), eight_bits(chosen.adversarial), difference(clean, chosen.adversarial, times)
-    scale = max(1, -(-_SIDE // clean.shape[-1]))
+    scale = -(-_SIDE // clean.shape[-1])
     lines = [np.concatenate([_framed(one, scale) for one in line], axis=2) for line in zip(*kinds, strict=True)]
     return png(np.concatenate(lines, axis=1))
 
