@@ -141,7 +141,18 @@ def test_images_that_differ_are_neither_averaged_nor_compared():
     right = {1: evaluation(50), 2: evaluation(60, images="b" * 16)}
     view = one(study(seeds=[1, 2]), lambda pair: right[seed(pair)])
     assert (view.cell(PNI, PGD).value, view.cell(PNI, PGD).text) == (None, "unlike")
-    assert any("unlike images" in note for note in view.notes)
+    (said,) = [note for note in view.notes if "unlike images" in note]
+    assert said.startswith("No mean of pgd_at, pgd and 1 more: ")
+
+
+def test_what_each_seed_holds_out_is_averaged():
+    right = {1: evaluation(50), 2: evaluation(60, images="b" * 16), 3: evaluation(30, n=50, images="c" * 16)}
+    held_out = {"evaluate": {"split": "validation"}, "train": {"validation": 0.1}}
+    view = one(study(seeds=[1, 2], **held_out), lambda pair: right[seed(pair)])
+    assert view.cell(PNI, PGD).value == pytest.approx(0.55)
+    assert any("100 images of cifar10, held out by each seed" in note for note in view.notes)
+    view = one(study(seeds=[1, 3], **held_out), lambda pair: right[seed(pair)])
+    assert view.cell(PNI, PGD).text == "unlike", "of another number of images"
 
     by_defense = {"pgd_at": evaluation(50), "pni": evaluation(60, images="b" * 16)}
     view = one(study({"baseline": {"defense": "pgd_at"}}), lambda pair: by_defense[pair.run.label("defense")])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 from learn2perturb.certification.record import Certification
@@ -12,7 +12,7 @@ from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation.intervals import Interval, wilson
 from learn2perturb.evaluation.result import CLEAN, Evaluation, Row
 from learn2perturb.experiments.grid import value_and_number
-from learn2perturb.experiments.spec import Pair
+from learn2perturb.experiments.spec import VALIDATION, Pair
 from learn2perturb.records import Saved
 
 
@@ -47,6 +47,14 @@ def read(pair: Pair, record: Saved, value: str, noise: bool) -> Reading:
     Raises:
         ConfigError: the record does not hold it.
     """
+    found = _reading(pair, record, value, noise)
+    if pair.cell.scoring.split != VALIDATION:
+        return found
+    # Which images a run holds out follows from its seed: each seed has others, and that is no fault of the study's.
+    return replace(found, measured=replace(found.measured, images=f"{_data(record)}, held out by each seed"))
+
+
+def _reading(pair: Pair, record: Saved, value: str, noise: bool) -> Reading:
     name, number = value_and_number(value)
     if isinstance(record, Evaluation):
         return _of_evaluation(record, row_of(record, pair, noise), name, number)
@@ -114,6 +122,11 @@ def _images(metadata: dict[str, Any]) -> str:
     parts = [str(metadata[key]) for key in ("data", "split") if metadata.get(key)]
     told = " ".join(parts) or "unknown data"
     return told + (f" ({str(metadata['images'])[:8]})" if metadata.get("images") else "")
+
+
+def _data(record: Saved) -> str:
+    metadata: dict[str, Any] = getattr(record, "metadata", {})
+    return str(metadata.get("data") or "unknown data")
 
 
 def _scoring(row: Row) -> str:

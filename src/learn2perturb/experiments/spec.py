@@ -16,6 +16,7 @@ from learn2perturb.training.config import TrainConfig
 
 TWIN, OTHERS = "twin", "others"  # sources of transferred images: the run with its noise off; every other run
 OWN = "own"  # the predictor that the defense's paper predicts by
+VALIDATION = "validation"  # the split of what each run holds out, by its seed
 
 
 @final
@@ -54,7 +55,7 @@ class Scoring:
         check_flag("noise_off", self.noise_off)
         check_choice("predictor", self.predictor, (OWN, "single", "vote", "mean_probability", "mean_logits"))
         check_choice("engine", self.engine, ENGINES)
-        check_choice("split", self.split, ("test", "train", "validation"))
+        check_choice("split", self.split, ("test", "train", VALIDATION))
 
 
 @final

@@ -27,7 +27,7 @@ from learn2perturb.checks import check_choice, check_count
 from learn2perturb.errors import ConfigError, MissingDependencyError, UnknownNameError
 from learn2perturb.evaluation.result import Evaluation
 from learn2perturb.experiments.results import Results
-from learn2perturb.experiments.spec import Study
+from learn2perturb.experiments.spec import VALIDATION, Study
 from learn2perturb.experiments.study_file import build_study
 from learn2perturb.records import Saved
 
@@ -121,7 +121,7 @@ def read_sweep(study: Study) -> SweepPlan | None:
         if not cells:
             raise UnknownNameError.of(f"cell of study {study.name}", name, [cell.name for cell in study.cells])
         for cell in cells:
-            if cell.kind != "accuracy" or cell.scoring.split != "validation":
+            if cell.kind != "accuracy" or cell.scoring.split != VALIDATION:
                 raise ConfigError(
                     f"{at}objective {name} is scored on {cell.scoring.split} images; a search may only see what the "
                     f"trainings hold out: give cell {name} split: validation, and the study train: {{validation: 0.1}}"

@@ -50,7 +50,9 @@ def build_view(plan: ViewPlan, results: Results) -> View:
     layout = grid(plan, study)
     facts = published(str(plan.paper["facts"])) if plan.paper else None
     notes = list(plan.notes)
-    cells = tuple(_cell(place, layout, plan, results, facts, notes) for place in layout.places)
+    unlike: dict[str, list[str]] = {}
+    cells = tuple(_cell(place, layout, plan, results, facts, notes, unlike) for place in layout.places)
+    notes += [_without_mean(told, several) for several, told in unlike.items()]
     compared = tuple(differences(plan, layout, results, notes))
     notes += [*measured_notes(cells), *_off_axis(layout, plan.x), *paper_notes(layout, facts, cells)]
     notes += level_notes(study) if facts is not None else []
@@ -66,7 +68,13 @@ def build_view(plan: ViewPlan, results: Results) -> View:
 
 
 def _cell(
-    place: Place, layout: Grid, plan: ViewPlan, results: Results, facts: Facts | None, notes: list[str]
+    place: Place,
+    layout: Grid,
+    plan: ViewPlan,
+    results: Results,
+    facts: Facts | None,
+    notes: list[str],
+    unlike: dict[str, list[str]],
 ) -> ViewCell:
     pairs = layout.places[place]
     answers = [answer for pair in pairs if (answer := results.answer(pair)) is not None]
@@ -81,9 +89,7 @@ def _cell(
     measured = list(dict.fromkeys(reading.measured for reading in readings))
     notes += [f"Interval {reading.note}." for reading in readings if reading.note]
     if len(measured) > 1:
-        told = ", ".join((*place.row, *place.column))
-        several = "; ".join(map(str, measured))
-        notes.append(f"No mean of {told}: its seeds are of unlike images or scorings ({several}).")
+        unlike.setdefault("; ".join(map(str, measured)), []).append(", ".join((*place.row, *place.column)))
         return replace(cell, seeds=len(readings), text="unlike", records=files)
     values = [reading.value for reading in readings if reading.value is not None]
     return replace(
@@ -91,6 +97,12 @@ def _cell(
         interval=over_images([reading.interval for reading in readings]), seeds=len(readings),
         std=deviation(values), over_seeds=over_seeds(values), n=measured[0].n, measured=str(measured[0]), records=files,
     )  # fmt: skip
+
+
+def _without_mean(told: Sequence[str], several: str) -> str:
+    """Return what is said of numbers that have no mean over seeds: which, and on what they were measured."""
+    which = told[0] if len(told) == 1 else f"{told[0]} and {len(told) - 1} more"
+    return f"No mean of {which}: the seeds are of unlike images or scorings ({several})."
 
 
 def _words(readings: Sequence[Reading]) -> str:
