@@ -11,6 +11,7 @@ from torch import Tensor
 
 from learn2perturb.attacks import PGD
 from learn2perturb.diagnosis import QUICK
+from learn2perturb.diagnosis import draws as module
 from learn2perturb.diagnosis.draws import (
     REPLAYED,
     SAME,
@@ -233,3 +234,33 @@ def test_draws_that_a_batch_shares_are_a_note():
     assert found.evidence["rows differ"] == 0.0
     assert len(found.notes) == 1
     assert "slope of rows of a batch" not in found.evidence
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize(
+    ("seen", "fails", "asked"),
+    [([0.5], False, 1), ([1 / 1001, 0.5], False, 2), ([1 / 1001, 0.011], False, 2), ([1 / 1001, 0.01], True, 2),
+     ([1 / 1001, 1 / 1001], True, 2)],
+)  # fmt: skip
+def test_draws_that_come_again_must_do_so_twice(gradient, seen, fails, asked, monkeypatch):
+    values, streams = list(seen), []
+
+    def measured(*_: object) -> Slope:
+        streams.append(torch.initial_seed())
+        return Slope(-1.0, 0.01, values.pop(0))
+
+    monkeypatch.setattr(module, "gradient_slope" if gradient else "value_slope", measured)
+    found = real(bench(noisy, gradient=gradient), claimed=True)
+    assert bool(found.wrong) is fails
+    assert len(streams) == len(set(streams)) == asked, "each on passes of its own"
+    assert not fails or "1000 other orders, new passes as well" in found.wrong[0]
+
+
+def test_a_pool_that_is_run_through_is_caught_twice():
+    pool, calls = torch.randn(40, 1, 2, 2, generator=torch.Generator().manual_seed(3)), iter(range(100_000))
+
+    def pooled(x: Tensor) -> Tensor:
+        torch.rand(1)  # so that the global generator is seen to move
+        return plain(x * (1 + 0.5 * pool[next(calls) % len(pool)]))
+
+    assert "draws come again" in real(bench(pooled), claimed=True).wrong[0]
