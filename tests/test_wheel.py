@@ -12,6 +12,8 @@ import zipfile
 
 import pytest
 
+from learn2perturb import zoo
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -52,7 +54,10 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(wheel):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"learn2perturb"}
     wanted = {"py.typed", "training/recipes/paper.yaml", "experiments/studies/table1.yaml"}
     assert {f"learn2perturb/{name}" for name in wanted} <= set(names)
-    assert sum(name.endswith(".safetensors") for name in names) == 2
+    for name in zoo.names():
+        parts = {f"learn2perturb/zoo/{name}/{part}" for part in ("model.safetensors", "card.md", "config.yaml")}
+        assert parts <= set(names)
+        assert any(part.startswith(f"learn2perturb/zoo/{name}/evaluation/") for part in names)
     sources = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "learn2perturb").rglob("*.py")}
     assert sources <= set(names)
 

@@ -167,8 +167,9 @@ def _of_training(recording: crash.Recording) -> list[Kind]:
         Kind("settings of --config", Disk({"config.yaml": settings}), ("config.yaml",),
              lambda folder: read_config(folder / "config.yaml"),
              (mutations.damaged_bytes, mutations.damaged_yaml), other="seen in the record"),
-        Kind("network of the zoo", Disk({"net.safetensors": model, "net.md": b"# net\n\nA card of 0.5 \xc2\xb1 0.1\n"}),
-             ("net.safetensors", "net.md"), from_zoo),
+        Kind("network of the zoo",
+             Disk({"net/model.safetensors": model, "net/card.md": b"# net\n\nA card of 0.5 \xc2\xb1 0.1\n"}),
+             ("net/model.safetensors", "net/card.md"), from_zoo),
     ]  # fmt: skip
 
 

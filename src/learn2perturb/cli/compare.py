@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from learn2perturb import zoo
 from learn2perturb.cli.options import add_json, print_json
 from learn2perturb.cli.subject import is_record, records_of
 from learn2perturb.errors import CheckpointError, ConfigError
@@ -27,7 +28,11 @@ EXAMPLE = "learn2perturb compare runs/a/evaluation/test-seed0.json runs/b/evalua
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
     add = parser.add_argument
-    add("first", metavar="RECORD", help="a record of evaluate or diagnose, or a run folder that holds one of evaluate")
+    add(
+        "first",
+        metavar="RECORD",
+        help="a record of evaluate or diagnose; a run folder or zoo:NAME that holds one of evaluate",
+    )
     add("second", metavar="RECORD", help="another, of the same images")
     add(
         "--pair", action="append", default=[], metavar="FIRST=SECOND",
@@ -40,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Compare; print what may be said."""
     pairs = [_pair(text) for text in arguments.pair]
-
+    arguments.first, arguments.second = map(zoo.path_of, (arguments.first, arguments.second))
     kinds = [_is_diagnosis(path) for path in (arguments.first, arguments.second)]
     if any(kinds):
         return _diagnoses(arguments, kinds)

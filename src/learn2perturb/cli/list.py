@@ -8,7 +8,9 @@ import fnmatch
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from learn2perturb import zoo
 from learn2perturb.cli.options import add_json, field_help, print_json
+from learn2perturb.cli.subject import is_record
 from learn2perturb.errors import UnknownNameError
 from learn2perturb.plugins import told
 from learn2perturb.registry import ATTACKS, DATASETS, DEFENSES, MODELS, NOISES, Entry, Registry
@@ -17,22 +19,22 @@ if TYPE_CHECKING:
     from learn2perturb.diagnosis.checks import CheckSpec
 
 DESCRIPTION = (
-    "Show what can be named: networks, attacks, defenses, noise laws, data sets, recipes, checks of a diagnosis;\n"
-    "with paper, year, options."
+    "Show what can be named: networks, attacks, defenses, noise laws, data sets, recipes, checks of a diagnosis, with\n"
+    "paper, year, options; and the trained networks that come with the package (zoo), with their numbers."
 )
 EXAMPLE = "learn2perturb list defenses 'learn2perturb*'"
 
 KINDS: dict[str, Registry] = {
     "models": MODELS, "attacks": ATTACKS, "defenses": DEFENSES, "noises": NOISES, "datasets": DATASETS,
 }  # fmt: skip
-_OTHERS = ("recipes", "checks")
+_OTHERS = ("recipes", "checks", "zoo")
 # Arguments of builders and loaders that the package gives itself.
 _GIVEN = ("num_classes", "input_shape", "split", "root", "download", "shape", "place", "others")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
-    parser.add_argument("kind", metavar="KIND", help=f"{', '.join(KINDS)}, {' or '.join(_OTHERS)}")
+    parser.add_argument("kind", metavar="KIND", help=f"{', '.join((*KINDS, *_OTHERS[:-1]))} or {_OTHERS[-1]}")
     parser.add_argument("pattern", metavar="PATTERN", nargs="?", default="*", help="a name or glob, such as 'resnet*'")
     add_json(parser)
 
@@ -68,6 +70,8 @@ def _rows(kind: str, pattern: str) -> list[dict[str, Any]]:
         from learn2perturb.diagnosis.checks import CHECKS
 
         return [_check_row(check) for check in CHECKS.values() if fnmatch.fnmatch(check.name, pattern)]
+    if kind == "zoo":
+        return [_zoo_row(name) for name in zoo.names() if fnmatch.fnmatch(name, pattern)]
     rows = []
     for name in KINDS[kind].names(pattern):
         entry = KINDS[kind].entry(name)
@@ -84,6 +88,22 @@ def _rows(kind: str, pattern: str) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _zoo_row(name: str) -> dict[str, Any]:
+    """Return what a trained network is, and how much each attack and the diagnosis left of it."""
+    from learn2perturb.diagnosis import Diagnosis
+    from learn2perturb.evaluation import Evaluation
+
+    numbers: dict[str, str] = {}
+    for path in sorted(zoo.folder(name).glob("evaluation/*.json")):
+        kind = next((kind for kind in (Evaluation, Diagnosis) if is_record(path, kind.FORMAT.rpartition(".")[2])), None)
+        record = None if kind is None else kind.load(path)
+        if isinstance(record, Evaluation):
+            numbers |= {row.label: f"{100 * row.accuracy:.1f} % of {row.n}" for row in record.rows}
+        elif isinstance(record, Diagnosis):
+            numbers["diagnosis"] = record.verdict
+    return {"name": zoo.PREFIX + name, "summary": zoo.summary(name), "options": numbers}
 
 
 def _check_row(check: CheckSpec) -> dict[str, Any]:

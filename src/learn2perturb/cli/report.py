@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "sources", metavar="STUDY|RUN|RECORD", nargs="+",
-        help="folders that study has written, or names of studies; run folders; records of evaluate, diagnose, certify",
+        help="folders that study has written, or names of studies; run folders or zoo:NAME; records of evaluate, "
+        "diagnose, certify",
     )  # fmt: skip
     add("--claim", metavar="TEXT", help="what is claimed, such as '51 %% under pgd20' (default: that of the diagnosis)")
     add("--out", metavar="FILE", default="report.html", help="the page (default report.html)")

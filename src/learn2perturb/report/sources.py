@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+from learn2perturb import zoo
 from learn2perturb.certification import Certification
 from learn2perturb.diagnosis import Diagnosis
 from learn2perturb.errors import CheckpointError, ConfigError
@@ -69,6 +70,8 @@ class Material:
 def gather(sources: Iterable[str | os.PathLike[str]]) -> Material:
     """Return what the sources hold: records and views (JSON), run folders with every record in their ``evaluation``.
 
+    ``zoo:NAME`` is the folder of a network that comes with the package.
+
     Of a folder of a study these are its views, and the records and run folders that it was made of.
 
     Raises:
@@ -76,7 +79,7 @@ def gather(sources: Iterable[str | os.PathLike[str]]) -> Material:
         CheckpointError: a record is damaged, or of a kind that has no page.
     """
     found = Material()
-    for source in map(Path, sources):
+    for source in (Path(zoo.path_of(os.fspath(one))) for one in sources):
         if source.is_dir() and _format(source / CONTENTS) == StudyFolder.FORMAT:
             _gather_study(source, found)
         elif source.is_dir():
