@@ -168,3 +168,24 @@ def test_in_a_part_of_another_attack_drops_are_those_of_the_model():
     result = fragile.run(lambda images: two_logits(images.flatten(1).sum(dim=1) - 0.1), x, y)
     assert result.success.all()
     assert result.backward_passes <= 2  # APGD breaks all: no other part begins
+
+
+def test_images_of_a_stochastic_model_are_all_attacked_and_of_equal_points_the_first_is_kept(parts):
+    """Its noise is on images that are nearly black alone, so that points of parts are equally good."""
+    x, y = torch.tensor([0.9, 0.0]).view(2, 1, 1, 1), torch.zeros(2, dtype=torch.int64)
+
+    def model(images):
+        pixel = images.flatten()
+        noise = 1e-6 * torch.randn(len(pixel)) * (pixel < 0.1)
+        return two_logits(torch.where(pixel > 0.3, 1.0, -1.0) + noise)
+
+    report = auto_attack_report(model, x, y, AutoAttack(1.0, draws=3, seed=7), draws=2)
+    assert report.stochastic and [count for _, count, _ in Point.started] == [2, 2, 2]
+    assert torch.equal(report.x_adv, torch.full_like(x, 0.6))
+
+
+def test_a_report_is_of_the_model_in_eval_mode(parts):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(4, 2)).train()
+    x, y = torch.rand(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
+    assert not auto_attack_report(model, x, y, AutoAttack(1.0)).stochastic
+    assert model.training

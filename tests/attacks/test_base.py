@@ -319,3 +319,15 @@ def test_at_low_precision_a_pass_in_full_precision_confirms_what_is_broken():
         assert query.broken(x, y, low).tolist() == [True, False, False, False]
         assert query.forwards == 3
         assert not query.broken(x, y, -low.abs()).any() and query.forwards == 3
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_points_of_an_unbounded_search_are_returned_as_they_were_found(norm):
+    class Known(Attack):
+        minimum_norm = True
+
+        def perturb(self, query, x, y):
+            return points
+
+    x, points = torch.rand(2, 8, *SHAPE, generator=torch.Generator().manual_seed(0)).unbind()
+    assert torch.equal(Known(math.inf, norm=norm)(model, x, zeros(x)), points)

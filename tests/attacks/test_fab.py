@@ -207,3 +207,17 @@ def test_of_two_points_as_near_the_first_is_kept(monkeypatch):
     monkeypatch.setattr(FAB, "_bisected", lambda self, query, x, y, best: best)
     first, more = (FAB(math.inf, steps=steps)(model, x, zeros(x)) for steps in (1, 4))
     assert bool((first != x).any()) and torch.equal(first, more)
+
+
+@pytest.mark.parametrize("pixel", [0.0, 1.0])
+def test_restarts_begin_in_the_box(pixel):
+    asked = []
+    model = Linear(SHAPE)
+
+    def listening(x):
+        asked.append((float(x.detach().min()), float(x.detach().max())))
+        return model(x)
+
+    x = torch.full((3, *SHAPE), pixel)
+    FAB(0.5, steps=1, restarts=3, targets=0, seed=0)(listening, x, zeros(x))
+    assert min(low for low, _ in asked) >= 0 and max(high for _, high in asked) <= 1

@@ -134,3 +134,13 @@ def test_more_than_half_of_the_draws_decide(shares, changed):
 
     attack, y = RayS(0.1, eot=len(shares)), torch.zeros(1).long()
     assert attack._changed(Query(drawn, attack, y, strict=True), X[:1], y, X[:1], torch.ones(1)).tolist() == [changed]
+
+
+def test_an_image_of_one_pixel_has_rays_too():
+    x, y = torch.tensor([0.4, 0.7]).view(2, 1, 1, 1), torch.tensor([0, 1])
+
+    def model(images: Tensor) -> Tensor:
+        return nn.functional.one_hot((images.flatten() > 0.5).long(), 2).float()
+
+    found = RayS(0.25, queries=40, seed=0).run(model, x, y)
+    assert found.success.all()

@@ -39,8 +39,9 @@ def test_the_small_network_layer_by_layer(side, widths):
     expected = pooled.flatten(1) @ network.head.weight.T + network.head.bias
     torch.testing.assert_close(network(x), expected)
     assert network(x).shape == (5, 7)
-    assert isinstance(_fresh(None, torch.rand(2, 3, side, side + 9), 7), Substitute)
-    assert len(_fresh(None, torch.rand(2, 3, side + 9, side), 7).features) == 3 * len(widths)  # the shorter side
+    for sides in ((side, side + 9), (side + 9, side)):  # the shorter one counts
+        made = _fresh(None, torch.rand(2, 3, *sides), 7)
+        assert isinstance(made, Substitute) and len(made.features) == 3 * len(widths)
 
 
 def test_a_network_of_ones_own_is_copied_and_checked():

@@ -207,3 +207,10 @@ def test_arc_counts_gradients_of_zero_where_a_member_is_not_fooled(lead, counted
     x, y = torch.rand(2, 1, 2, 2), torch.zeros(2).long()
     flat = lambda images: two_logits(images.flatten(1).sum(1) * 0 + lead)  # noqa: E731
     assert ARC(0.1, steps=1, seed=0).run(flat, x, y).zero_gradients == counted
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd", "fgsm"])
+def test_a_gradient_that_is_zero_at_a_tie_is_told(name, batch):
+    """What is not wrong yet has still to go somewhere."""
+    result = build_attack(name, eps=0.1).run(lambda x: 0 * x.flatten(1)[:, :5], *batch)
+    assert result.zero_gradients == len(batch[0])

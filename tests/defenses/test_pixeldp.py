@@ -277,6 +277,9 @@ def test_a_wrong_option_is_named(options, message):
 def test_networks_without_a_known_first_convolution_are_refused():
     with pytest.raises(SiteError, match="no convolution"):
         build_defense("pixeldp").prepare(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), (1, 2, 2))
+    squared = nn.Sequential(nn.ReLU6(), nn.Threshold(0.5, 0.0), nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 2))
+    with pytest.raises(SiteError, match="more than a scale and a shift"):
+        build_defense("pixeldp").prepare(squared, (1, 8, 8))
     mirrored = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(32, 2))
     with pytest.raises(SiteError, match="zero padding"):
         build_defense("pixeldp").prepare(mirrored, (1, 4, 4))

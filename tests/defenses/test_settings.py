@@ -30,8 +30,19 @@ NUMBERS = {
     "awp": (0.0, 1.0, False),
     "consistency": (0.0, math.inf, False),
     "weight_average": (0.0, 1.0, False),
+    "warmup_epochs": (0.0, math.inf, False),
+    "clip_norm": (0.0, math.inf, False),
+    "label_smoothing": (0.0, 1.0, False),
 }
-COUNTS = {"epochs": 0, "batch_size": 1, "attack_steps": 1, "attack_eot": 1, "adversarial_delay": 0, "loss_draws": 1}
+COUNTS = {
+    "epochs": 0,
+    "batch_size": 1,
+    "attack_steps": 1,
+    "attack_eot": 1,
+    "adversarial_delay": 0,
+    "loss_draws": 1,
+    "accumulate": 1,
+}
 CHOICES = {
     "schedule": ("step", "one_cycle", "cosine", "constant"),
     "objective": ("mixed", "trades"),
@@ -45,7 +56,11 @@ CHOICES = {
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_reach_from_bound_to_bound(name):
     low, high, pixels = NUMBERS[name]
-    if name not in ("weight_average", "attack_step_size"):  # whose bounds make no sense for other reasons
+    if name not in (
+        "weight_average",
+        "attack_step_size",
+        "label_smoothing",
+    ):  # whose bounds make no sense for other reasons
         OpenSettings(**{name: low}).check()
         OpenSettings(**{name: min(high, 1e9)}).check()
     number(name, low, low, high)

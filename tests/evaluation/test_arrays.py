@@ -10,7 +10,7 @@ import torch
 
 from learn2perturb.errors import ConfigError, InputError
 from learn2perturb.evaluation import arrays, values
-from learn2perturb.evaluation.arrays import black_box
+from learn2perturb.evaluation.arrays import black_box, tell_queries
 from learn2perturb.evaluation.values import Reading, no_gradient
 
 
@@ -182,3 +182,12 @@ def test_asking_for_a_gradient_leaves_buffers_as_they_were():
     model = Counting()
     assert no_gradient(model, torch.rand(3, 1, 2, 2)) == ""
     assert (model.passes.item(), model.fixed.tolist()) == (0, [1, 1])
+
+
+def test_queries_are_said_before_the_first_in_two_digits():
+    told: list[tuple[float, float, str]] = []
+    tell_queries(lambda *one: told.append(one), None, 12345.0)
+    model = black_box(lambda images: images, queries_per_second=100)
+    tell_queries(lambda *one: told.append(one), model, 12345.0)
+    assert told[0] == (0, 12345.0, "up to about 12,000 queries of the model")
+    assert told[1][2].startswith(f"{told[0][2]}, ") and told[1][2].endswith(" at 100 a second")

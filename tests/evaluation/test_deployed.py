@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -136,3 +137,15 @@ def test_a_program_is_made_of_the_network_in_eval_mode(tmp_path, monkeypatch):
     assert seen == [(False, False, (4, 1, 2, 2), False, '{"a": 2, "b": 1}')]
     assert made.path.read_bytes() == b"a program" and (made.stochastic, made.difference) == (False, 0.0)
     assert network.training and network[1].training
+
+
+@pytest.mark.parametrize(("shared", "good"), [(False, True), (True, False)])
+def test_little_noise_of_each_row_is_noise_of_each_row(shared, good):
+    def model(x):
+        return logits(x) + 0.1 * torch.randn(len(x), 3, dtype=x.dtype)
+
+    def program(x):
+        return logits(x) + 0.1 * torch.randn(1 if shared else len(x), 3, dtype=x.dtype)
+
+    with contextlib.nullcontext() if good else pytest.raises(ConfigError, match="does not draw its noise anew"):
+        compared(program, model, stochastic=True)

@@ -217,3 +217,9 @@ def test_the_variance_by_the_draws_of_passes_is_right_in_the_mean_from_one_scori
         squares, fourths = (sum(size**power for size in sizes) for power in (2, 4))
         assert part.freedom == pytest.approx(squares**2 / fourths * (1 - 1 / len(sizes)))
     assert np.mean(found) == pytest.approx(0.25 * sum(size**2 for size in sizes) / n**2)
+
+
+def test_the_error_of_a_difference_of_two_images_is_that_of_two():
+    one, other = np.array([[True, True]]), np.array([[True, False]])
+    assert paired_difference(Scores(one), Scores(other)).standard_error == pytest.approx(0.5)
+    assert paired_difference(Scores(one), 0.5).standard_error == 0

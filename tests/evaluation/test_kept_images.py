@@ -6,6 +6,7 @@ import dataclasses
 import io
 import random
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.evaluation import AttackedImages, Evaluation, ImageKeeper, Unfinished, evaluate
 from learn2perturb.evaluation.attacked import AttackedRow, beside, broken_and_held, eight_bits, rule
 from learn2perturb.evaluation.pictures import amplification, difference, png, save_sheets, sheet
+from learn2perturb.records import PackedIntegers
 from tests.foreign import write_network
 
 ATTACKS = {"one": FGSM(0.1), "more": PGD(0.1, 0.05, 2)}
@@ -402,3 +404,13 @@ def test_numbers_of_images_rise_from_zero(index, good, tmp_path):
         return
     with pytest.raises(CheckpointError, match="the numbers of its images do not rise"):
         AttackedImages.load(tmp_path / "it.npz")
+
+
+@pytest.mark.parametrize(("index", "seed", "fits"), [
+    ([0, 1, 4], 0, True), ([0, 1, 5], 0, False), ([4], 0, True), ([5], 0, False), ([], 0, True), ([0, 1, 4], 1, False),
+])  # fmt: skip
+def test_images_beyond_those_of_a_record_are_not_its_own(index, seed, fits):
+    record = SimpleNamespace(metadata={}, seed=0, labels=PackedIntegers.pack(np.zeros(5, dtype=np.int64)), rows=())
+    numbers = np.array(index, dtype=np.int64)
+    found = AttackedImages({"seed": seed}, numbers, np.zeros_like(numbers), np.zeros((len(index), 1, 2, 2)), ())
+    assert found.misfit(record) == (None if fits else "they are of another seed, or of more images")

@@ -228,3 +228,22 @@ def test_numbers_from_a_continuum_that_come_again_are_replayed_whatever_else_is_
 
     with isolated_rng():
         assert not replays.draws_afresh(model, X)
+
+
+@pytest.mark.parametrize(("draw", "passes"), [
+    (lambda: torch.rand(3), 2), (lambda: torch.rand(3, generator=torch.Generator().manual_seed(0)), 2),
+    (lambda: torch.randint(9, (3,)), 2),
+    (lambda: torch.randint(9, (3,), generator=torch.Generator().manual_seed(0)), 65),
+    (lambda: None, 1),
+])  # fmt: skip
+def test_choices_that_come_again_are_looked_at_longest(draw, passes):
+    """They may come again by chance; numbers from a continuum do not, and a generator that moves on tells enough."""
+    made = []
+
+    def model(x: Tensor) -> Tensor:
+        made.append(draw())
+        return plain(x)
+
+    with isolated_rng():
+        replays.draws_afresh(model, X)
+    assert len(made) == passes

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from learn2perturb.attacks import FGSM, PGD, Attack, FewPixel, Square
+from learn2perturb.data import ImageData
 from learn2perturb.engine import execution
 from learn2perturb.engine.ranks import Ranks
 from learn2perturb.errors import ConfigError, UnknownNameError
-from learn2perturb.evaluation import EvaluateConfig, evaluate, evaluating
+from learn2perturb.evaluation import EvaluateConfig, evaluate, evaluating, rows
 from learn2perturb.evaluation.evaluating import _pixels
 from learn2perturb.evaluation.image_keeper import Kept
 from learn2perturb.evaluation.margins import Margins
@@ -375,3 +376,19 @@ def test_the_numbers_of_a_row_are_its_attacks_settings_but_no_text_and_no_object
     assert (found["eps"], found["step_size"], found["steps"], found["random_start"]) == (0.1, 0.05, 4, False)
     assert not {"norm", "loss", "seed"} & set(found)
     assert run_of(None).numbers == {}
+
+
+@pytest.mark.parametrize(("attack", "size"), [(None, ""), (FGSM(0.1), "0.1"), (FGSM(0.25), "0.25")])
+def test_every_scoring_of_every_batch_and_size_has_a_stream_of_its_own(attack, size, monkeypatch):
+    asked = []
+    monkeypatch.setattr(rows, "seed_everything", lambda *purpose: asked.append(purpose))
+    run_of(attack).add(plain, X[:2], Y[:2], 7, lambda share: None)
+    assert asked == [(0, "score", "row", size, 7, draw) for draw in range(3)]
+
+
+@pytest.mark.parametrize(("names", "told"), [(("a", "b"), ["a", "b"]), (("a", "b", "c"), None)])
+def test_classes_are_named_where_there_are_as_many_names(names, told):
+    pixels = (255 * X).to(torch.uint8)
+    data = ImageData("mine", pixels, Y, names, False, 0, (0.5,), (0.25,))
+    assert evaluate(plain, data).metadata["classes"] == told
+    assert evaluate(plain, (X, Y)).metadata["classes"] is None

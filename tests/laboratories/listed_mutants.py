@@ -350,4 +350,10 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "what is added to all logits alike moves no probability",
     ("defenses/barre.py", "target = Mixture(members, [1 / trained] * trained)", "1 / trained", "(1) * (trained)"):
         "what is added to all logits alike moves no probability",
+    ("defenses/rpf.py",
+     'if weight is None or len(weight) < 2 or getattr(first, "transposed", False):', "False", "True"):
+        "every convolution has the attribute",
+    ("evaluation/arrays.py", "array = np.empty(0, dtype=object)", "0", "1"): "objects are refused, however many",
+    ("noise/norms.py", 'generator = torch.Generator().manual_seed(derive_seed(self.replay, "noise", self.site, 0))',
+     "0", "1"): "a replayed choice has a stream of its own, whichever",
 }  # fmt: skip

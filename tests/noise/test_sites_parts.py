@@ -35,6 +35,7 @@ class LayerNorm2d(nn.LayerNorm):
         (nn.LayerNorm((7, 8)), (5, 7, 8), False),  # over an image
         (LayerNorm2d(8), (8, 5, 5), False),
         (LayerNorm2d(8), (8, 8, 8), False),
+        (LayerNorm2d(8), (8, 7, 8), False),
         (LayerNorm2d(8), (5, 7, 8), True),
         (nn.Identity(), (5, 8), True),  # tokens
         (nn.Identity(), (3, 8, 8), False),
@@ -153,6 +154,7 @@ class Sum(nn.Module):
     (lambda net, h: h + net.two(h), ["two"], ["one"]),
     (lambda net, h: h.relu() + net.three(net.two(h)), ["three"], []),
     (lambda net, h: torch.add(net.three(net.two(h)), net.two(h)), ["three"], ["two"]),
+    (lambda net, h: net.three(net.two(h)) + net.two(h).relu_(), ["three"], ["two"]),  # in place: the layer's still
     # what no layer has met is at no depth
     (lambda net, h: net.parameter.sigmoid() + h, ["one"], []),
     (lambda net, h: net.images + net.parameter.sigmoid(), [], []),

@@ -83,8 +83,6 @@ class _Flow(TorchFunctionMode):
         depth = max((self.depth.get(id(value), 0) for value in operands), default=0)
         result = func(*args, **(kwargs or {}))
         for made in tensors_in([result]):
-            if not any(made is value for value in operands):
-                self.maker.pop(id(made), None)
             self._note(made, depth)
         return result
 
