@@ -329,5 +329,5 @@ def test_points_of_an_unbounded_search_are_returned_as_they_were_found(norm):
         def perturb(self, query, x, y):
             return points
 
-    x, points = torch.rand(2, 8, *SHAPE, generator=torch.Generator().manual_seed(0)).unbind()
+    x, points = torch.rand(2, 8, *SHAPE, generator=torch.Generator().manual_seed(0)).square().unbind()
     assert torch.equal(Known(math.inf, norm=norm)(model, x, zeros(x)), points)

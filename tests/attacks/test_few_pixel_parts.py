@@ -46,6 +46,16 @@ def test_the_first_places_are_uniform_and_colours_normal_as_in_the_paper():
     assert places.max() < 1
 
 
+def test_the_colours_are_of_mean_128_and_deviation_127(monkeypatch):
+    asked = []
+    real = torch.Tensor.normal_
+    monkeypatch.setattr(
+        torch.Tensor, "normal_", lambda own, *law: (asked.append((own.shape, *law)), real(own, *law))[1]
+    )
+    FewPixel(2, population=5)._first(3, torch.zeros(1, 3, 5, 5))
+    assert asked == [((3, 5, 2, 3), 128 / 255, 127 / 255)]
+
+
 # --- breeding
 
 

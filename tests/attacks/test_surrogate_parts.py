@@ -68,6 +68,7 @@ def test_a_round_of_training_has_the_updates_batches_and_rates_that_it_says(monk
         (129, [65, 64] * 25),
         (1000, [125] * 64),
         (900, [113] * 7 + [109]),
+        (384, [128] * 50),  # of the last round of three a part
     ):
         rates, seen = [], []
 

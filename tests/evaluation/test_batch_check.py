@@ -27,8 +27,9 @@ def test_a_thousandth_of_the_logits_is_rounding(shift, refused, masked):
         assert check_batches(model, x, 0) == []
 
 
+@pytest.mark.parametrize("images", [1, 6])
 @pytest.mark.parametrize("pixel", [0.0, 0.5, 1.0, None])
-def test_other_images_beside_an_image_are_images_too_and_others(pixel):
+def test_other_images_beside_an_image_are_images_too_and_others(pixel, images):
     """Of a model that is asked about nothing else, and whose answer is less the mean of its batch."""
 
     def model(x: Tensor) -> Tensor:
@@ -36,6 +37,6 @@ def test_other_images_beside_an_image_are_images_too_and_others(pixel):
         logits = x.flatten(1)
         return 10 * (logits - logits.mean(dim=0))
 
-    x = torch.rand(6, 1, 2, 2) if pixel is None else torch.full((6, 1, 2, 2), pixel)
+    x = torch.rand(images, 1, 2, 2) if pixel is None else torch.full((images, 1, 2, 2), pixel)
     with pytest.warns(UserWarning, match="depends on the other images of its batch"):
         assert len(peculiarities(model, x, 0)) == 1

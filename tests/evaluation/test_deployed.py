@@ -149,3 +149,11 @@ def test_little_noise_of_each_row_is_noise_of_each_row(shared, good):
 
     with contextlib.nullcontext() if good else pytest.raises(ConfigError, match="does not draw its noise anew"):
         compared(program, model, stochastic=True)
+
+
+def test_a_program_is_traced_for_batches_of_one_image_and_more(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.export, "Dim", lambda name, **bounds: (asked.append(bounds), name)[1])
+    monkeypatch.setattr(torch.export, "export", lambda *_, **settings: settings)
+    assert deploying._traced(torch.nn.Flatten(), X) == {"dynamic_shapes": ({0: "batch"},), "strict": False}
+    assert asked == [{"min": 1}]

@@ -356,4 +356,13 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ("evaluation/arrays.py", "array = np.empty(0, dtype=object)", "0", "1"): "objects are refused, however many",
     ("noise/norms.py", 'generator = torch.Generator().manual_seed(derive_seed(self.replay, "noise", self.site, 0))',
      "0", "1"): "a replayed choice has a stream of its own, whichever",
+    ("noise/sensitivity.py", "if not check or torch.allclose(found, expected, rtol=1e-4, atol=1e-5):", "1e-4",
+     "0.0002"):
+        "an allowance for rounding has no exact size",
+    ("noise/sensitivity.py", "if not check or torch.allclose(found, expected, rtol=1e-4, atol=1e-5):", "1e-5",
+     "2e-05"):
+        "an allowance for rounding has no exact size",
+    ("evaluation/evaluating.py",
+     "wanted = np.unique(np.concatenate([row.index for row in self.attacked] or [np.empty(0, np.int64)]))", "0", "1"):
+        "an image more is read again, which no row names",
 }  # fmt: skip
