@@ -276,3 +276,20 @@ def test_libraries_draw_from_one_of_very_many_streams(x, y):
     for _ in range(60):
         attack(Linear(SHAPE), x[:1], y[:1])
     assert len(set(seeds)) == 60
+
+
+def test_the_draws_of_a_model_that_are_not_torchs_go_on_from_pass_to_pass(x, y):
+    drawn = []
+
+    def model(images):
+        drawn.append((np.random.rand(), random.random()))
+        return Linear(SHAPE)(images)
+
+    def library(victim, images, labels):
+        drawn.clear()
+        for _ in range(3):
+            victim(images)
+        assert len({one for one, _ in drawn}) == len({other for _, other in drawn}) == 3
+        return images
+
+    from_function(library, eps=0.1)(model, x, y)

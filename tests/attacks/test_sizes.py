@@ -159,3 +159,9 @@ def test_attacks_have_the_size_of_the_run_unless_they_bring_one():
     assert asked["mine"].step_size == 0.2 and asked["sized"].eps == 0.3 and asked["own"].eps == PGD().eps
     with pytest.raises(ConfigError, match="attack 'mine'"):
         attacks_of_size({"mine": SPECS["mine"]}, SIZES.__getitem__, asked=(0.02, 0.03))
+
+
+def test_in_linf_the_step_of_a_preset_is_kept():
+    found = attacks_of_size({"pgd20": SPECS["pgd20"]}, SIZES.__getitem__, usual_steps=PRESETS)
+    assert found["pgd20"].step_size == pytest.approx(SPECS["pgd20"][1]["step_size"])
+    assert (found["pgd20"].norm, found["pgd20"].eps) == ("linf", 0.2)

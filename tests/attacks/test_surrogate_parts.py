@@ -231,3 +231,17 @@ def test_what_walks_away_is_asked_about_within_the_box():
     x = torch.tensor([0.0, 1.0]).repeat(4, 2).view(4, 1, 2, 2)
     _near(Net(4, 3), x, torch.rand(4, 3).softmax(1), BALLS["linf"], 0.3, _Draws())
     assert len(asked) == 3 and all(one.min() >= 0 and one.max() <= 1 for one in asked)
+
+
+def test_the_model_is_asked_in_eval_mode_and_without_gradients(monkeypatch):
+    asked = []
+
+    class Listening(nn.Linear):
+        def forward(self, x):
+            asked.append((self.training, torch.is_grad_enabled()))
+            return super().forward(x.flatten(1))
+
+    monkeypatch.setattr(surrogate, "_fit", lambda *_: None)
+    model = Listening(64, 3).train()
+    surrogate.distil(model, torch.rand(3, 1, 8, 8), queries=6, seed=0)
+    assert set(asked) == {(False, False)} and model.training

@@ -108,6 +108,7 @@ def test_the_first_member_of_bat_is_trained_on_attacks_on_itself():
 
 def test_bat_draws_as_its_paper_and_barre_evenly():
     assert build_defense("bat").chances(2) == [0.9, 0.1]
+    assert build_defense("bat", {"count": 4}).chances(2) == [0.9, 0.1, 0.0, 0.0]  # of those that are trained
     assert build_defense("bat", {"count": 3, "weight": 0.2}).chances(3) == pytest.approx([0.64, 0.16, 0.2])
     model = build_defense("barre", {"count": 3}).prepare(dense(), SHAPE)
     for stage in range(3):

@@ -392,3 +392,13 @@ def test_classes_are_named_where_there_are_as_many_names(names, told):
     data = ImageData("mine", pixels, Y, names, False, 0, (0.5,), (0.25,))
     assert evaluate(plain, data).metadata["classes"] == told
     assert evaluate(plain, (X, Y)).metadata["classes"] is None
+
+
+def test_rows_of_a_model_without_noise_are_attack_by_attack_and_computed_once(monkeypatch):
+    added, real = [], RowRun.add
+    monkeypatch.setattr(RowRun, "add", lambda self, *given: (added.append(self.name), real(self, *given))[1])
+    found = evaluate(plain, (X, Y), {"fgsm": FGSM(0.1)}, predictor=["single", "vote"])
+    assert [(row.attack, row.predictor) for row in found.rows] == [
+        ("clean", "single"), ("clean", "vote"), ("fgsm", "single"), ("fgsm", "vote"),
+    ]  # fmt: skip
+    assert added == ["clean", "fgsm"]

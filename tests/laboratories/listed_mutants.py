@@ -103,6 +103,10 @@ _BLACK_AND_WHITE = (
     "images = torch.cat([x, torch.rand_like(x), torch.zeros_like(x[:1]), torch.ones_like(x[:1])]).requires_grad_()"
 )
 
+_PICTURE = (
+    'Image.fromarray(image[0] if len(image) == _GREY else np.moveaxis(image, 0, 2)).save(content, "PNG", optimize=True)'
+)
+
 # (path, line of the source without its indent, before, after) -> why nobody can see the difference
 EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ("attacks/square.py", "return (x + eps * _signs(x, x.shape[1], 1, x.shape[3])).clamp_(0.0, 1.0)",
@@ -365,4 +369,9 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ("evaluation/evaluating.py",
      "wanted = np.unique(np.concatenate([row.index for row in self.attacked] or [np.empty(0, np.int64)]))", "0", "1"):
         "an image more is read again, which no row names",
+    ("defenses/objectives.py", "before = 0 if x.is_inference() else x._version", "0", "1"):
+        "in inference mode it is compared with nothing",
+    ("attacks/rays.py", "return (x + per_image(radius) * rays).clamp_(0.0, 1.0)", "per_image(radius) * rays",
+     "(per_image(radius)) / (rays)"): "1 / +-1 is +-1",
+    ("evaluation/pictures.py", _PICTURE, "True", "False"): "the same picture in a larger file",
 }  # fmt: skip
