@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from learn2perturb.certification import certify
+from learn2perturb.certification import Certification, certify
+from learn2perturb.certification.gap import RiskGap
 from learn2perturb.certification.record import ABSTAINED
 from learn2perturb.diagnosis import FULL, QUICK, Diagnosis, blackbox, diagnose, draws, truth, verdict, whitebox
 from learn2perturb.diagnosis.budget import (
@@ -21,8 +22,10 @@ from learn2perturb.diagnosis.budget import (
     with_grid,
 )
 from learn2perturb.diagnosis.checks import gradient_passes
+from learn2perturb.diagnosis.comparing import DiagnosisComparison
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.evaluation import (
+    AttackedImages,
     EvaluateConfig,
     Evaluation,
     Predictor,
@@ -49,6 +52,10 @@ from learn2perturb.evaluation.result import WORST_OF
 from learn2perturb.evaluation.robustbench import model_info
 from learn2perturb.evaluation.significance import TWO_SIGMA
 from learn2perturb.experiments.facts import PAPER_EOT
+from learn2perturb.experiments.folder import StudyFolder
+from learn2perturb.experiments.sweeping import Trials
+from learn2perturb.experiments.view import View
+from learn2perturb.runs.noise_maps import NoiseMaps
 
 ARGUMENTS: dict[Callable[..., Any], dict[str, Any]] = {
     evaluate: {
@@ -142,8 +149,16 @@ def test_numbers(name):
     assert found == expected
 
 
-def test_versions_of_the_records_change_on_purpose_only():
-    assert [kind.VERSION for kind in (Comparison, PartialEvaluation, Diagnosis)] == [2, 1, 2]
+VERSIONS = {
+    AttackedImages: 1, Certification: 1, Comparison: 2, Diagnosis: 2, DiagnosisComparison: 1, Evaluation: 2,
+    NoiseMaps: 1, PartialEvaluation: 1, RiskGap: 1, StudyFolder: 1, Trials: 1, View: 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", VERSIONS, ids=lambda kind: kind.__name__)
+def test_versions_of_the_records_change_on_purpose_only(kind):
+    assert VERSIONS[kind] == kind.VERSION
+    assert kind.FORMAT.startswith("learn2perturb.")
 
 
 # --- budgets of a diagnosis

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from learn2perturb.attacks import PGD, Attack
 from learn2perturb.evaluation.own_parts import named_parts, own_parts
 from learn2perturb.models import build_model
+from learn2perturb.plugins import PARTS
 from learn2perturb.registry import MODELS
 
 
@@ -98,3 +99,8 @@ class Pictures(TensorDataset):
 ])  # fmt: skip
 def test_what_reads_the_images(data, expected):
     assert told(data=data) == expected
+
+
+def test_where_nothing_is_of_the_users_nothing_is_said():
+    assert own_parts() == own_parts(PGD(0.1)) == own_parts(build_model("digits_cnn", 10)) == {}
+    assert set(own_parts(Inner())) == {PARTS}

@@ -284,6 +284,10 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "(base) - (scale * (first - second))"): "first and second are drawn alike",
     ("attacks/few_pixel.py", "kept = margins <= 0", "margins <= 0", "(margins) < (0)"):
         "a margin of 0 is asked about once more, and kept",
+    ("attacks/fab.py", 'pace = (weight > 0).to(x.dtype) if norm == "linf" else weight', "weight > 0",
+     "(weight) >= (0)"):
+        "a coordinate without weight adds 0 to every sum, and the result is multiplied by its sign, 0",
+    ("evaluation/inputs.py", 'seed_everything(seed, "probe", 0)', "0", "1"): "one stream of draws or another",
     ("attacks/fab.py", "room = torch.where(sign > 0, 1 - x, x).clamp_min(0.0)", "sign > 0", "(sign) >= (0)"):
         "where the sign is 0 the result is multiplied by it",
     ("attacks/auto_attack.py", "names = attack.parts(logits_of(model, x[:1]).shape[1])", "1", "2"):
