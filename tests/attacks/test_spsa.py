@@ -106,6 +106,22 @@ def test_spsa_goes_as_far_in_every_pixel_and_nes_by_the_normal_distribution(name
 
 
 @every_sampling
+@pytest.mark.parametrize("pixel", [0.0, 1.0])
+def test_only_images_are_asked_about(name, pixel):
+    asked = []
+
+    def model(images):
+        asked.append(images)
+        return two_logits(images.flatten(1).sum(dim=1) - 100)  # right, whatever is tried
+
+    x = torch.full((2, *SHAPE), pixel)
+    build_attack(name, eps=0.1, size=0.05, steps=2, directions=4, seed=0)(model, x, zeros(x))
+    assert len(asked) > 2 * 4
+    assert min(float(images.min()) for images in asked) >= 0
+    assert max(float(images.max()) for images in asked) <= 1
+
+
+@every_sampling
 def test_a_common_draw_cancels(name):
     """A noise far above the differences, the same for all classes' margin, does not disturb an estimate."""
 

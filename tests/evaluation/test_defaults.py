@@ -140,6 +140,8 @@ NUMBERS = {
     "check 10": ((truth.STEP, truth.DRAWS, truth.MEDIAN_OFF, truth.SPREAD_OFF), (0.25 / 255, 4, 0.1, 0.25)),
     "check 10: points of a neighbourhood": (truth.NEIGHBOURS, 32),
     "fewer images show nothing": (verdict.FEWEST_IMAGES, 100),
+    "images that say whether a model is random": (evaluating._PROBED, 8),
+    "share of zero gradients that is said aloud": (evaluating._ZERO_GRADIENTS, 0.05),
 }  # fmt: skip
 
 

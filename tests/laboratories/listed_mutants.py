@@ -287,6 +287,12 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ("attacks/fab.py", 'pace = (weight > 0).to(x.dtype) if norm == "linf" else weight', "weight > 0",
      "(weight) >= (0)"):
         "a coordinate without weight adds 0 to every sum, and the result is multiplied by its sign, 0",
+    ("evaluation/rows.py", "self.pace = None if self.attack is None else Pace(self.attack)",
+     "None if self.attack is None else Pace(self.attack)", "Pace(self.attack)"):
+        "clean images are attacked by nothing, whose pace nobody asks for",
+    ("attacks/foreign.py",
+     "self.place = nn.Parameter(torch.empty(0, dtype=x.dtype, device=x.device), requires_grad=False)", "0", "1"):
+        "its device and type alone are asked for",
     ("evaluation/inputs.py", 'seed_everything(seed, "probe", 0)', "0", "1"): "one stream of draws or another",
     ("attacks/fab.py", "room = torch.where(sign > 0, 1 - x, x).clamp_min(0.0)", "sign > 0", "(sign) >= (0)"):
         "where the sign is 0 the result is multiplied by it",

@@ -366,3 +366,13 @@ def test_values_that_make_no_sense_are_refused(noisy, arguments, message):
     with pytest.raises(ConfigError, match=message):
         noisy(network, **arguments)
     assert noise_modules(network) == []
+
+
+@pytest.mark.parametrize("replay", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@KINDS
+def test_draws_of_a_weight_have_its_type_fresh_or_replayed(noisy, dtype, replay):
+    model = noisy(build_model("digits_cnn", input_shape=SHAPE)).to(dtype)
+    module = noise_modules(model)[0]
+    module.replay = replay
+    assert module.draw(torch.zeros(module.shape, dtype=dtype)).dtype == dtype

@@ -19,8 +19,6 @@ def attacked(attack: Attack, model: Model, x: Images, y: Labels, fits: Halving) 
     """Run ``attack``, in parts of the batch if memory runs out; the first part draws as the whole batch would."""
 
     def part(rows: slice) -> AttackResult:
-        if rows.start == 0 and rows.stop == len(x):
-            return attack.run(model, x, y)
         own = attack if rows.start == 0 else dataclasses.replace(attack, seed=derive_seed(attack.seed or 0, rows.start))
         return own.run(model, x[rows], y[rows])
 
