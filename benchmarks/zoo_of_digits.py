@@ -61,7 +61,7 @@ def _asked(defense: str, out: Path, into: Path) -> Path:
     evaluation, diagnosis = run / "evaluation" / "test-seed0.json", run / "evaluation" / "diagnosis-test-seed0.json"
     if not evaluation.exists():
         attacks = [word for attack in ATTACKS for word in ("--attack", attack)]
-        _verb("evaluate", str(run), *attacks, "--out", str(evaluation))
+        _verb("evaluate", str(run), "--predictor=single", *attacks, "--out", str(evaluation))
     if not diagnosis.exists():
         others = {label: name for label, name in SOURCES.items() if name != defense}
         given = [word for label, name in others.items() for word in ("--source", f"{label}={_run(out, name)}")]
