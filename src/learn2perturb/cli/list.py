@@ -93,17 +93,19 @@ def _rows(kind: str, pattern: str) -> list[dict[str, Any]]:
 def _zoo_row(name: str) -> dict[str, Any]:
     """Return what a trained network is, and how much each attack and the diagnosis left of it."""
     from learn2perturb.diagnosis import Diagnosis
-    from learn2perturb.evaluation import Evaluation
+    from learn2perturb.evaluation import Evaluation, Row
 
-    numbers: dict[str, str] = {}
+    rows: dict[str, Row] = {}
+    verdicts: dict[str, str] = {}
     for path in sorted(zoo.folder(name).glob("evaluation/*.json")):
-        kind = next((kind for kind in (Evaluation, Diagnosis) if is_record(path, kind.FORMAT.rpartition(".")[2])), None)
-        record = None if kind is None else kind.load(path)
-        if isinstance(record, Evaluation):
-            numbers |= {row.label: f"{100 * row.accuracy:.1f} % of {row.n}" for row in record.rows}
-        elif isinstance(record, Diagnosis):
-            numbers["diagnosis"] = record.verdict
-    return {"name": zoo.PREFIX + name, "summary": zoo.summary(name), "options": numbers}
+        if is_record(path, "evaluation"):
+            for row in Evaluation.load(path).rows:  # of an attack in several records the one of the most images
+                if row.label not in rows or rows[row.label].n < row.n:
+                    rows[row.label] = row
+        elif is_record(path, "diagnosis"):
+            verdicts["diagnosis"] = Diagnosis.load(path).verdict
+    numbers = {label: f"{100 * row.accuracy:.1f} % of {row.n}" for label, row in rows.items()}
+    return {"name": zoo.PREFIX + name, "summary": zoo.summary(name), "options": {**verdicts, **numbers}}
 
 
 def _check_row(check: CheckSpec) -> dict[str, Any]:
