@@ -61,6 +61,16 @@ def test_a_smaller_level_is_smaller_and_says_in_what(name, level):
     assert any(note.startswith(f"Level {level} beside the paper's: ") for note in level_notes(study))
 
 
+def test_what_a_level_changes_of_a_defense_is_said_by_its_name():
+    (note,) = level_notes(read_study("figure6", "laptop"))
+    assert "defense pgd_at, learn2perturb (pgd_at, pni, adv_bnn, learn2perturb)" in note
+    assert "gamma of `learn2perturb` 0.0065 (as is usual)" in note
+    assert "of `adv_bnn`" not in note  # left out at this level, so none of its options changed
+    (note,) = level_notes(read_study("table4", "laptop"))
+    assert "restarts of `rse` as is usual (true)" in note
+    assert "gamma of `learn2perturb_r`" in "".join(level_notes(read_study("paper-scale", "laptop")))
+
+
 @pytest.mark.parametrize("name", [*TABLES, "eot"])
 def test_every_number_of_a_table_finds_its_place(name):
     """At the paper's level each published number stands beside exactly one of ours (two where no network is stated)."""
@@ -195,9 +205,10 @@ def test_what_is_said_of_a_defense_holds_wherever_it_is_trained_but_where_the_ru
         build_study("t", {**source, "defenses": {"learn2pertrub": {}}})
 
 
+@pytest.mark.parametrize("level", ["laptop", "forty"])
 @pytest.mark.parametrize("name", ["table1", "table6", "figure3", "figure4", "eot"])
-def test_the_networks_of_level_forty_are_those_of_the_study_at_paper_scale(name):
-    trained = {str(run.config) for run in read_study("paper-scale", "forty").runs}
-    wanted = read_study(name, "forty").runs
+def test_the_networks_of_a_shorter_level_are_those_of_the_study_at_paper_scale(name, level):
+    trained = {str(run.config) for run in read_study("paper-scale", level).runs}
+    wanted = read_study(name, level).runs
     assert wanted
     assert {str(run.config) for run in wanted} <= trained

@@ -14,7 +14,8 @@ from learn2perturb.experiments.view import ViewCell
 
 PAPER = "paper"
 _CONFIG = (
-    "dataset", "model", "recipe", "epochs", "limit", "batch_size", "lr", "schedule", "attack_steps", "eps", "engine",
+    "defense", "dataset", "model", "recipe", "epochs", "limit", "batch_size", "lr", "schedule", "attack_steps", "eps",
+    "engine",
 )  # fmt: skip
 _WORDS = {"limit": "training images", "model": "network"}
 _ALL = "all"
@@ -27,6 +28,7 @@ def level_notes(study: Study) -> list[str]:
         return []
     found = [
         *_differing(_configs(study), _configs(paper)),
+        *_differing(_options(study, paper), _options(paper, study)),
         *_differing({"seeds": _seeds(study)}, {"seeds": _seeds(paper)}),
         *_cells(study, paper),
     ]
@@ -46,6 +48,16 @@ def _configs(study: Study) -> dict[str, list[str]]:
     """Return the values of each setting over all runs, as shown."""
     configs = [run.config for run in study.runs if run.config is not None]
     return {key: _shown(key, [getattr(config, key) for config in configs]) for key in _CONFIG}
+
+
+def _options(study: Study, other: Study) -> dict[str, list[str]]:
+    """Return the values of each option that is set, as shown, of the defenses that the other study has too."""
+    both = {run.config.defense for run in other.runs if run.config is not None}
+    found: dict[str, list[Any]] = {}
+    for config in (run.config for run in study.runs if run.config is not None):
+        for key, value in config.options.items() if config.defense in both else ():
+            found.setdefault(f"{key} of `{config.defense}`", []).append(value)
+    return {key: _shown(key, values) for key, values in found.items()}
 
 
 def _seeds(study: Study) -> list[str]:
@@ -83,11 +95,12 @@ def _shown(key: str, values: Sequence[Any]) -> list[str]:
 
 
 def _differing(own: Mapping[str, list[str]], paper: Mapping[str, list[str]]) -> Iterator[str]:
-    for key in own:
-        theirs = paper.get(key, [])
-        if set(own[key]) != set(theirs):
-            here, there = (", ".join(filter(None, values)) or "as is usual" for values in (own[key], theirs))
-            yield f"{_WORDS.get(key, key.replace('_', ' '))} {here} ({there})"
+    for key in dict.fromkeys((*own, *paper)):
+        ours, theirs = own.get(key, []), paper.get(key, [])
+        if set(ours) != set(theirs):
+            here, there = (", ".join(filter(None, values)) or "as is usual" for values in (ours, theirs))
+            setting, of, defense = key.partition(" of ")
+            yield f"{_WORDS.get(setting, setting.replace('_', ' '))}{of}{defense} {here} ({there})"
 
 
 def paper_notes(layout: Grid, facts: Facts | None, cells: Sequence[ViewCell]) -> Iterator[str]:
