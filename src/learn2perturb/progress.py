@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import Any, NamedTuple, TextIO, cast, final
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from learn2perturb.terminal import Steady, level, say, visible
 
@@ -33,15 +34,29 @@ class _Start(NamedTuple):
     done: float
     total: float
 
-    def left(self, now: float, done: float) -> str:
-        """Say how long the rest takes if it goes on as before."""
+    def left(self, now: float, done: float, known: float | None) -> str:
+        """Say how long the rest takes: so many seconds where that is known, else if it goes on as before."""
         if done <= self.done or now <= self.at:
             return ""
         rate = (done - self.done) / (now - self.at)
-        seconds = (self.total - done) / rate
-        short = f"{max(1, round(seconds / 60))} min" if seconds > 60 else f"{seconds:.0f} s"
-        left = duration(seconds) if seconds >= 7200 else short
-        return f", {rate:.3g} a second, about {left} left"
+        seconds = (self.total - done) / rate if known is None else known
+        return f", {rate:.3g} a second, about {_rest(seconds)} left"
+
+
+def _rest(seconds: float) -> str:
+    """Return the words for what is left."""
+    if seconds >= 7200:
+        return duration(seconds)
+    return f"{max(1, round(seconds / 60))} min" if seconds > 60 else f"{seconds:.0f} s"
+
+
+@final
+class _Left(TimeRemainingColumn):
+    """The time that is left, as it was said to be, else by the speed of the last seconds."""
+
+    def render(self, task: Task) -> Text:
+        known = task.fields.get("left")
+        return super().render(task) if known is None else Text(f"about {_rest(known)} left", "progress.remaining")
 
 
 @final
@@ -56,6 +71,7 @@ class Reporter:
         self.enabled = enabled and not self.silent
         self.interval = interval / (6 if level() > 0 else 1)
         self.unit = ""  # of what is counted, with a blank before it
+        self.left: float | None = None  # seconds, where who reports knows better than by what is done so far
         self._console = Console(file=cast(TextIO, Steady(sys.stderr)))
         self._bar: Bar | None = None
         self._task: Any = None
@@ -67,7 +83,7 @@ class Reporter:
         if self.enabled and self._console.is_terminal:
             self._bar = Bar(
                 TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TimeRemainingColumn(), console=self._console, transient=True,
+                _Left(), console=self._console, transient=True,
             )  # fmt: skip
             self._bar.start()
         return self
@@ -97,14 +113,14 @@ class Reporter:
         if self._bar is not None:
             if self._task is None:
                 self._task = self._bar.add_task(label, total=total)
-            self._bar.update(self._task, completed=done, total=total, description=label)
+            self._bar.update(self._task, completed=done, total=total, description=label, left=self.left)
             return
         now = time.monotonic()
         if self._start is None or total != self._start.total or done < self._start.done:
             self._start = _Start(now, done, total)
         if now - self._spoken > self.interval:
             self._spoken = now
-            self.line(f"{label}: {done:.0f}/{total:.0f}{self.unit}{self._start.left(now, done)}")
+            self.line(f"{label}: {done:.0f}/{total:.0f}{self.unit}{self._start.left(now, done, self.left)}")
 
 
 @contextmanager

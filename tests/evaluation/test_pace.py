@@ -19,10 +19,12 @@ from learn2perturb.attacks import (
     SPSA,
     AutoAttack,
     FewPixel,
+    RayS,
     Square,
     Surrogate,
     Transfer,
 )
+from learn2perturb.attacks.listening import passes_told_to
 from learn2perturb.evaluation import evaluate, pace
 from learn2perturb.progress import Reporter
 from tests.problems import Linear
@@ -93,7 +95,7 @@ def test_the_second_batch_is_expected_to_take_what_the_first_took(monkeypatch):
     attack = Square(0.001, queries=20)  # too small to break anything, so that no image leaves
     evaluate(network(), DATA, {"square": attack}, batch_size=10, progress=lambda done, *_: reports.append(done))
     inside = [done for done in reports if done % 10]
-    assert max(done for done in inside if done < 30) < 21
+    assert max(done for done in inside if done < 30) < 22
     assert max(inside) > 39
 
 
@@ -167,6 +169,66 @@ def test_the_longest_row_is_named_where_there_are_several(seconds, said):
     pace.tell_seconds(lambda *_: None, seconds)
 
 
+def test_where_images_leave_the_longest_row_it_is_up_to_so_long():
+    seconds = {"pgd": 60.0, "aa": 180.0}
+    text = " for 2 rows, aa alone 3.0 min: a guess from one pass of the network"
+    assert pace.said_of(seconds, "rows", early=["pgd"]) == f"about 4.0 min{text}"
+    early = "; images that are broken leave early, so it may be far less"
+    assert pace.said_of(seconds, "rows", early=["aa"]) == f"up to 4.0 min{text}{early}"
+
+
+def test_each_part_of_an_attack_counts_by_what_it_asks_for():
+    attack = AutoAttack(0.1, steps=3, targets=2, queries=4)
+    assert pace.guessed_seconds(attack, 7, forward=1.0, both=10.0) == 10 * (3 + 6 + 6) + 4
+    assert pace.guessed_seconds(BPDA(attack=attack, modules="0"), 7, forward=1.0, both=10.0) == 154
+    assert pace.guessed_seconds(Surrogate(0.1, queries=600), 20, forward=1.0, both=10.0) == 30
+
+
+def test_what_is_left_is_said_as_it_is_known(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Reporter() as reporter:
+        for second in range(40):
+            now[0] = 100.0 + second
+            reporter.left = 7200.0
+            reporter(second, 200, "pgd")
+    assert capsys.readouterr().err == "pgd: 31/200, 1 a second, about 2.0 h left\n"
+
+
+@pytest.mark.parametrize(("left", "said"), [(90.0, "about 2 min left"), (12.0, "about 12 s left"), (None, "-:--:--")])
+def test_the_bar_says_it_too(left, said, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Reporter() as reporter:
+        if reporter._bar is None:
+            pytest.skip("no bar here")
+        reporter.left = left
+        reporter(1, 100, "pgd")
+        column = reporter._bar.columns[-1]
+        assert str(column.render(reporter._bar.tasks[0])) == said
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_an_evaluation_tells_what_is_left_and_which_rows_images_may_leave(stochastic, monkeypatch):
+    monkeypatch.setattr(pace, "_INTERVAL", 0.0)
+    left, early = [], []
+    reporter = Reporter(interval=0.0)
+    monkeypatch.setattr(Reporter, "__call__", lambda self, *_: left.append(self.left))
+    monkeypatch.setattr("learn2perturb.evaluation.evaluating.tell_seconds", lambda *_, early: said.append(early))
+    said = early
+    model = network()
+    if stochastic:
+        model.append(Jitter())
+    attacks = {"apgd": APGD(1e-4, 40), "pgd": PGD(1e-4, 5e-5, 40)}
+    evaluate(model, DATA, attacks, batch_size=10, draws=2, progress=reporter)
+    assert early == [[] if stochastic else ["apgd eps 0.0001, single"]]
+    assert left[-1] == 0 and all(value is not None and value >= 0 for value in left)
+
+
+class Jitter(torch.nn.Module):
+    def forward(self, x):
+        return x + 0.01 * torch.randn_like(x)
+
+
 def test_the_queries_of_a_substitute_are_those_of_a_batch():
     attack = Surrogate(0.1, queries=600, eot=3)
     assert pace.guessed_passes(attack, 20) == 90 and pace.guessed_passes(attack) == 1800
@@ -191,15 +253,115 @@ def test_the_share_done_is_of_the_passes_expected_and_never_all(monkeypatch):
     told = pacing.listener(10, shares.append)
     for seconds in (0.25, 0.25, 0.4, 0.1, 9.0):
         now[0] += seconds
-        told(10)
+        told(10, 10)
     assert shares == [0.5, 0.99, 0.99]  # at half a second, at one, at the end
     pacing.took(0.25)
     assert pacing.expected == 1.0
     pacing.took(8.0)
     told = pacing.listener(5, shares.append)
     now[0] += 1
-    told(10)
+    told(10, 5)
     assert shares[-1] == 10 / (8 * 5)
+
+
+def test_of_the_first_batch_the_images_that_have_left_are_expected_to_make_no_pass(monkeypatch):
+    """A hundred passes of ten images, of which one is left after two: 20 passes are made, and 98 are to come."""
+    now = [100.0]
+    monkeypatch.setattr(pace, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    shares: list[float] = []
+    pacing = pace.Pace(Square(0.1, queries=100))
+    told = pacing.listener(10, shares.append)
+    for rows, left in ((10, 10), (10, 1), (1, 1), (2, 0)):
+        now[0] += 1
+        told(rows, left)
+    # The second pass counts for ten: it was told of when nine had left. So does a pass that the end confirms.
+    assert shares == pytest.approx([10 / 1000, 20 / (20 + 100 - 11), 21 / (21 + 100 - 12), pace._ALMOST])
+    pacing.took(4.0)
+    told = pacing.listener(10, shares.append)
+    now[0] += 1
+    told(1, 1)
+    assert shares[-1] == 1 / 40  # of the passes that the batch before has made
+
+
+def test_the_share_done_never_falls(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(pace, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    shares: list[float] = []
+    told = pace.Pace(PGD(0.1, 0.05, 10)).listener(10, shares.append)
+    for left in (1, 10):
+        now[0] += 1
+        told(10, left)
+    assert shares[0] == shares[1]
+
+
+STEPS = PGD(0.1, 0.05, 40)
+LEAVING = {
+    "apgd": APGD(0.1, 40), "apgd all": APGD(0.1, 40, early_stop=False), "apgd eot": APGD(0.1, 20, eot=2),
+    "fab": FAB(0.1, steps=5, early_stop=True), "fab all": FAB(0.1, steps=5),
+    "fab eot": FAB(0.1, steps=5, early_stop=True, eot=2), "square": Square(0.1, queries=40),
+    "square eot": Square(0.1, queries=40, eot=2), "rays": RayS(0.1, queries=40),
+    "rays eot": RayS(0.1, queries=40, eot=2),
+    "spsa": SPSA(0.1, steps=5, directions=8), "pgd": STEPS, "few_pixel": FewPixel(1, population=8, generations=8),
+    "cw": CW(steps=20, search_steps=2), "autoattack": AutoAttack(0.1, steps=9, targets=2, queries=9),
+    "autoattack eot": AutoAttack(0.1, steps=9, targets=2, queries=9, eot=2),
+    "bpda": BPDA(attack=APGD(0.1, 40), modules="0"), "bpda all": BPDA(attack=STEPS, modules="0"),
+    "transfer": Transfer(attack=APGD(0.1, 40), source=network()),
+    "transfer all": Transfer(attack=STEPS, source=network()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEAVING)
+def test_an_attack_drops_images_that_are_broken_if_it_says_so(name):
+    """Images that are wrong as they are cost a few passes (is the model random, is the image wrong), or all."""
+    attack, model, x = LEAVING[name], network(), DATA.images.float() / 255
+    with torch.no_grad():
+        wrong = (model(x).argmax(dim=1) + 1) % 10
+    passes = attack.run(torch.nn.Sequential(torch.nn.Identity(), model), x, wrong).forward_passes
+    assert attack.drops == (passes < 12)
+    assert attack.drops or passes >= 40
+
+
+DROPPING = [name for name, attack in LEAVING.items() if attack.drops and name not in ("cw", "transfer")]
+
+
+@pytest.mark.parametrize("name", DROPPING)
+@pytest.mark.parametrize("pixel", [0.6, 0.5])
+def test_who_listens_hears_how_many_images_are_still_attacked(name, pixel):
+    """Half of the images are wrong as they are, or nearly so, and half so right that nothing fools them."""
+    x = torch.full((20, 1, 8, 8), 0.1)
+    x[::2] = pixel
+    model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].bias.zero_()[0] = 64 * 0.5005
+        model[2].weight[1] = 1.0  # the sum of the pixels, which for these labels is to be larger than that
+    heard: list[int] = []
+    with passes_told_to(lambda rows, left: heard.append(left)):
+        found = LEAVING[name].run(model, x, torch.zeros(20, dtype=torch.int64))
+    assert found.success.sum() == 10
+    assert heard == sorted(heard, reverse=True)
+    assert (heard[0], heard[-1]) == (20, 10)
+
+
+def test_the_rest_follows_what_each_row_has_taken(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(pace, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    rest = pace.Rest(10, {"clean": 1.0, "aa": 50.0, "pgd": 2.0})
+    rest.begin()
+    assert rest.seconds("clean", 0) == 530.0  # nothing is known but the guess
+    now[0] += 20
+    assert rest.seconds("clean", 5) == 5 * 4.0 + 500 + 20  # four seconds each
+    rest.end("clean")
+    now[0] += 1000  # between two batches
+    rest.begin()
+    now[0] += 10
+    assert rest.seconds("clean", 10) == 500 + 20
+    rest.end("clean")
+    rest.begin()
+    now[0] += 3
+    assert rest.seconds("aa", 6) == pytest.approx(4 * 0.5 + 20)
+    rest.leave_out(["pgd"])
+    assert rest.seconds("aa", 6) == pytest.approx(4 * 0.5)
 
 
 @pytest.mark.parametrize("seconds", [59.9, 60.0])

@@ -60,9 +60,14 @@ class APGD(Attack):
                 f"targets={self.targets} tries wrong classes in turn, targeted=True asks for one; leave one of them out"
             )
 
+    @property
+    def drops(self) -> bool:
+        """Whether images of a deterministic model leave once they are broken: not of a mean over draws."""
+        return self.early_stop and self.eot == 1
+
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return the best point of all runs; a run costs ``steps * eot`` gradients, ``eot`` draws to judge its end."""
-        drop = self.early_stop and self.eot == 1 and query.deterministic(x)
+        drop = self.drops and query.deterministic(x)
 
         def run(target: Tensor | None, left: Tensor) -> tuple[Tensor, Tensor]:
             return self._ascend(query, x[left], y[left], None if target is None else target[left], drop)
@@ -90,6 +95,7 @@ class APGD(Attack):
                     found[now.index[gone]] = now.point[gone]
                     broken[now.index[gone]] = True
                     now = now.without(gone)
+                    query.left = len(now.y)
                     if not len(now.y):
                         return found, broken
             if step == checkpoint:

@@ -77,6 +77,11 @@ class AutoAttack(Attack):
             "square": Square(self.eps, queries=self.queries, rescale=False, **shared),
         }
 
+    @property
+    def drops(self) -> bool:
+        """Whether images of a deterministic model leave once they are broken."""
+        return True
+
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return the worst of the parts' points."""
         drop = query.deterministic(x)

@@ -159,6 +159,11 @@ class Attack(ABC):
         """Whether a common eps may replace this one: not a number of pixels, nor where the norm is looked for."""
         return self.norm in BALLS and self.eps < math.inf
 
+    @property
+    def drops(self) -> bool:
+        """Whether images of a deterministic model may leave before the end, which saves their passes."""
+        return False
+
     def resized(self, eps: float) -> Self:
         """Return the same attack with another radius; a step that would exceed it shrinks in proportion."""
         return replace(self, eps=eps)
@@ -255,11 +260,15 @@ class Query:
 
     Losses and margins come back in the direction of the attack's aim: larger is nearer to it, targeted or not, and a
     margin is positive where the attack has its way.
+
+    Attributes:
+        left: how many images are still attacked, kept by the attacks that let some leave: for whoever listens.
     """
 
     def __init__(self, model: Model, attack: Attack, y: Tensor, *, strict: bool) -> None:
         self.forwards = 0
         self.backwards = 0
+        self.left = len(y)
         self.watch = Watch()
         self._listener = listener()
         self.model = model
@@ -284,7 +293,7 @@ class Query:
             self._num_classes = logits.shape[1]
         self.forwards += len(x)
         if self._listener is not None:
-            self._listener(len(x))
+            self._listener(len(x), self.left)
         self.watch.logits(logits)
         return plain_logits(logits)
 
@@ -389,11 +398,13 @@ class Query:
         """
         part = Query(self.model if model is None else model, attack, self._labels, strict=self._strict)
         part._checked, part._deterministic, part.watch = self._checked, self._deterministic, self.watch
+        part.left = self.left
         try:
             yield part
         finally:
             self.forwards += part.forwards
             self.backwards += part.backwards
+            self.left = part.left
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

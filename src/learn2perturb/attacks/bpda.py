@@ -90,6 +90,11 @@ class BPDA(Attack):
             object.__setattr__(self, name, value)  # the spec is frozen once it is made
         super().__post_init__()
 
+    @property
+    def drops(self) -> bool:
+        """Whether images leave the attack that is made."""
+        return self.attack is not None and self.attack.drops
+
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return what the attack finds; it costs what the attack costs."""
         assert self.attack is not None

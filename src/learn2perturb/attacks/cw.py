@@ -91,6 +91,11 @@ class CW(Attack):
         if self.keep not in KEPT:
             raise ConfigError(f"keep must be one of {', '.join(map(repr, KEPT))}, got {self.keep!r}")
 
+    @property
+    def drops(self) -> bool:
+        """Whether images of a deterministic model leave a search step once their objective falls no more."""
+        return self.abort_early
+
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return the nearest points found, ``x`` where none is.
 

@@ -61,9 +61,14 @@ class FAB(Attack):
         if self.early_stop and self.eps == math.inf:
             raise ConfigError("early_stop=True needs a finite eps, within which an image counts as broken; got eps=inf")
 
+    @property
+    def drops(self) -> bool:
+        """Whether images of a deterministic model leave once they are broken: not of a mean over draws."""
+        return self.early_stop and self.eot == 1
+
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return the nearest points found, ``x`` where none is; a step costs 2 forward, 1 backward ``eot``."""
-        drop = self.early_stop and self.eot == 1 and query.deterministic(x)
+        drop = self.drops and query.deterministic(x)
         best = x.clone()
         # An image that is wrong as it is needs no perturbation.
         norms = torch.where(query.value(x, y).margin > 0, 0.0, torch.inf).to(x.dtype)
@@ -71,6 +76,7 @@ class FAB(Attack):
         for target in targets:
             for restart in range(self.restarts):
                 left = (norms > self.eps).nonzero().squeeze(1) if drop else torch.arange(len(x), device=x.device)
+                query.left = len(left)
                 if not len(left):
                     return best
                 aim = None if target is None else target[left]

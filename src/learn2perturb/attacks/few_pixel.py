@@ -108,6 +108,11 @@ class FewPixel(Attack):
         """The number of pixels that may change."""
         return int(self.eps)
 
+    @property
+    def drops(self) -> bool:
+        """Whether images of a deterministic model leave once they are broken."""
+        return True
+
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return the images with the best candidates painted in.
 
@@ -124,6 +129,7 @@ class FewPixel(Attack):
             start = torch.arange(len(x), device=x.device)
             if fixed:
                 start = start[query.score(x, y, 1) <= 0]
+                query.left = len(start)
             if len(start):
                 self._evolve(_Search(self, query, x, y, fixed), start, found)
         return found
@@ -135,6 +141,7 @@ class FewPixel(Attack):
         for _ in range(self.generations):
             if search.fixed:
                 swarm = swarm.of(search.unbroken(newest, found))
+                search.query.left = len(swarm.image)
                 if not len(swarm.image):
                     return
             newest = search.scored(swarm.image, self._trials(swarm))

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-Listener = Callable[[int], object]
+Listener = Callable[[int, int], object]
 
 _LISTENER: ContextVar[Listener | None] = ContextVar("learn2perturb_attack_listener", default=None)
 
 
 @contextmanager
 def passes_told_to(listener: Listener) -> Iterator[None]:
-    """Call ``listener`` with the count of images of every forward pass of attacks in the body.
+    """Call ``listener`` with the images of every forward pass of attacks in the body, and those still attacked.
 
     A pass is told of when it has been given to the device, which is not waited for.
     """

@@ -41,9 +41,14 @@ class RayS(Attack):
         super().__post_init__()
         check_count("queries", self.queries)
 
+    @property
+    def drops(self) -> bool:
+        """Whether images of a deterministic model leave once they are broken: not of a mean over draws."""
+        return self.eot == 1
+
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return the point of the best ray at ``eps``; costs up to ``queries * eot`` forward passes, no backward."""
-        drop = self.eot == 1 and query.deterministic(x)
+        drop = self.drops and query.deterministic(x)
 
         def run(left: Tensor) -> tuple[Tensor, Tensor]:
             return self._search(query, x[left], y[left], drop)
@@ -79,6 +84,7 @@ class RayS(Attack):
                     found[index[gone]] = _at(x, rays, high)[gone]
                     broken[index[gone]] = True
                     index, x, y, rays, low, high = (part[~gone] for part in (index, x, y, rays, low, high))
+                    query.left = len(y)
                     if not len(y):
                         break
         found[index] = _at(x, rays, high.clamp(max=self.eps))

@@ -21,6 +21,7 @@ def best_of(query: Query, x: Tensor, y: Tensor, runs: Sequence[Run], *, drop: bo
     best, left = x.clone(), torch.arange(len(x), device=x.device)
     if drop:
         left = left[~query.broken(x, y, query.score(x, y, 1))]
+        query.left = len(left)
     shares, margins = (torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device) for _ in range(2))
     for run in runs:
         if not len(left):
@@ -36,6 +37,7 @@ def best_of(query: Query, x: Tensor, y: Tensor, runs: Sequence[Run], *, drop: bo
         shares[left], margins[left] = torch.where(better, share, before), torch.where(better, margin, margins[left])
         if drop:  # else the device would be waited for
             left = left[~broken]
+            query.left = len(left)
     return best
 
 

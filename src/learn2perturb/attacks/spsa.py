@@ -74,6 +74,11 @@ class SPSA(Attack):
         check_size("eps", eps, norm=self.norm, zero=True)
         return replace(self, eps=eps, step_size=fitting_step(self.step_size, self.eps, eps))
 
+    @property
+    def drops(self) -> bool:
+        """Whether images of a deterministic model leave once they are broken."""
+        return True
+
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return what fools a deterministic model, else the last iterates.
 
@@ -88,6 +93,7 @@ class SPSA(Attack):
                     gone = query.broken(x_adv, y, query.score(x_adv, y, 1))
                     found[index[gone]] = x_adv[gone]
                     index, x, y, x_adv, mean = (part[~gone] for part in (index, x, y, x_adv, mean))
+                    query.left = len(y)
                     if step == self.steps or not len(index):
                         break
                 mean = torch.lerp(self._estimate(query, x_adv, y, packed=fixed), mean, self.momentum)

@@ -56,9 +56,14 @@ class Square(Attack):
         if isinstance(self.p_init, bool) or not isinstance(self.p_init, int | float) or not 0 < self.p_init <= 1:
             raise ConfigError(f"p_init must be a share of the pixels in (0, 1], got {self.p_init!r}; 0.8 is usual")
 
+    @property
+    def drops(self) -> bool:
+        """Whether images of a deterministic model leave once they are broken: not of a mean over draws."""
+        return self.eot == 1
+
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return the best point of all runs; costs about ``restarts * queries * eot`` forward passes, no backward."""
-        drop = self.eot == 1 and query.deterministic(x)
+        drop = self.drops and query.deterministic(x)
 
         def run(left: Tensor) -> tuple[Tensor, Tensor]:
             return self._search(query, x[left], y[left], drop)
@@ -84,6 +89,7 @@ class Square(Attack):
                     found[index[gone]] = trial[gone]
                     broken[index[gone]] = True
                     index, x, y, best, best_loss = (part[~gone] for part in (index, x, y, best, best_loss))
+                    query.left = len(y)
                     if not len(y):
                         break
             elif number % _RESCORE_EVERY == _RESCORE_EVERY - 1:

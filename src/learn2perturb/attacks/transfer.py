@@ -61,6 +61,11 @@ class Transfer(Attack):
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the spec is frozen once it is made
 
+    @property
+    def drops(self) -> bool:
+        """Whether images leave the attack that crafts them."""
+        return self.attack is not None and self.attack.drops
+
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return what the attack finds on the source; costs no pass of the attacked model."""
         assert self.attack is not None

@@ -29,7 +29,7 @@ from learn2perturb.evaluation.config import EvaluateConfig
 from learn2perturb.evaluation.image_keeper import ImageKeeper, arrays_of
 from learn2perturb.evaluation.inputs import peculiarities
 from learn2perturb.evaluation.keeping import Unfinished, taken
-from learn2perturb.evaluation.pace import guessed_passes, tell_seconds
+from learn2perturb.evaluation.pace import Rest, guessed_passes, tell_seconds
 from learn2perturb.evaluation.passes import (
     PROBABILITIES,
     Model,
@@ -43,7 +43,7 @@ from learn2perturb.evaluation.rows import CONFIDENCE, RowRun
 from learn2perturb.evaluation.target import Target
 from learn2perturb.noise import is_stochastic, noise_disabled, noise_modules
 from learn2perturb.plugins import codes_of
-from learn2perturb.progress import Progress
+from learn2perturb.progress import Progress, Reporter
 from learn2perturb.records import PackedIntegers
 
 _ZERO_GRADIENTS = 0.05  # of the images, from which on it is said aloud that their gradients are zero
@@ -159,6 +159,7 @@ class _Work:
         self.attacked: list[AttackedRow] = []  # of the finished rows of attacks
         self.clean: dict[int, Pixels] = {}  # number of a kept image -> itself, of what cannot be read again
         self.expected = source.num_examples  # of a limit as many
+        self.rest: Rest | None = None
 
     @property
     def truth(self) -> NDArray[np.int64]:
@@ -182,8 +183,9 @@ class _Work:
             check_labels(y, self.num_classes)
             self.target.seen.add(x, y)
             for number, run in enumerate(() if self.by_row else self.runs):
-                done = sum(self.sizes) * len(self.runs) + number * len(x)
-                self._add(run, x, y, index, done, self.expected * len(self.runs))
+                start = sum(self.sizes)
+                done = start * len(self.runs) + number * len(x)
+                self._add(run, x, y, index, start, done, self.expected * len(self.runs))
             places = {number: None for run in self.runs for number in run.kept_of(index)}
             self.clean |= {sum(self.sizes) + number: arrays_of(x[number]) for number in places}
             self.labels.append(y.cpu().numpy())
@@ -198,26 +200,43 @@ class _Work:
         self.model = _contained(model, x, seed)
         self.findings = peculiarities(model, x, seed)
         self.runs = _planned(self.model, x, self.table, self.config, self.mode)
-        if isinstance(model, BlackBox):
-            tell_queries(self.told, model, self.expected * sum(run.queries(len(x)) for run in self.runs))
-        else:
-            tell_seconds(
-                self.told, {run.label: self.expected * run.seconds_each(len(x), one_pass) for run in self.runs}
-            )
         for run in self.runs:
             run.compile_if_long(self.expected * math.prod(x.shape[2:]), rows=len(x))
         self.by_row = isinstance(self.source, MemorySource) and self.model is model and not self.findings
         # Alone too: the generator of a model that has one is then where it is in each of several processes.
         # Asked of a whole batch: a program may be made for one number of images.
+        start = time.perf_counter()
         self.ranks = current() if isinstance(model, BlackBox) or seeds_decide(model, x, seed) else ALONE
+        if isinstance(model, BlackBox):
+            tell_queries(self.told, model, self.expected * sum(run.queries(len(x)) for run in self.runs))
+            return
+        # The first pass of a process is slower than any other; those two were over the same batch.
+        one_pass = min(one_pass, (time.perf_counter() - start) / 2 / len(x))
+        self._expect({run: run.seconds_each(len(x), one_pass) for run in self.runs})
 
-    def _add(self, run: RowRun, x: Tensor, y: Tensor, index: int, before: int, total: int) -> None:
-        """Attack and score one batch of one row, of whose images so many were done before."""
+    def _expect(self, each: Mapping[RowRun, float]) -> None:
+        """Say how long the rows take, from the seconds of an image of each, and count down from there."""
+        self.rest = Rest(self.expected, each)
+        early = [run.label for run in each if run.drops]
+        tell_seconds(self.told, {run.label: self.expected * one for run, one in each.items()}, early=early)
+
+    def _add(self, run: RowRun, x: Tensor, y: Tensor, index: int, start: int, before: int, total: int) -> None:
+        """Attack and score one batch of one row: after ``start`` images of it, and ``before`` of ``total`` in all."""
         choose = None
         if self.images is not None and run.attack is not None:
             choose = self.images.choice(y, self._clean_votes(run, index))
-        run.add(self.model, x, y, index, lambda share: self.told(before + share * len(x), total, run.label), choose)
-        self.told(before + len(x), total, run.label)
+
+        def tell(share: float) -> None:
+            if self.rest is not None and isinstance(self.told, Reporter):
+                self.told.left = self.rest.seconds(run, start + share * len(x))
+            self.told(before + share * len(x), total, run.label)
+
+        if self.rest is not None:
+            self.rest.begin()
+        run.add(self.model, x, y, index, tell, choose)
+        tell(1.0)
+        if self.rest is not None:
+            self.rest.end(run)
 
     def _clean_run(self, run: RowRun) -> int | None:
         """Return the number of the run of the clean images that ``run`` attacks; None where they are not scored."""
@@ -250,12 +269,14 @@ class _Work:
         if keep is not None:
             self._go_on(keep)
         size = len(self.truth)
+        if self.rest is not None:
+            self.rest.leave_out(self.runs[: len(self.finished)])
         for number, run in enumerate(self.runs[len(self.finished) :], start=len(self.finished)):
-            done = number * size
+            start = 0
             for index, (x, y) in enumerate(self.target.batches(self.source, self.config.limit)):
                 if index % ranks.world == ranks.rank:  # the draws of a batch follow from its number
-                    self._add(run, x, y, index, done, len(self.runs) * size)
-                done += len(x)
+                    self._add(run, x, y, index, start, number * size + start, len(self.runs) * size)
+                start += len(x)
             run.meet(ranks)
             self._finish(run)
             if keep is not None:

@@ -1,11 +1,11 @@
-"""How far an attack is in its batch, from the passes that it has made and those that it is expected to make."""
+"""How far an attack is and how long the rest takes: guessed first, then from the passes and seconds that it took."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, final
 
 from learn2perturb.attacks import BPDA, SPSA, Attack, Surrogate, Transfer
 from learn2perturb.progress import Progress, Reporter, duration
@@ -23,35 +23,101 @@ class Pace:
 
     def __init__(self, attack: Attack) -> None:
         self._attack, self.expected = attack, 0.0
-        self._spoken = time.monotonic()
+        self._spoken, self._seen = time.monotonic(), False
 
-    def listener(self, images: int, tell: Callable[[float], object]) -> Callable[[int], None]:
-        """Return what counts the passes of a batch of so many ``images`` and calls ``tell`` with the share done."""
-        done = 0
+    def listener(self, images: int, tell: Callable[[float], object]) -> Callable[[int, int], None]:
+        """Return what counts the passes of a batch of so many ``images`` and calls ``tell`` with the share done.
+
+        In the first batch those that are still attacked are expected to stay until the end, and no others.
+        """
+        done, passes, share = 0, 0.0, 0.0
         self.expected = self.expected or guessed_passes(self._attack, images)
 
-        def told(rows: int) -> None:
-            nonlocal done
+        def told(rows: int, left: int) -> None:
+            nonlocal done, passes, share
             done += rows
+            passes += rows / max(left, 1)  # of an image that has not left
             now = time.monotonic()
             if now - self._spoken >= _INTERVAL:
                 self._spoken = now
-                tell(min(done / (self.expected * images), _ALMOST))
+                rest = self.expected * images - done if self._seen else (self.expected - passes) * left
+                share = min(max(share, done / (done + max(rest, 0.0))), _ALMOST)
+                tell(share)
 
         return told
 
     def took(self, passes: float) -> None:
         """Take the passes of an image in the batch that has ended as those of the next."""
-        self.expected = max(passes, 1.0)
+        self.expected, self._seen = max(passes, 1.0), True
+
+
+@final
+class Rest:
+    """How long the rest of several rows takes: as each was seen to go on, before it begins by a guess.
+
+    Args:
+        images: of each row.
+        guesses: row -> seconds of one of its images.
+    """
+
+    def __init__(self, images: int, guesses: Mapping[Any, float]) -> None:
+        self._images, self._each = images, dict(guesses)
+        self._spent, self._done = dict.fromkeys(guesses, 0.0), dict.fromkeys(guesses, 0.0)
+        self._since = 0.0
+
+    def begin(self) -> None:
+        """Take the time at which a batch is begun."""
+        self._since = time.monotonic()
+
+    def end(self, row: object) -> None:
+        """Add the time that this batch of ``row`` has taken."""
+        self._spent[row] += time.monotonic() - self._since
+
+    def leave_out(self, rows: Iterable[object]) -> None:
+        """Expect nothing of rows that were finished before."""
+        self._done |= dict.fromkeys(rows, self._images)
+
+    def seconds(self, row: object, done: float) -> float:
+        """Return how many are left, of all rows, when ``done`` images of ``row`` are done."""
+        spent = self._spent[row] + time.monotonic() - self._since
+        if done and spent:
+            self._each[row] = spent / done
+        self._done[row] = done
+        return sum((self._images - self._done[one]) * each for one, each in self._each.items())
 
 
 def guessed_passes(attack: Attack, images: int = 1) -> float:
-    """Return about how many forward passes ``attack`` makes of each image, in batches of so many ``images``."""
+    """Return about how many forward passes ``attack`` makes of each image, in batches of so many ``images``.
+
+    Of a deterministic model it may be far fewer: images leave an attack that ``drops`` them.
+    """
+    return sum(_passes(part, images) for part in _made_of(attack))
+
+
+def guessed_seconds(attack: Attack, images: int, *, forward: float, both: float) -> float:
+    """Return about how long ``attack`` takes for each image, by the same guess.
+
+    Args:
+        attack: what is run.
+        images: in a batch.
+        forward: seconds of a forward pass of an image.
+        both: of a forward and backward pass.
+    """
+    parts = _made_of(attack)
+    return sum(_passes(part, images) * (both if part.needs_gradient else forward) for part in parts)
+
+
+def _made_of(attack: Attack) -> list[Attack]:
+    """Return the attacks by which ``attack`` makes its passes: its parts, that which it wraps, or itself."""
     parts = getattr(attack, "parts", None)
     if callable(parts):
-        return sum(guessed_passes(part, images) for part in parts(10).values())
+        return [inner for part in parts(10).values() for inner in _made_of(part)]
     if isinstance(attack, BPDA | Transfer) and attack.attack is not None:
-        return guessed_passes(attack.attack, images)
+        return _made_of(attack.attack)
+    return [attack]
+
+
+def _passes(attack: Attack, images: int) -> float:
     if isinstance(attack, Surrogate):  # its queries are those of a whole batch
         return attack.queries * attack.eot / images
     sides = 2 if isinstance(attack, SPSA) else 1  # of every difference
@@ -59,15 +125,24 @@ def guessed_passes(attack: Attack, images: int = 1) -> float:
     return float(sides * math.prod(factor for factor in factors if isinstance(factor, int) and factor > 0))
 
 
-def tell_seconds(told: Progress, seconds: Mapping[str, float], what: str = "rows") -> None:
+def tell_seconds(
+    told: Progress, seconds: Mapping[str, float], what: str = "rows", *, early: Sequence[str] = ()
+) -> None:
     """Say about how long rows take, from one pass that was timed, where that is more than a minute."""
     if sum(seconds.values()) >= _LONG and isinstance(told, Reporter):
-        told.line(said_of(seconds, what))
+        told.line(said_of(seconds, what, early=early))
 
 
-def said_of(seconds: Mapping[str, float], what: str) -> str:
-    """Return the words for about how long rows, or ``what`` else, take."""
+def said_of(seconds: Mapping[str, float], what: str, *, early: Sequence[str] = ()) -> str:
+    """Return the words for about how long rows, or ``what`` else, take; at most, where images may leave some early.
+
+    ``early``: the rows that images may leave, by their names.
+    """
     longest = max(seconds, key=lambda label: seconds[label])
     most = "" if len(seconds) == 1 else f", {longest} alone {duration(seconds[longest])}"
     total = duration(sum(seconds.values()))
-    return f"about {total} for {len(seconds)} {what}{most}: a guess from one pass of the network"
+    # Which images leave, and when, shows in the first batch and no sooner.
+    bound, why = "about", ""
+    if longest in early:
+        bound, why = "up to", "; images that are broken leave early, so it may be far less"
+    return f"{bound} {total} for {len(seconds)} {what}{most}: a guess from one pass of the network{why}"

@@ -24,7 +24,7 @@ from learn2perturb.engine.ranks import Ranks
 from learn2perturb.evaluation.image_keeper import Choice, Kept
 from learn2perturb.evaluation.intervals import majority
 from learn2perturb.evaluation.margins import Margins
-from learn2perturb.evaluation.pace import Pace, guessed_passes
+from learn2perturb.evaluation.pace import Pace, guessed_passes, guessed_seconds
 from learn2perturb.evaluation.parts import attacked
 from learn2perturb.evaluation.passes import Model, checked_logits
 from learn2perturb.evaluation.predictors import AVERAGE, probability_margins, scores, winners
@@ -128,11 +128,16 @@ class RowRun:
 
     def seconds_each(self, images: int, one_pass: float) -> float:
         """Return about how long an image of the row takes, where a pass of an image takes ``one_pass`` seconds."""
+        scored = self.draws * self.members * one_pass
         if self.attack is None:
-            return self.queries(images) * one_pass
+            return scored
         # Forward and back: about three forward passes.
-        attacked = guessed_passes(self.attack, images) * (3 if self.attack.needs_gradient else 1)
-        return (self.draws * self.members + attacked) * one_pass
+        return scored + guessed_seconds(self.attack, images, forward=one_pass, both=3 * one_pass)
+
+    @property
+    def drops(self) -> bool:
+        """Whether images may leave its attack before the end."""
+        return self.attack is not None and self.attack.drops and not self.stochastic
 
     @property
     def label(self) -> str:

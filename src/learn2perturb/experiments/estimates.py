@@ -19,7 +19,7 @@ from learn2perturb.data import ImageData, load_data
 from learn2perturb.defenses.settings import Settings
 from learn2perturb.engine.devices import choose_device
 from learn2perturb.engine.random import isolated_rng
-from learn2perturb.evaluation.pace import guessed_passes
+from learn2perturb.evaluation.pace import guessed_seconds
 from learn2perturb.experiments.ledger import Ledger
 from learn2perturb.experiments.spec import Pair, RunPlan
 from learn2perturb.experiments.tasks import attack_of, effective
@@ -85,11 +85,10 @@ class Estimates:
         if pair.cell.kind == "diagnosis":
             return min(images, 200) * _DIAGNOSIS_PASSES * pace.both
         attack = attack_of(pair, header)
-        passes = guessed_passes(attack) if attack is not None else 0.0
+        attacked = 0.0 if attack is None else guessed_seconds(attack, 1, forward=pace.forward, both=pace.both)
         scorings = scoring.draws * (scoring.members or 1)
-        each = pace.both if attack is not None and attack.needs_gradient else pace.forward
         rows = 1 + scoring.noise_off
-        return images * rows * (passes * each + scorings * pace.forward)
+        return images * rows * (attacked + scorings * pace.forward)
 
     def pace(self, config: TrainConfig) -> Pace:
         """Return the measured pace of a kind of network and training."""
