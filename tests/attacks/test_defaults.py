@@ -116,7 +116,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
     },
     "few_pixel": {
         "STRATEGIES": ("best1bin", "rand1"), "_POINTS": {"cpu": 65_536}, "_POINTS_ELSEWHERE": 8_388_608,
-        "_ELITE": 0.1, "_FINAL_DRAWS": 20,
+        "_ELITE": 0.1, "_FINAL_DRAWS": 20, "_IN_WINDOWS": 8, "_COMPARED": 8,
     },
     "probing": {"_PROBES": 8, "_PROBED_IMAGES": 16, "_PROBES_OF_A_DRAWING_MODEL": 64},
     "rays": {"_OUTSIDE": 1.05},

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from learn2perturb.attacks import FewPixel
 from learn2perturb.attacks.few_pixel import STRATEGIES, _others
 from learn2perturb.engine import execution
+from learn2perturb.engine.windows import Windowed
 from learn2perturb.errors import ConfigError, InputError
 from tests.problems import two_logits
 
@@ -148,3 +151,58 @@ def test_more_pixels_than_the_image_has_are_refused():
     x, y = batch()
     with pytest.raises(InputError, match="eps=37 pixels are more than the 36 of an image; lower eps"):
         FewPixel(37)(planted, x, y)
+
+
+class Planted(nn.Module):
+    """A convolution, then a class of the planted pixel's neighbourhood."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3, padding=1)
+        self.seen: list[tuple[type, int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append((type(x), len(x)))
+        return two_logits(self.layer(x).sigmoid()[:, :, 4, 1].sum(dim=1) - 10)
+
+
+IN_WINDOWS = dataclasses.replace(execution.PLAIN, windows=True)
+
+
+def crafted(mode: execution.ExecutionMode, attack: FewPixel, network: nn.Module) -> Tensor:
+    x = torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(0))
+    with execution.running(mode):
+        return attack(network, x, torch.zeros(6, dtype=torch.int64))
+
+
+def test_windows_find_what_whole_images_do():
+    network, attack = Planted(), FewPixel(population=20, generations=10, seed=0)
+    whole = crafted(execution.PLAIN, attack, network)
+    assert not any(kind is Windowed for kind, _ in network.seen)
+    passes, network.seen = network.seen, []
+    torch.testing.assert_close(crafted(IN_WINDOWS, attack, network), whole)
+    kinds = [kind for kind, _ in network.seen]
+    # Two passes more, which compare the two.
+    assert [count for _, count in network.seen if count != 8] == [count for _, count in passes]
+    assert kinds.count(Windowed) == 1 + attack.generations + 1
+
+
+def test_passes_of_windows_hold_more_candidates():
+    network = Planted()
+    crafted(IN_WINDOWS, FewPixel(population=2000, generations=1), network)
+    whole, inside = (max(count for kind, count in network.seen if (kind is Windowed) == flag) for flag in (False, True))
+    assert (whole, inside) == (8, 12_000)
+    network = Planted()
+    crafted(IN_WINDOWS, FewPixel(population=2000, generations=1, chunk=500), network)
+    assert max(count for _, count in network.seen) == 500
+
+
+@pytest.mark.parametrize("reason", ["several pixels", "noise", "another answer"])
+def test_whole_images_are_painted_where_windows_do_not_serve(reason):
+    network = Planted()
+    if reason == "noise":
+        network.layer.register_forward_hook(lambda module, args, output: output + torch.randn(len(output), 1, 1, 1))
+    if reason == "another answer":
+        network.layer.register_forward_hook(lambda module, args, output: output + (type(args[0]) is Windowed))
+    crafted(IN_WINDOWS, FewPixel(2 if reason == "several pixels" else 1, population=10, generations=2), network)
+    assert sum(kind is Windowed for kind, _ in network.seen) == (reason == "another answer")

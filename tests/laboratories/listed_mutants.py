@@ -92,6 +92,7 @@ LISTED = (
 SPEED = {
     ("attacks/few_pixel.py", "_POINTS"),
     ("attacks/few_pixel.py", "_POINTS_ELSEWHERE"),
+    ("attacks/few_pixel.py", "_IN_WINDOWS"),
     ("attacks/spsa.py", "_ROWS"),
     ("attacks/surrogate.py", "_LOOKED_AT"),
     ("certification/first_noise.py", "_CHUNK"),

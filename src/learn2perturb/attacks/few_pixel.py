@@ -12,14 +12,19 @@ from torch import Tensor
 from learn2perturb.attacks.base import Attack, Query
 from learn2perturb.attacks.gradients import Average, values_of
 from learn2perturb.attacks.losses import LOSSES
+from learn2perturb.attacks.probing import apart
 from learn2perturb.checks import check_count
-from learn2perturb.engine import execution
+from learn2perturb.engine import execution, windows
 from learn2perturb.errors import ConfigError, InputError
 
 STRATEGIES = ("best1bin", "rand1")
 # Image points of one pass: on a CPU what stays near its cache (64 images of 32 x 32), on a card what fills it.
 _POINTS = {"cpu": 2**16}
 _POINTS_ELSEWHERE = 2**23
+# Candidates of which only windows are computed are small, and each pass also takes the images they come from: so many
+# times as many in one pass. ResNet-20, 32 x 32: 1.2 times as fast as whole images with 64 of them, 1.55 with 512.
+_IN_WINDOWS = 8
+_COMPARED = 8  # candidates of which windows are compared with whole images before they are used
 # Of a stochastic model: the share of each population that is scored anew in every generation, and the fresh draws that
 # choose among them at the end.
 _ELITE = 0.1
@@ -65,10 +70,11 @@ class FewPixel(Attack):
     paper's), a, b, c other members of the population; what leaves [0, 1] is drawn anew. It replaces its parent if
     it is fitter: the loss, which for ``ce`` orders candidates as the probability of y does.
 
-    The generations of all images are scored together. On a deterministic model an image leaves as soon as a candidate
-    fools it; images that are misclassified already stay as they are. On a stochastic model a lucky draw fools nobody:
-    fitness averages ``eot`` draws, the fittest tenth is scored again in every generation (the mean over all its
-    scorings counts), and the final choice is by the mean margin over 20 fresh draws.
+    The generations of all images are scored together; passes with one pixel may compute what it reaches alone (see
+    ``engine.windows``). On a deterministic model an image leaves as soon as a candidate fools it; images that are
+    misclassified already stay as they are. On a stochastic model a lucky draw fools nobody: fitness averages ``eot``
+    draws, the fittest tenth is scored again in every generation (the mean over all its scorings counts), and the final
+    choice is by the mean margin over 20 fresh draws.
     Su, Vargas, Sakurai, One pixel attack for fooling deep neural networks, 2019, https://arxiv.org/abs/1710.08864.
 
     Attributes:
@@ -183,25 +189,50 @@ class _Search:
         points = _POINTS.get(x.device.type, _POINTS_ELSEWHERE)
         self.chunk = attack.chunk or max(1, points // x[0, 0].numel())
         self.elite = math.ceil(_ELITE * attack.population)
+        # Draws differ from the first noise on, wherever a window is; pixels far apart leave little outside of it.
+        self.in_windows = fixed and attack.pixels == 1 and windows.serve(query.model) and self._windows_agree()
+        if self.in_windows and attack.chunk is None:
+            self.chunk *= _IN_WINDOWS
 
     def paint(self, image: Tensor, genes: Tensor) -> Tensor:
         """Return the images (M, C, H, W) numbered ``image`` (M,), each with the pixels ``genes`` (M, k, 2 + C)."""
         painted = execution.current().place_images(self.x.index_select(0, image))
-        height, width = painted.shape[2:]
         every = torch.arange(len(painted), device=painted.device)
         # Pixel after pixel: of two at one place the later one shows, on every device.
         for pixel in genes.unbind(dim=1):
-            row = (pixel[:, 0] * height).long().clamp_(max=height - 1)
-            column = (pixel[:, 1] * width).long().clamp_(max=width - 1)
-            painted[every, :, row, column] = pixel[:, 2:]
+            row, column, colour = self._pixel(pixel)
+            painted[every, :, row, column] = colour
         return painted
+
+    def windowed(self, image: Tensor, genes: Tensor) -> windows.Windowed:
+        """Return what :meth:`paint` does, for one pixel, as a batch of which passes compute the windows alone."""
+        shown, owner = image.unique_consecutive(return_inverse=True)
+        row, column, colour = self._pixel(genes[:, 0])
+        base = execution.current().place_images(self.x.index_select(0, shown))
+        return windows.Windowed(base, owner, row, column, colour[:, :, None, None])
+
+    def _pixel(self, genes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return row (M,), column (M,) and colour (M, C) that genes (M, 2 + C) stand for."""
+        row, column = (
+            (genes[:, axis] * size).long().clamp_(max=size - 1) for axis, size in enumerate(self.x.shape[2:])
+        )
+        return row, column, genes[:, 2:]
+
+    def _windows_agree(self) -> bool:
+        """Tell whether the model answers to windows as to whole images, in full precision."""
+        with apart("windows"):
+            image = torch.randint(len(self.x), (_COMPARED,), device=self.x.device).sort().values
+            genes = torch.rand(_COMPARED, 1, 2 + self.x.shape[1], dtype=self.x.dtype, device=self.x.device)
+            with execution.running(execution.PLAIN):
+                return windows.agree(self.query.logits, self.paint(image, genes), self.windowed(image, genes))
 
     def scored(self, image: Tensor, genes: Tensor) -> _Swarm:
         """Return the candidates (A, P, k, 2 + C) of the images (A,) with their fitness, in passes of bounded size."""
         owner = image.repeat_interleave(genes.shape[1])
         flat = genes.flatten(0, 1)
+        paint = self.windowed if self.in_windows else self.paint
         parts = [
-            self._values(self.paint(some, candidates), self.y[some])
+            self._values(paint(some, candidates), self.y[some])
             for some, candidates in zip(owner.split(self.chunk), flat.split(self.chunk), strict=True)
         ]
         score, margins = (torch.cat(values).view(genes.shape[:2]) for values in zip(*parts, strict=True))

@@ -40,6 +40,7 @@ class ExecutionMode:
         compiled_rows: compile the passes of an attacked network for batches of this many images; 0 compiles none.
         compiled_training: compile the training passes of such batches, too.
         recording: record a training step as a CUDA graph and replay it.
+        windows: of images that differ from others in a window (see ``windows``), compute what the window reaches.
         tuned_convolutions: let cuDNN try its algorithms on each new shape and keep the fastest.
     """
 
@@ -54,6 +55,7 @@ class ExecutionMode:
     compiled_rows: int = 0
     compiled_training: bool = False
     recording: bool = False
+    windows: bool = False
     tuned_convolutions: bool = False
 
     def place(self, network: nn.Module) -> nn.Module:
@@ -69,7 +71,7 @@ class ExecutionMode:
 PLAIN = ExecutionMode("plain")
 FAST = ExecutionMode(
     "fast", dtype=torch.bfloat16, channels_last=True, threaded_draws=True, fused_noise=True, kept_memory=True,
-    folding=True,
+    folding=True, windows=True,
 )  # fmt: skip
 # On a CUDA device small networks wait for launches and memory: everything in compiled kernels, a step in one launch.
 CUDA = ExecutionMode(
