@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from learn2perturb.experiments import estimates
+from learn2perturb.experiments import estimates, studying
 from learn2perturb.experiments.estimates import Estimates
 from learn2perturb.experiments.ledger import Ledger
 from learn2perturb.experiments.spec import Study
@@ -67,3 +67,17 @@ def test_a_step_is_so_many_passes_as_that_of_the_same_training(study, tmp_path, 
     pace = found.pace(config)
     assert pace.step == pytest.approx(7 * pace.both)
     assert estimates._passes_of_a_step(config.closed()) == 2 + 2
+
+
+def test_what_is_to_begin_is_guessed_before_it_begins(study, tmp_path, monkeypatch):
+    """Guessed once it was done, a training had nothing left, and the rest seemed to take hundreds of times longer."""
+    begun = []
+
+    def training(self, run) -> float:
+        begun.append(self.ledger.epochs(run))
+        return 1000.0
+
+    monkeypatch.setattr(Estimates, "training", training)
+    monkeypatch.setattr(Estimates, "cell", lambda self, pair: 1.0)
+    studying.study(study, store=tmp_path / "store")
+    assert begun == [0] * len(study.runs)

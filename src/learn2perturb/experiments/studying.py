@@ -215,6 +215,8 @@ class _Loop:
                 waiting = True
                 continue
             self._later.pop(task.key, None)
+            if self._left is not None:
+                self._left.before(task)
             self.executor.submit(task, seconds)
             self.running[task.key] = task
             begun.add(task.key)
@@ -250,13 +252,16 @@ class _Left:
         self._guessed: dict[str, float] = {}
         self._expected = self._took = 0.0
 
+    def before(self, task: Task) -> None:
+        """Guess how long a task takes that is to begin: once it is done nothing of it is left to guess by."""
+        self._guess(_item(task), _title(task))
+
     def after(self, task: Task, seconds: float) -> str:
         """Return the words that follow on a task that is done."""
         items = list(self._ledger.missing())
         if not items:
             return ""
-        key = _title(task)
-        self._expected += self._guess(task.run if task.kind == TRAIN else task.pair, key)
+        self._expected += self._guess(_item(task), _title(task))
         self._took += seconds
         ratio = self._took / self._expected if self._expected > 0 else 1.0
         rest = sum(self._guess(item, _title(item)) for item in items) * ratio / self._room
@@ -267,6 +272,10 @@ class _Left:
             train = isinstance(item, RunPlan)
             self._guessed[key] = self._estimates.training(item) if train else self._estimates.cell(item)
         return self._guessed[key]
+
+
+def _item(task: Task) -> Any:
+    return task.run if task.kind == TRAIN else task.pair
 
 
 def _title(item: Any) -> str:
