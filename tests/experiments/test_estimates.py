@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
-import yaml
+from dataclasses import replace
+from types import SimpleNamespace
 
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from learn2perturb import load_data
+from learn2perturb.engine import execution
 from learn2perturb.experiments import estimates, studying
 from learn2perturb.experiments.estimates import Estimates
 from learn2perturb.experiments.ledger import Ledger
@@ -81,3 +88,89 @@ def test_what_is_to_begin_is_guessed_before_it_begins(study, tmp_path, monkeypat
     monkeypatch.setattr(Estimates, "cell", lambda self, pair: 1.0)
     studying.study(study, store=tmp_path / "store")
     assert begun == [0] * len(study.runs)
+
+
+@pytest.mark.parametrize(("mode", "ratio"), [
+    (execution.PLAIN, 1.0), (execution.FAST, 0.25), (replace(execution.FAST, compiled_rows=32), 0.25 * 5 / 6),
+])  # fmt: skip
+def test_a_training_takes_the_time_of_the_mode_that_it_selects(mode, ratio, study, tmp_path, monkeypatch):
+    run, asked = study.runs[0], []
+    found = Estimates(Ledger(study, Store(tmp_path / "store")), "cpu")
+    found._paces[estimates._kind(run.config)] = estimates.Pace(2.0, 1.0, 3.0, {"fast": 0.25})
+    monkeypatch.setattr(estimates, "mode_of", lambda *_, **facts: (asked.append(facts), mode)[1])
+    images = found._set(run.config, "train")[0]
+    epochs, steps = run.config.closed().epochs, run.config.closed().attack_steps
+    expected = epochs * (images * 2.0 + 10 * (steps + 2) * 3.0) * ratio
+    assert found.training(run) == pytest.approx(estimates._BEGINNING + expected)
+    assert asked == [{"images": epochs * images, "shape": (1, 8, 8)}]
+
+
+@pytest.mark.parametrize(("engine", "ratio"), [("plain", 1.0), ("fast32", 0.25), ("auto", 1.0)])
+@pytest.mark.parametrize("kind", ["evaluation", "diagnosis"])
+def test_a_record_takes_the_time_of_the_engine_it_is_made_in(kind, engine, ratio, study, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimates, "_DIAGNOSIS_PASSES", 10)  # few enough for ``auto`` to take plain
+    pair = next(one for one in study.all_pairs() if one.cell.attack)
+    pair = replace(pair, cell=replace(pair.cell, kind=kind))
+    pair = replace(pair, cell=replace(pair.cell, scoring=replace(pair.cell.scoring, engine=engine)))
+    found = Estimates(Ledger(study, Store(tmp_path / "store")), "cpu")
+    found._paces[estimates._kind(pair.run.config)] = estimates.Pace(2.0, 0.0, 3.0, {"fast32": 0.25})
+    plain = replace(pair, cell=replace(pair.cell, scoring=replace(pair.cell.scoring, engine="plain")))
+    began = estimates._BEGINNING
+    assert found.cell(pair) - began == pytest.approx(ratio * (found.cell(plain) - began))
+    assert found.cell(plain) > began
+
+
+@pytest.mark.parametrize(("own", "device", "seconds"), [(2.0, "cpu", 2.0), (19.0, "cpu", 10.0), (2.0, "cuda", 10.0)])
+def test_other_work_on_the_processor_does_not_count(own, device, seconds, monkeypatch):
+    """Ten seconds of the wall, of which this process had the processor for two; on a card it only waits."""
+    walls, owns = iter((100.0, 110.0)), iter((5.0, 5.0 + own))
+    monkeypatch.setattr(estimates.torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(
+        estimates, "time",
+        SimpleNamespace(perf_counter=lambda: next(walls), process_time=lambda: next(owns)),
+    )  # fmt: skip
+    assert estimates._Clock(torch.device(device)).read() == (10.0, seconds)
+
+
+def test_a_step_counts_by_the_time_of_the_processor(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimates, "_MOST_SECONDS", 1e6)
+    monkeypatch.setattr(estimates._Clock, "read", lambda self: (4.0, 1.0))
+    rates = []
+
+    def train(config, **more):
+        run = learned(config, **more)
+        rates.extend(line["images_per_second"] for line in run.metrics)
+        return run
+
+    learned = estimates.train
+    monkeypatch.setattr(estimates, "train", train)
+    config = study.runs[0].config
+    assert Estimates(Ledger(study, Store(tmp_path / "store")), "cpu").pace(config).step == pytest.approx(
+        1 / rates[-1] / 4
+    )
+
+
+def test_the_ratio_of_a_mode_is_of_its_passes_and_nothing_is_compiled(monkeypatch):
+    class Looking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(1, 4, 3)
+            self.seen: list[object] = []
+
+        def forward(self, x):
+            z = self.layer(x)
+            self.seen.append((execution.current(), z.dtype))
+            return z.flatten(1)
+
+    model, data = Looking(), load_data("digits", "test", limit=4)
+    timing = estimates._Timing(model, data, torch.device("cpu"))
+    times = iter((0.5, 2.0))
+    monkeypatch.setattr(timing, "_seconds", lambda work, rows: (work(rows), next(times))[1])
+    model.seen.clear()
+    mode = replace(execution.FAST32, compiled_rows=4, dtype=torch.bfloat16)
+    assert timing.ratio(mode) == 0.25
+    (first, kind), (plain, kind_of_plain) = model.seen[-2], model.seen[-1]
+    assert (kind, kind_of_plain) == (torch.bfloat16, torch.float32)
+    assert (first.channels_last, first.folding) == (True, True)
+    assert (first.fused_noise, first.compiled_rows, plain) == (False, 0, execution.PLAIN)
+    assert model.layer.weight.is_contiguous()

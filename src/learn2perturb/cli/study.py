@@ -232,7 +232,7 @@ def _plan(study: Study, arguments: argparse.Namespace, where: Placing) -> int:
     for note in study.notes:
         print(f"note: {note}")
     each = "" if room == 1 else f" with {room} at a time"
-    print(f"about {duration(total / room)} to go{each}, from steps and passes measured on this machine in float32")
+    print(f"about {duration(total / room)} to go{each}, by steps and passes measured here, as if no other work ran")
     return SUCCESS
 
 

@@ -1,13 +1,18 @@
-"""How long the rest of a study takes: from steps and passes that are measured here, before it starts."""
+"""How long the rest of a study takes: from steps and passes that are measured here, before it starts.
+
+What is measured is the time of the processor, so that other work on it does not count, and each pass in the execution
+mode that the training or evaluation will select, but for what that mode compiles.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
@@ -17,9 +22,11 @@ from torch.nn.functional import cross_entropy
 from learn2perturb.certification.config import CertifyConfig
 from learn2perturb.data import ImageData, load_data
 from learn2perturb.defenses.settings import Settings
+from learn2perturb.engine import execution
+from learn2perturb.engine.answers import ask, plain_logits
 from learn2perturb.engine.devices import choose_device
 from learn2perturb.engine.random import isolated_rng
-from learn2perturb.evaluation.pace import guessed_seconds
+from learn2perturb.evaluation.pace import guessed_passes, guessed_seconds
 from learn2perturb.experiments.ledger import Ledger
 from learn2perturb.experiments.spec import Pair, RunPlan
 from learn2perturb.experiments.tasks import attack_of, effective
@@ -27,21 +34,27 @@ from learn2perturb.reading import MOST_SETTINGS, parse_json, read_bytes
 from learn2perturb.runs.environment import environment
 from learn2perturb.training.config import TrainConfig
 from learn2perturb.training.loop import train
+from learn2perturb.training.state import mode_of
 
 _IMAGES = 32  # of a measured step or pass, at most
 _MOST_SECONDS = 4.0  # that all measured steps of training take together, and each pass: a plan is there in seconds
 _BEGINNING = 1.0  # seconds until a task is at its work: images and weights are read
 _DIAGNOSIS_PASSES = 40_000  # of an image, about, of a quick diagnosis
+_COMPILED = 5 / 6  # of the time of a pass of an attack is left where it is compiled (engine/execution.py)
 
 
 @final
 @dataclass(frozen=True)
 class Pace:
-    """Seconds an image: of a step of training, of a forward pass, of a forward and backward pass."""
+    """Seconds an image: of a step of training, of a forward pass, of a forward and backward pass, all in ``plain``.
+
+    ``ratios``: by the name of an execution mode, how long a forward and backward pass takes in it, in those of plain.
+    """
 
     step: float
     forward: float
     both: float
+    ratios: dict[str, float] = field(default_factory=dict)
 
 
 @final
@@ -52,6 +65,7 @@ class Estimates:
         self.ledger, self.device = ledger, device
         self._paces: dict[Any, Pace] = {}
         self._sets: dict[Any, tuple[int, ImageData]] = {}
+        self._last: tuple[Any, _Timing] | None = None
         self._left = _MOST_SECONDS
         self._seen = _trained_here(ledger)
 
@@ -63,8 +77,11 @@ class Estimates:
         left = max(0, settings.epochs - self.ledger.epochs(run))
         images = config.limit or self._set(config, "train")[0]
         images = round(images * (1 - config.validation))
-        step = self._seen.get(_kind(config)) or self.pace(config).step
-        monitored = config.monitor * (settings.attack_steps + 2) * self.pace(config).both
+        pace = self.pace(config)
+        mode = mode_of(config, choose_device(self.device), images=settings.epochs * images, shape=self._shape(config))
+        ratio = self._ratio(config, mode)
+        step = self._seen.get(_kind(config)) or pace.step * ratio
+        monitored = config.monitor * (settings.attack_steps + 2) * pace.both * ratio
         return _BEGINNING + left * (images * step + monitored)
 
     def cell(self, pair: Pair) -> float:
@@ -74,18 +91,21 @@ class Estimates:
         header = self.ledger.header(pair.run)
         scoring = pair.cell.scoring
         images = scoring.limit or self._set(config, scoring.split)[0]
-        return _BEGINNING + self._computing(pair, pace, header, images)
+        return _BEGINNING + self._computing(pair, pace, header, images, config)
 
-    def _computing(self, pair: Pair, pace: Pace, header: Mapping[str, Any], images: int) -> float:
+    def _computing(self, pair: Pair, pace: Pace, header: Mapping[str, Any], images: int, config: TrainConfig) -> float:
         scoring = effective(pair, header)
         if pair.cell.kind == "certificate":
             draws = pair.cell.settings.get("n", CertifyConfig.n)
             draws += pair.cell.settings.get("n0", CertifyConfig.n0)
             return float(images * draws * pace.forward)
         if pair.cell.kind == "diagnosis":
-            return min(images, 200) * _DIAGNOSIS_PASSES * pace.both
-        attack = attack_of(pair, header)
-        attacked = 0.0 if attack is None else guessed_seconds(attack, 1, forward=pace.forward, both=pace.both)
+            passes = min(images, 200) * _DIAGNOSIS_PASSES
+            return passes * pace.both * self._in_engine(scoring.engine, config, passes)
+        attack, attacked = attack_of(pair, header), 0.0
+        if attack is not None:  # scoring is in plain, whatever the attack is made in
+            ratio = self._in_engine(scoring.engine, config, images * guessed_passes(attack))
+            attacked = ratio * guessed_seconds(attack, 1, forward=pace.forward, both=pace.both)
         scorings = scoring.draws * (scoring.members or 1)
         rows = 1 + scoring.noise_off
         return images * rows * (attacked + scorings * pace.forward)
@@ -99,25 +119,57 @@ class Estimates:
         return self._paces[kind]
 
     def _measured(self, config: TrainConfig) -> Pace:
-        """Time passes of the network, and two steps of its training where these are quick."""
+        """Time passes of the network, and two steps of its training where these are quick: nothing is compiled."""
         images = self._set(config, "train")[1]
-        # Nothing is compiled for two steps; the fast mode may be twice as fast as what is said.
-        short = replace(
-            config, engine="plain", epochs=2, monitor=0, validation=0.0, device=self.device, tensorboard=False,
-            milestones=[], adversarial_delay=0, keep_best=False, early_stopping=0, init_from=None, transforms=None,
-        )  # fmt: skip
-        model = train(replace(short, epochs=0, limit=2, batch_size=2), data=images, progress=False).model
-        forward, both, rows = _passes(model, images, choose_device(self.device))
+        short = self._short(config)
+        timing = self._timing(config)
+        forward, both, rows = timing.forward, timing.both, timing.rows
         kind = _kind(config)
         # What a step is in passes is known from the same training of another network, else from its adversary.
         alike = [one.step / one.both for other, one in self._paces.items() if _trainer(other) == _trainer(kind)]
         step = both * (alike[0] if alike else _passes_of_a_step(config.closed()))
         if 2 * rows * step < self._left:
-            start = time.perf_counter()
+            clock = _Clock(timing.device)
             run = train(replace(short, limit=rows, batch_size=rows), data=images, progress=False)
-            step = 1 / run.metrics[-1]["images_per_second"]
-            self._left -= time.perf_counter() - start
+            wall, own = clock.read()
+            step = own / wall / run.metrics[-1]["images_per_second"]
+            self._left -= own
         return Pace(step, forward, both)
+
+    def _short(self, config: TrainConfig) -> TrainConfig:
+        """Return the config of two steps in eager float32."""
+        return replace(
+            config, engine="plain", epochs=2, monitor=0, validation=0.0, device=self.device, tensorboard=False,
+            milestones=[], adversarial_delay=0, keep_best=False, early_stopping=0, init_from=None, transforms=None,
+        )  # fmt: skip
+
+    def _timing(self, config: TrainConfig) -> _Timing:
+        """Return the passes of the network of ``config``; of the last one that was asked for they are kept."""
+        kind = _kind(config)
+        if self._last is None or self._last[0] != kind:
+            images = self._set(config, "train")[1]
+            short = replace(self._short(config), epochs=0, limit=2, batch_size=2)
+            model = train(short, data=images, progress=False).model
+            self._last = kind, _Timing(model, images, choose_device(self.device))
+        return self._last[1]
+
+    def _in_engine(self, engine: str, config: TrainConfig, passes: float) -> float:
+        """Return how long so many passes of an attack take in the mode that ``engine`` selects for them."""
+        pixels = passes * math.prod(self._shape(config)[1:])
+        return self._ratio(config, execution.select(engine, choose_device(self.device), pixels=pixels))
+
+    def _ratio(self, config: TrainConfig, mode: execution.ExecutionMode) -> float:
+        """Return how long work in ``mode`` takes, in the time of ``plain``."""
+        if mode.name == execution.PLAIN.name:
+            return 1.0
+        ratios = self.pace(config).ratios
+        if mode.name not in ratios:
+            with _quietly(), isolated_rng():
+                ratios[mode.name] = self._timing(config).ratio(mode)
+        return ratios[mode.name] * (_COMPILED if mode.compiled_rows else 1.0)
+
+    def _shape(self, config: TrainConfig) -> tuple[int, ...]:
+        return tuple(self._set(config, "train")[1].images.shape[1:])
 
     def _set(self, config: TrainConfig, split: str) -> tuple[int, ImageData]:
         """Return how many images a data set has, and the first of them; it is read once."""
@@ -179,35 +231,70 @@ def _processor(ledger: Ledger, run: RunPlan) -> Any:
     return parse_json(read_bytes(path, MOST_SETTINGS)).get("processor") if path.exists() else None
 
 
-def _passes(model: nn.Module, data: ImageData, device: torch.device) -> tuple[float, float, int]:
-    """Return seconds an image of a pass forward, of one forward and backward, and of how many images they were."""
-    model = model.to(device).eval()
-    images, labels = (data.images.float() / 255).to(device), data.labels.to(device)
+@final
+class _Clock:
+    """Seconds since it was made: of the wall, and of this process alone where it computes itself."""
 
-    def forward(rows: int) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._wall, self._own = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        """Return both, the second never longer: several threads take more of the processor than passes of the clock."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        wall, own = time.perf_counter() - self._wall, time.process_time() - self._own
+        return wall, min(wall, own) if self._device.type == "cpu" else wall
+
+
+@final
+class _Timing:
+    """Passes of a network over images, timed.
+
+    Attributes:
+        rows: images of a pass: one of a large network takes as long as all of a small one.
+        forward, both: seconds an image of a pass forward, and of one forward and backward, in ``plain``.
+    """
+
+    def __init__(self, model: nn.Module, data: ImageData, device: torch.device) -> None:
+        self.device, self._model = device, model.to(device).eval()
+        self._images, self._labels = (data.images.float() / 255).to(device), data.labels.to(device)
+        self._forward(1)  # the first pass of a process is slower than any other
+        one = max(self._seconds(self._forward, 1), 1e-9)
+        self.rows = max(1, min(len(self._images), int(_MOST_SECONDS / 40 / one)))
+        self.forward = self._seconds(self._forward, self.rows) / self.rows
+        self.both = self._seconds(self._both, self.rows) / self.rows
+
+    def ratio(self, mode: execution.ExecutionMode) -> float:
+        """Return how long a pass forward and back takes in ``mode``, without what it compiles, in those of plain."""
+        eager = replace(execution.eager(mode), fused_noise=False)
+        eager.place(self._model)
+        x = eager.place_images(self._images[: self.rows])
+        try:
+            with execution.running(eager), execution.attacking(self._model, x, True):
+                self._both(self.rows)
+                found = self._seconds(self._both, self.rows)
+        finally:
+            execution.PLAIN.place(self._model)
+        # Beside each other, so that both have met the same machine.
+        return found / self._seconds(self._both, self.rows)
+
+    def _forward(self, rows: int) -> None:
         with torch.no_grad():
-            model(images[:rows])
+            ask(self._model, self._images[:rows])
 
-    def both(rows: int) -> None:
-        x = images[:rows].clone().requires_grad_()
-        torch.autograd.grad(cross_entropy(model(x), labels[:rows]), x)
+    def _both(self, rows: int) -> None:
+        x = execution.current().place_images(self._images[:rows]).clone().requires_grad_()
+        torch.autograd.grad(cross_entropy(plain_logits(ask(self._model, x)), self._labels[:rows]), x)
 
-    forward(1)  # the first pass of a process is slower than any other
-    # One image of a large network takes as long as all of a small one.
-    rows = max(1, min(len(images), int(_MOST_SECONDS / 40 / max(_seconds(forward, 1), 1e-9))))
-    return _seconds(forward, rows) / rows, _seconds(both, rows) / rows, rows
-
-
-def _seconds(work: Callable[[int], None], rows: int) -> float:
-    """Return the seconds of a pass, the quicker of two."""
-    took = []
-    for _ in range(2):
-        start = time.perf_counter()
-        work(rows)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        took.append(time.perf_counter() - start)
-    return min(took)
+    def _seconds(self, work: Callable[[int], None], rows: int) -> float:
+        """Return the seconds of a pass, the quicker of two."""
+        took = []
+        for _ in range(2):
+            clock = _Clock(self.device)
+            work(rows)
+            took.append(clock.read()[1])
+        return max(min(took), 1e-9)
 
 
 @contextlib.contextmanager

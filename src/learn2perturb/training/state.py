@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import nn
 
 from learn2perturb.data import BatchSource, check_labels, warn_of_subset
 from learn2perturb.defenses import Clock, Defense, Losses, Stage, forward, training_adversary
+from learn2perturb.defenses.settings import Settings
 from learn2perturb.engine import execution
 from learn2perturb.engine.batch_norm import average_running_statistics
 from learn2perturb.engine.devices import choose_device
@@ -91,6 +92,16 @@ def _memory_explained(rows: int) -> Iterator[None]:
         ) from error
 
 
+def mode_of(config: TrainConfig, device: torch.device, *, images: int, shape: Sequence[int]) -> execution.ExecutionMode:
+    """Return the execution mode of a training that sees so many ``images`` (C, H, W) in all its epochs."""
+    settings: Settings = config.closed()
+    pixels = images * math.prod(shape[1:])
+    passes = settings.attack_steps * settings.attack_eot if settings.beta else 0
+    return execution.select(
+        config.engine, device, pixels=pixels, attacked_pixels=passes * pixels, rows=settings.batch_size
+    )
+
+
 @final
 class Training:
     """The state of one training: built from the config, moved forward step by step, saved, restored."""
@@ -113,11 +124,9 @@ class Training:
         self.source, self.monitor, self.monitored, self.classes = sources(config, data, self.device)
         self.plan: tuple[Stage, ...] = self.defense.stages(self.settings)
         self.epochs = sum(stage.epochs for stage in self.plan)
-        pixels = self.epochs * self.source.num_examples * math.prod((self.source.input_shape or (0,))[1:])
         settings = self.settings
-        passes = settings.attack_steps * settings.attack_eot if settings.beta else 0
-        self.mode = execution.select(
-            config.engine, self.device, pixels=pixels, attacked_pixels=passes * pixels, rows=settings.batch_size
+        self.mode = mode_of(
+            config, self.device, images=self.epochs * self.source.num_examples, shape=self.source.input_shape or (0,)
         )
         if not ranks.alone:
             if settings.accumulate > 1:
