@@ -12,7 +12,7 @@ from learn2perturb.certification.record import Certification
 from learn2perturb.errors import ConfigError, UnknownNameError
 from learn2perturb.evaluation import compare
 from learn2perturb.evaluation.intervals import wilson
-from learn2perturb.experiments.study_file import build_study
+from learn2perturb.experiments.study_file import build_study, read_study
 from learn2perturb.experiments.views import View, build_views
 from learn2perturb.records import PackedIntegers
 from tests.experiments.hand_made import evaluation, results, study
@@ -193,6 +193,16 @@ def test_numbers_of_the_paper_agree_within_our_interval_or_differ_for_a_known_re
     text = str(view)
     assert "1 of 4 numbers agree, 3 differ" in text
     assert "-27.40 points" in text
+
+
+def test_what_a_level_changes_is_the_first_reason_why_a_number_differs():
+    short = read_study("table5", "laptop")
+    (view,) = build_views(results(short, lambda pair: evaluation(5)))
+    reasons = [check.reasons[0] for check in view.paper_checks if check.verdict == "differs"]
+    assert len(reasons) > 5
+    assert set(reasons) == {"level laptop is not the paper's training (the note on the level)"}
+    (view,) = build_views(results(read_study("table5", "paper"), lambda pair: evaluation(5)))
+    assert not any("level" in reason for check in view.paper_checks for reason in check.reasons)
 
 
 def test_our_interval_over_seeds_counts_beside_the_paper():

@@ -14,6 +14,7 @@ from learn2perturb.evaluation.comparing import check_same_images, tested
 from learn2perturb.evaluation.significance import equals, holm
 from learn2perturb.experiments.facts import Facts, Published
 from learn2perturb.experiments.grid import Grid, Place
+from learn2perturb.experiments.levels import level_notes
 from learn2perturb.experiments.measures import row_of
 from learn2perturb.experiments.results import Results
 from learn2perturb.experiments.seeds import CONFIDENCE, over_images, over_seeds
@@ -91,6 +92,8 @@ def _half(cell: ViewCell, *, upper: bool) -> float:
 
 
 def _reasons(study: Study, pair: Pair) -> Iterator[str]:
+    if level_notes(study):
+        yield f"level {study.level} is not the paper's training (the note on the level)"
     for reason in study.reasons:
         if matches(pair, reason.get("where") or {}):
             yield str(reason["why"])
