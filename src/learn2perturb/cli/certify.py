@@ -12,7 +12,14 @@ from learn2perturb.cli.figures import certification_figure, check_folder
 from learn2perturb.cli.options import add_config, add_json, config_of, print_json
 from learn2perturb.cli.planning import Plan
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
-from learn2perturb.cli.subject import add_subject, check_subject, load_subject, new_record, save_record
+from learn2perturb.cli.subject import (
+    ASKED_NOTHING,
+    add_subject,
+    check_subject,
+    load_subject,
+    new_record,
+    save_record,
+)
 from learn2perturb.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,7 +86,20 @@ def plan(arguments: argparse.Namespace) -> Plan:
     """Return what would be done: the settings, and what is certified."""
     check_subject(arguments)
     config = config_of(CertifyConfig, arguments)
-    return Plan(config.to_dict(), (f"certify {arguments.run}, split {arguments.split}: {config.n:,} passes an image",))
+    step = f"certify {arguments.run}, split {arguments.split}: {config.n:,} passes an image"
+    return Plan(config.to_dict(), (step, *(_expected(arguments, config) if arguments.dry_run else [])))
+
+
+def _expected(arguments: argparse.Namespace, config: CertifyConfig) -> list[str]:
+    """Say about how long it takes: from one pass of the network."""
+    if arguments.black_box:
+        return [ASKED_NOTHING]
+    from learn2perturb.certification.certifying import expected_seconds
+    from learn2perturb.progress import duration
+
+    subject = load_subject(arguments)
+    seconds = expected_seconds(subject.model, subject.data, config)
+    return [f"about {duration(seconds)}: a guess from one pass of the network"]
 
 
 def _gap(arguments: argparse.Namespace, subject: Subject, config: CertifyConfig, keep: Unfinished) -> int:

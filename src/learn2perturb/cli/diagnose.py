@@ -14,6 +14,7 @@ from learn2perturb.cli.planning import Plan
 from learn2perturb.cli.saving import FAILURE, SUCCESS, place_of, saved
 from learn2perturb.cli.sources import FOLDER, sources_of_run, sources_on_data
 from learn2perturb.cli.subject import (
+    ASKED_NOTHING,
     add_subject,
     check_subject,
     load_subject,
@@ -91,7 +92,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
 def _expected(arguments: argparse.Namespace, config: DiagnoseConfig, sources: int) -> list[str]:
     """Say about how long it takes, and which parts of it: from one pass of the network."""
     if arguments.black_box:
-        return ["how long it takes depends on the black box, which a dry run asks nothing"]
+        return [ASKED_NOTHING]
     from learn2perturb.diagnosis.diagnosing import expected_seconds
     from learn2perturb.evaluation.pace import said_of
     from learn2perturb.progress import duration

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from learn2perturb.records import Saved
 
 SPLITS = ("test", "train", "validation")
+ASKED_NOTHING = "how long it takes depends on the black box, which a dry run asks nothing"
 _LONGEST_NAME = 80  # characters of a file's name that are the network's
 
 
