@@ -119,7 +119,7 @@ NUMBERS = {
         (1e-9, 5.0, 4.0, 2.7, 0.95),
     ),
     "rounding of accuracies": (significance._ROUNDING, 1e-9),
-    "reports": ((pace._LONG, pace._ALMOST), (60.0, 0.99)),
+    "reports": ((pace._LONG, pace._ALMOST, pace._FAR_LESS), (60.0, 0.99, 2.0)),
     "sheets": ((pictures._GAP, pictures._SIDE), (2, 64)),
     "answers of a black box": ((values._SMALLEST, values._ROWS), (1e-12, 4)),
     "a seed gives one number only with these": (

@@ -213,8 +213,9 @@ def test_an_evaluation_tells_what_is_left_and_which_rows_images_may_leave(stocha
     left, early = [], []
     reporter = Reporter(interval=0.0)
     monkeypatch.setattr(Reporter, "__call__", lambda self, *_: left.append(self.left))
-    monkeypatch.setattr("learn2perturb.evaluation.evaluating.tell_seconds", lambda *_, early: said.append(early))
-    said = early
+    monkeypatch.setattr(
+        "learn2perturb.evaluation.evaluating.tell_seconds", lambda *_, **more: early.append(more["early"])
+    )
     model = network()
     if stochastic:
         model.append(Jitter())
@@ -382,3 +383,31 @@ def test_a_report_inside_a_batch_counts_its_images_in_part(monkeypatch):
     attack = PGD(0.001, 0.0005, 4)
     evaluate(network(), DATA, {"pgd": attack}, batch_size=10, progress=lambda done, *_: told.append(done))
     assert sorted(set(told)) == pytest.approx([10, 20, 22.5, 25, 27.5, 29.9, 30, 32.5, 35, 37.5, 39.9, 40])
+
+
+@pytest.mark.parametrize(("single", "said"), [(60.0, True), (61.0, False), (float("inf"), False)])
+def test_a_predictor_of_many_passes_is_named_where_it_is_what_takes_long(single, said):
+    told: list[str] = []
+
+    class Listening(Reporter):
+        def line(self, text):
+            told.append(text)
+
+    pace.tell_seconds(Listening(), {"eot": 120.0}, single=single)
+    assert [("'single' (--predictor single) is about 60 s" in line) for line in told[1:]] == ([True] if said else [])
+
+
+@pytest.mark.parametrize("predictor", ["mean_probability", "single"])
+def test_what_single_draws_would_take_is_of_the_same_attacks(predictor, monkeypatch):
+    """PGD of four steps and two draws: of twenty members its gradients take twenty."""
+    heard: list[tuple[dict[str, float], float]] = []
+    monkeypatch.setattr(
+        "learn2perturb.evaluation.evaluating.tell_seconds",
+        lambda _, seconds, single, **more: heard.append((seconds, single)),
+    )
+    model, attack = network().append(Jitter()), PGD(0.1, 0.05, 4, eot=2)
+    evaluate(model, DATA, {"pgd": attack}, limit=4, draws=3, members=20, predictor=predictor, clean=False)
+    ((seconds, single),) = heard
+    members = 20 if predictor != "single" else 1
+    passes = 3 * members + 3 * 4 * max(2, members)
+    assert sum(seconds.values()) / single == pytest.approx(passes / (3 + 3 * 4 * 2))

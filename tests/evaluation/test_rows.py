@@ -323,7 +323,7 @@ def test_the_guess_of_the_seconds_is_from_one_pass_of_the_first_batch(times, mon
     clock = iter(times)
     monkeypatch.setattr(evaluating, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     told: list[dict[str, float]] = []
-    monkeypatch.setattr(evaluating, "tell_seconds", lambda _, seconds, early: told.append(seconds))
+    monkeypatch.setattr(evaluating, "tell_seconds", lambda _, seconds, **more: told.append(seconds))
     evaluate(plain, (X, Y), {"fgsm": FGSM(0.1)}, batch_size=10)
     assert told == [{"clean, single": pytest.approx(48.0), "fgsm eps 0.1, single": pytest.approx(48.0 + 3 * 48.0)}]
 

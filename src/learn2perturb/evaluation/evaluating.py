@@ -212,13 +212,12 @@ class _Work:
             return
         # The first pass of a process is slower than any other; those two were over the same batch.
         one_pass = min(one_pass, (time.perf_counter() - start) / 2 / len(x))
-        self._expect({run: run.seconds_each(len(x), one_pass) for run in self.runs})
-
-    def _expect(self, each: Mapping[RowRun, float]) -> None:
-        """Say how long the rows take, from the seconds of an image of each, and count down from there."""
+        each = {run: run.seconds_each(len(x), one_pass) for run in self.runs}
+        single = self.expected * sum(run.seconds_each(len(x), one_pass, single=True) for run in self.runs)
         self.rest = Rest(self.expected, each)
         early = [run.label for run in each if run.drops]
-        tell_seconds(self.told, {run.label: self.expected * one for run, one in each.items()}, early=early)
+        seconds = {run.label: self.expected * one for run, one in each.items()}
+        tell_seconds(self.told, seconds, early=early, single=single)
 
     def _add(self, run: RowRun, x: Tensor, y: Tensor, index: int, start: int, before: int, total: int) -> None:
         """Attack and score one batch of one row: after ``start`` images of it, and ``before`` of ``total`` in all."""

@@ -11,6 +11,7 @@ from learn2perturb.attacks import BPDA, SPSA, Attack, Surrogate, Transfer
 from learn2perturb.progress import Progress, Reporter, duration
 
 _LONG = 60.0  # seconds from which on it is said how long the work takes
+_FAR_LESS = 2.0  # times as long as for single draws, from which on these are named
 _INTERVAL = 0.5  # seconds between two reports
 _ALMOST = 0.99  # an attack that makes more passes than expected stands here until it ends
 # Settings that multiply the passes of an attack, where it has them.
@@ -126,11 +127,25 @@ def _passes(attack: Attack, images: int) -> float:
 
 
 def tell_seconds(
-    told: Progress, seconds: Mapping[str, float], what: str = "rows", *, early: Sequence[str] = ()
+    told: Progress,
+    seconds: Mapping[str, float],
+    what: str = "rows",
+    *,
+    early: Sequence[str] = (),
+    single: float = math.inf,
 ) -> None:
-    """Say about how long rows take, from one pass that was timed, where that is more than a minute."""
-    if sum(seconds.values()) >= _LONG and isinstance(told, Reporter):
+    """Say about how long rows take, from one pass that was timed, where that is more than a minute.
+
+    ``single``: how many seconds it would be for single draws, which is said where it is far less.
+    """
+    total = sum(seconds.values())
+    if total >= _LONG and isinstance(told, Reporter):
         told.line(said_of(seconds, what, early=early))
+        if total >= _FAR_LESS * single:
+            told.line(
+                "each step of an attack, and each score, is of all the passes that the predictor takes; predictor "
+                f"'single' (--predictor single) is about {duration(single)}, fewer --members take less in proportion"
+            )
 
 
 def said_of(seconds: Mapping[str, float], what: str, *, early: Sequence[str] = ()) -> str:

@@ -96,6 +96,7 @@ class RowRun:
         self.draws = draws if stochastic else 1
         self.members = members if stochastic and self.predictor != "single" else 1
         self.attack = None if attack is None else _adapted(attack, self.predictor, self.members, stochastic)
+        self.on_single = None if attack is None else _adapted(attack, "single", 1, stochastic)
         self.pace = None if self.attack is None else Pace(self.attack)
         self.pools = stochastic and self.predictor == "single" and self.draws > 1
         self.batches: dict[int, _Batch] = {}
@@ -126,13 +127,17 @@ class RowRun:
         scorings = self.draws * self.members
         return scorings if self.attack is None else scorings + guessed_passes(self.attack, images)
 
-    def seconds_each(self, images: int, one_pass: float) -> float:
-        """Return about how long an image of the row takes, where a pass of an image takes ``one_pass`` seconds."""
-        scored = self.draws * self.members * one_pass
-        if self.attack is None:
+    def seconds_each(self, images: int, one_pass: float, *, single: bool = False) -> float:
+        """Return about how long an image of the row takes, where a pass of an image takes ``one_pass`` seconds.
+
+        ``single``: if single draws were attacked and scored in place of its predictor.
+        """
+        scored = self.draws * (1 if single else self.members) * one_pass
+        attack = self.on_single if single else self.attack
+        if attack is None:
             return scored
         # Forward and back: about three forward passes.
-        return scored + guessed_seconds(self.attack, images, forward=one_pass, both=3 * one_pass)
+        return scored + guessed_seconds(attack, images, forward=one_pass, both=3 * one_pass)
 
     @property
     def drops(self) -> bool:
