@@ -129,6 +129,15 @@ def test_settings_that_differ_are_named(other, note):
     assert compare_diagnoses(diagnosis(), newer).notes == ()
 
 
+def test_code_of_ones_own_that_was_changed_between_the_two_is_noted():
+    first, second = (
+        changed(diagnosis(right), parts=[{"kind": "check", "name": "own", "code": code}])
+        for right, code in ((100, "aa"), (60, "bb"))
+    )
+    assert compare_diagnoses(first, second).notes == ("check own is of other code in the two",)
+    assert compare_diagnoses(first, changed(diagnosis(60), parts=first.metadata["parts"])).notes == ()
+
+
 def test_at_the_command_line(tmp_path, capsys):
     paths = [str(one.save(tmp_path / f"{right}.json")) for right in (100, 60) for one in (diagnosis(right),)]
     assert main(["compare", *paths, "--out", str(tmp_path / "c.json")]) == 0

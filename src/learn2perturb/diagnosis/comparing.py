@@ -15,6 +15,7 @@ from learn2perturb.diagnosis.verdict import percent
 from learn2perturb.errors import InputError
 from learn2perturb.evaluation.intervals import Interval, paired_difference
 from learn2perturb.evaluation.result import format_eps
+from learn2perturb.plugins import changed
 from learn2perturb.tables import aligned
 
 _ABSENT = "not there"
@@ -196,6 +197,7 @@ def _unlike(first: Diagnosis, second: Diagnosis) -> Iterable[str]:
     predictors = [one.claim.predicted if one.claim is not None else "single draws" for one in (first, second)]
     if predictors[0] != predictors[1]:
         yield f"the lowest accuracies are of other predictors: {predictors[0]} and {predictors[1]}"
+    yield from (f"{part} is of other code in the two" for part in changed(first.metadata, second.metadata))
     for which, one in (("first", first), ("second", second)):
         if one.metadata.get("images") is None:
             yield f"the {which} record holds no hash of its images, so that they are the same is not known"
