@@ -221,3 +221,18 @@ def test_restarts_begin_in_the_box(pixel):
     x = torch.full((3, *SHAPE), pixel)
     FAB(0.5, steps=1, restarts=3, targets=0, seed=0)(listening, x, zeros(x))
     assert min(low for low, _ in asked) >= 0 and max(high for _, high in asked) <= 1
+
+
+@norms
+@pytest.mark.parametrize("targets", [0, 1])
+def test_an_image_of_which_two_logits_are_equal_is_moved(norm, targets):
+    """The first of equal logits is the answer, and the nearest wrong image is next to this one."""
+    x = torch.full((3, *SHAPE), 0.5)
+
+    def model(images):
+        return two_logits(images.flatten(1).sum(dim=1) - 0.5 * math.prod(SHAPE))
+
+    assert torch.equal(model(x), torch.zeros(3, 2))
+    result = FAB(norm=norm, steps=5, targets=targets).run(model, x, zeros(x))
+    assert result.success.all()
+    assert result.norms.min() > 0 and result.norms.max() <= 1.1e-4

@@ -18,6 +18,7 @@ from learn2perturb.errors import ConfigError
 _ALPHA = 0.1  # the most that a step is drawn towards x
 _OVERSHOOT = 1.05  # of the step onto the boundary, to land behind it
 _BACK = 0.9  # from a point that fools the model, go on at this share of the way from x to it
+_OFF_A_TIE = 1e-4  # norm of a step from a point at which two logits are equal, [0, 1] pixel scale
 _BISECTIONS = 8  # at the end, between x and the nearest such point
 _WIDEST_START = {"linf": 0.3, "l2": 1.0}  # a random start is at most half as far
 
@@ -31,7 +32,8 @@ class FAB(Attack):
     point and from ``x``, and mixes the two. Croce, Hein, Minimally distorted adversarial examples with a fast
     adaptive boundary attack, 2020, https://arxiv.org/abs/1907.02044, algorithm 1, in the targeted form that AutoAttack
     uses: one run for each of the most likely wrong classes. Gradients and the test whether a point fools the model
-    are averages over ``eot`` draws, the test by the mean margin.
+    are averages over ``eot`` draws, the test by the mean margin. Where two logits are equal, so that the step would be
+    zero, it goes 1e-4 up the gradient.
 
     Attributes:
         eps: infinite by default: the norms are the result. Finite: success is success inside the ball.
@@ -96,6 +98,9 @@ class FAB(Attack):
             values, gradient = query.value_and_gradient(point, y, loss=loss)
             # Where the linearised loss is zero: w . (z - point) = -loss.
             normal, offset = gradient.flatten(1), -values.loss.to(x.dtype)
+            # On the plane already, the step onto it would be none, now and ever after.
+            steepest = normal.abs().sum(dim=1) if self.norm == "linf" else normal.norm(dim=1)
+            offset = torch.where(offset == 0, _OFF_A_TIE * steepest, offset)
             there = to_plane(point.flatten(1), normal, offset, self.norm).view_as(x)
             away = (normal * (point - x).flatten(1)).sum(dim=1)
             direct = to_plane(x.flatten(1), normal, offset + away, self.norm).view_as(x)
