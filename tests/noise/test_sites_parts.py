@@ -146,6 +146,7 @@ class Sum(nn.Module):
 @pytest.mark.parametrize(("added", "ends", "shortcuts"), [
     # of equal depth: the first is the branch, which has an end if a layer made it
     (lambda net, h: net.two(h) + net.three(h), ["two"], ["three"]),
+    (lambda net, h: net.two(input=h) + net.three(h), ["two"], ["three"]),
     (lambda net, h: net.two(h) + net.three(h).relu(), ["two"], []),
     (lambda net, h: net.two(h).relu() + net.three(h), [], ["three"]),
     (lambda net, h: net.two(h).relu() + net.three(h).sigmoid(), [], []),
@@ -161,7 +162,6 @@ class Sum(nn.Module):
     (lambda net, h: torch.zeros(2, 4) + h, ["one"], []),
     (lambda net, h: h + net.two(net.parameter), ["one"], ["two"]),
     (lambda net, h: net.two(net.parameter) + h, ["two"], ["one"]),
-    (lambda net, h: net.two(input=h) + net.three(h), ["three"], ["two"]),
     # no sum of two activations
     (lambda net, h: net.two(h) + net.parameter, [], []),
     (lambda net, h: net.two(h) + 1, [], []),
@@ -342,3 +342,23 @@ class Scores(nn.Module):
 def test_noise_needs_features_of_each_image_in_floating_point(kind, shape):
     with pytest.raises(SiteError, match=rf"the output of site 'inner' has shape {shape} and type torch"):
         perturb(Scores(kind), input_shape=(1, 2, 2), sites="inner")
+
+
+class Named(nn.Module):
+    """A residual branch of one layer after a stem, each called as ``layer(x)`` or as ``layer(input=x)``."""
+
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        self.named = named
+        self.stem, self.branch = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x):
+        x = self.stem(input=x) if self.named else self.stem(x)
+        return x + (self.branch(input=x) if self.named else self.branch(x))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_layer_that_is_called_by_keyword_is_as_deep_as_any(named):
+    seen = probe(Named(named), (2, 4, 4))
+    assert (seen.branch_ends, seen.shortcuts) == (["branch"], ["stem"])
+    assert guess(seen) == ["stem", "branch"]

@@ -140,13 +140,13 @@ def probe(network: nn.Module, input_shape: tuple[int, ...]) -> Probe:
     handles = []
     for name, module in submodules(network):
 
-        def record(mod: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
+        def record(mod: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any, name: str = name) -> None:
             call = seen.calls.setdefault(name, Call(mod))
             call.times += 1
             call.input, call.output = (args[0] if args else None), output
-            flow.layer(name, mod, args, output)
+            flow.layer(name, mod, (*args, *named.values()), output)
 
-        handles.append(module.register_forward_hook(record))
+        handles.append(module.register_forward_hook(record, with_kwargs=True))
     parameter = next(network.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
     dtype = parameter.dtype if parameter is not None else torch.float32
