@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from learn2perturb.engine import execution, windows
 from learn2perturb.engine.windows import Windowed
 from learn2perturb.models import build_model
+from learn2perturb.models.blocks import PadShortcut
 from tests.engine.test_folding import lived_in
 
 EXAMPLES, BASES = 12, 3
@@ -63,6 +64,7 @@ KEPT = {
     "normalised": lambda x: (x - norm[0].view(1, 3, 1, 1)) / norm[1].view(3, 1, 1),
     "batch norm": lambda x: F.batch_norm(x, *norm),
     "every second": lambda x: x[:, :, ::2, ::2],
+    "shortcut": PadShortcut(2, 3),
     "more channels": lambda x: F.pad(x, (0, 0, 0, 0, 0, 2), value=1.0),
     "block": lambda x: F.conv2d(F.relu(x), torch.ones(3, 3, 3, 3, dtype=x.dtype), padding=1) - x,
     "block, other order": lambda x: x - F.conv2d(x, torch.ones(3, 3, 3, 3, dtype=x.dtype), padding=1),

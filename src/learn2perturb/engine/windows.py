@@ -133,7 +133,7 @@ class Windowed(Tensor):
     ) -> Any:
         """Keep to the windows where the function is known here; else call it on whole batches."""
         kwargs = dict(kwargs or {})
-        if func in _OF_ANY_TENSOR or any(getattr(func, "__self__", None) is known for known in _ATTRIBUTES):
+        if _needs_no_values(func) and args[0]._parts is not None:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         kept = cls._kept(func, args, kwargs)
@@ -187,6 +187,10 @@ def _whole(value: Any) -> Any:
     if isinstance(value, Windowed):
         return value.whole()
     return type(value)(_whole(one) for one in value) if type(value) in (tuple, list) else value
+
+
+def _needs_no_values(func: Any) -> bool:
+    return func in _OF_ANY_TENSOR or any(getattr(func, "__self__", None) is known for known in _ATTRIBUTES)
 
 
 def _last(features: Tensor) -> Tensor:
@@ -370,6 +374,6 @@ _IN_PLACE: dict[Any, Any] = {
     Tensor.__imul__: Tensor.mul, Tensor.mul_: Tensor.mul, Tensor.__itruediv__: Tensor.div, Tensor.div_: Tensor.div,
     Tensor.relu_: Tensor.relu, torch.relu_: Tensor.relu,
 }  # fmt: skip
-# What is known of a tensor without its values.
+# What is known of a tensor without its values. Windows count as laid out channels first.
 _ATTRIBUTES = (Tensor.shape, Tensor.dtype, Tensor.device, Tensor.ndim, Tensor.requires_grad, Tensor.is_leaf)
-_OF_ANY_TENSOR = (Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.__len__)
+_OF_ANY_TENSOR = (Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.is_contiguous, Tensor.__len__)

@@ -27,7 +27,23 @@ class PadShortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C + extra, ceil(H / stride), ceil(W / stride))."""
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
+        return F.pad(_every(x, self.stride), (0, 0, 0, 0, 0, self.extra))
+
+
+def _is_last(x: Tensor) -> bool:
+    """Tell whether features (N, C, H, W) lie in memory as (N, H, W, C)."""
+    return not x.is_contiguous()
+
+
+def _every(x: Tensor, stride: int) -> Tensor:
+    """Return every ``stride``-th pixel of (N, C, H, W); the gradient is laid out in memory as ``x`` is.
+
+    That of a slice comes back channels first, whatever the features are, and in bfloat16 an activation whose gradient
+    is laid out otherwise takes 2.9 ms in place of 0.1 (32 x 16 x 32 x 32, one core).
+    """
+    if _is_last(x):
+        return x.permute(0, 2, 3, 1)[:, ::stride, ::stride].permute(0, 3, 1, 2)
+    return x[:, :, ::stride, ::stride]
 
 
 def conv_shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -68,8 +84,8 @@ def conv_block(inputs: int, outputs: int, stride: int) -> BasicBlock:
 
 
 def pool_and_flatten(x: Tensor) -> Tensor:
-    """Average (N, C, H, W) over its pixels to (N, C), whatever the size."""
-    return F.adaptive_avg_pool2d(x, 1).flatten(1)
+    """Average (N, C, H, W) over its pixels to (N, C), whatever the size; gradients are laid out as ``x`` is."""
+    return x.permute(0, 2, 3, 1).mean(dim=(1, 2)) if _is_last(x) else F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
 def initialize_convolutions(network: nn.Module) -> None:
