@@ -135,6 +135,7 @@ def test_other_work_on_the_processor_does_not_count(own, device, seconds, monkey
 def test_a_step_counts_by_the_time_of_the_processor(study, tmp_path, monkeypatch):
     monkeypatch.setattr(estimates, "_MOST_SECONDS", 1e6)
     monkeypatch.setattr(estimates._Clock, "read", lambda self: (4.0, 1.0))
+    monkeypatch.setattr(estimates, "_passes_of_a_step", lambda settings: 0.0)  # no least time of a step
     rates = []
 
     def train(config, **more):
@@ -174,3 +175,17 @@ def test_the_ratio_of_a_mode_is_of_its_passes_and_nothing_is_compiled(monkeypatc
     assert (first.channels_last, first.folding) == (True, True)
     assert (first.fused_noise, first.compiled_rows, plain) == (False, 0, execution.PLAIN)
     assert model.layer.weight.is_contiguous()
+
+
+def test_a_step_that_was_timed_in_a_stall_counts_half_its_passes_at_least(study, tmp_path, monkeypatch):
+    def train(config, **more):
+        run = learned(config, **more)
+        if run.metrics:
+            run.metrics[-1]["images_per_second"] = 1e12
+        return run
+
+    learned = estimates.train
+    monkeypatch.setattr(estimates, "train", train)
+    monkeypatch.setattr(estimates, "_MOST_SECONDS", 1e6)
+    pace = Estimates(Ledger(study, Store(tmp_path / "store")), "cpu").pace(study.runs[0].config)
+    assert pace.step == pytest.approx(pace.both * estimates._passes_of_a_step(study.runs[0].config.closed()) / 2)

@@ -132,7 +132,8 @@ class Estimates:
             clock = _Clock(timing.device)
             run = train(replace(short, limit=rows, batch_size=rows), data=images, progress=False)
             wall, own = clock.read()
-            step = own / wall / run.metrics[-1]["images_per_second"]
+            # On a machine that stalls two steps can come out far too fast; no step is quicker than half its passes.
+            step = max(own / wall / run.metrics[-1]["images_per_second"], both * _passes_of_a_step(config.closed()) / 2)
             self._left -= own
         return Pace(step, forward, both)
 
