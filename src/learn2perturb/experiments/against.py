@@ -71,6 +71,7 @@ def _difference(
 
 def checks(study: Study, cells: Sequence[ViewCell], layout: Grid) -> Iterator[PaperCheck]:
     """Give each number beside the paper's, and the known reasons where they differ."""
+    shorter = [f"level {study.level} is not the paper's training (the note on the level)"] if level_notes(study) else []
     for cell in cells:
         if cell.paper is None or cell.value is None or cell.interval is None:
             continue
@@ -80,7 +81,7 @@ def checks(study: Study, cells: Sequence[ViewCell], layout: Grid) -> Iterator[Pa
         if cell.paper.suspect is not None:
             verdict = "suspect"
         pair = layout.places[Place(cell.row, cell.column, cell.x)][0]
-        why = tuple(_reasons(study, pair)) if verdict == "differs" else ()
+        why = (*shorter, *_reasons(study, pair)) if verdict == "differs" else ()
         yield PaperCheck(cell.row, cell.column, cell.x, cell.value, cell.paper, difference, allowed, verdict, why)
 
 
@@ -92,8 +93,6 @@ def _half(cell: ViewCell, *, upper: bool) -> float:
 
 
 def _reasons(study: Study, pair: Pair) -> Iterator[str]:
-    if level_notes(study):
-        yield f"level {study.level} is not the paper's training (the note on the level)"
     for reason in study.reasons:
         if matches(pair, reason.get("where") or {}):
             yield str(reason["why"])
