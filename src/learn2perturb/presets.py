@@ -1,4 +1,4 @@
-"""Attacks by short names, and attacks written in one word: ``pgd20``, ``pgd:steps=50,eot=20``. Knows no torch."""
+"""Attacks by short names, and attacks in one word: ``pgd20``, ``pgd:steps=50``, ``pgd20:eot=20``. Knows no torch."""
 
 from __future__ import annotations
 
@@ -68,20 +68,44 @@ def preset(name: str, eot: int, *, average: str | None = None, draws: str | None
     return attack, found
 
 
-def named_attack(text: str) -> tuple[str, tuple[str, dict[str, Any]]]:
+def named_row(text: str) -> tuple[str, str]:
     """Read ``strong=pgd:steps=50,eot=20`` into the name of its row, and the attack; the text itself is a name, too.
 
     Raises:
-        ConfigError: it is not written so.
+        ConfigError: the row has no such name, or there is no attack.
     """
     head, colon, rest = text.partition(":")
     row, equals, attack = head.partition("=")
     if not equals:
-        return text.replace(" ", ""), parse_attack(text)
+        return text.replace(" ", ""), text
     row = row.strip()
     if not re.fullmatch(r"[\w.+ -]+", row) or not attack.strip():
         raise ConfigError(f"attack {text!r}: {row!r} cannot name a row; write strong=pgd:steps=50,eot=20")
-    return row, parse_attack(attack.strip() + colon + rest)
+    return row, attack.strip() + colon + rest
+
+
+def written_attack(text: str, eot: int = EOT_DRAWS, **how: str | None) -> tuple[str, dict[str, Any]]:
+    """Return registered name and settings of an attack in one word: ``pgd20``, ``pgd:steps=50`` or ``pgd20:eot=20``.
+
+    Settings replace those of a preset; ``eot`` and ``how`` are what :func:`preset` takes.
+
+    Raises:
+        UnknownNameError: there is no such attack, and no such preset.
+        ConfigError: it is not written so.
+    """
+    name, settings = parse_attack(text)
+    if name in PRESETS:
+        attack, own = preset(name, eot, **how)
+        return attack, own | settings
+    if name not in ATTACKS:
+        raise UnknownNameError.of("attack", name, [*PRESETS, *ATTACKS.names()])
+    return name, settings
+
+
+def has_usual_step(text: str) -> bool:
+    """Tell whether the step of an attack in one word is a preset's, made for l_inf."""
+    name, settings = parse_attack(text)
+    return name in PRESETS and "step_size" not in settings
 
 
 def parse_attack(text: str) -> tuple[str, dict[str, Any]]:

@@ -13,8 +13,8 @@ import yaml
 import learn2perturb as l2p
 from learn2perturb.cli.completion import SHELLS, completion
 from learn2perturb.cli.main import VERBS, main
-from learn2perturb.errors import ConfigError
-from learn2perturb.presets import named_attack
+from learn2perturb.errors import ConfigError, UnknownNameError
+from learn2perturb.presets import PRESETS, has_usual_step, named_row, preset, written_attack
 from learn2perturb.progress import Reporter
 from learn2perturb.registry import DEFENSES
 from learn2perturb.terminal import verbosity
@@ -154,16 +154,41 @@ def test_an_unknown_shell_is_refused(capsys):
         ("my row=fgsm", "my row", "fgsm", {}),
         ("pgd:steps=5", "pgd:steps=5", "pgd", {"steps": 5}),
         ("fgsm", "fgsm", "fgsm", {}),
+        ("long=pgd20:steps=50", "long", "pgd", {"steps": 50, "step_size": 2 / 255}),
+        ("eot-pgd7:eot=3", "eot-pgd7:eot=3", "pgd", {"steps": 7, "step_size": 0.01, "eot": 3}),
     ],
 )
 def test_an_attack_may_name_its_row(text, row, attack, settings):
-    assert named_attack(text) == (row, (attack, settings))
+    name, written = named_row(text)
+    assert (name, written_attack(written)) == (row, (attack, settings))
 
 
 @pytest.mark.parametrize("text", ["=pgd:steps=5", "a=", "a=:steps=5", "<b>=pgd"])
 def test_what_names_no_row_is_refused(text):
     with pytest.raises(ConfigError, match="write strong=pgd"):
-        named_attack(text)
+        named_row(text)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_settings_replace_those_of_a_preset(name):
+    """It was said of pgd20:eot=20 that pgd20 is unknown, and whether pgd20 was meant."""
+    attack, settings = preset(name, 10)
+    assert written_attack(name) == (attack, settings)
+    assert written_attack(f"{name}:norm=l2") == (attack, {**settings, "norm": "l2"})
+    assert has_usual_step(f"{name}:norm=l2") and not has_usual_step(f"{name}:step_size=0.1")
+    assert not has_usual_step("pgd:steps=5")
+
+
+def test_what_is_no_attack_is_told_of_others_than_itself():
+    with pytest.raises(UnknownNameError, match="'pgd21': did you mean 'pgd20'"):
+        written_attack("pgd21:eot=20")
+
+
+def test_a_preset_with_other_settings_has_the_usual_step_of_the_norm(network, capsys):
+    words = ["evaluate", network, "--limit=8", "--norm=l2", "--eps=0.5", "--json", "--attacks=none"]
+    assert main([*words, "--attack=pgd20:steps=30", "--attack=mine=pgd:steps=30,step_size=2/255"]) == 0
+    notes = " ".join(json.loads(capsys.readouterr().out)["notes"])
+    assert "mine reach" in notes and "pgd20:steps=30 reach" not in notes
 
 
 def test_named_rows_are_in_the_table_and_two_of_one_name_are_refused(network, capsys):

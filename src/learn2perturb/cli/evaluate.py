@@ -26,8 +26,16 @@ from learn2perturb.cli.subject import (
 from learn2perturb.defenses.settings import NORMS
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation.config import EvaluateConfig
-from learn2perturb.presets import AVERAGES, DEFAULT_ATTACKS, EOT_DRAWS, PRESETS, named_attack, preset
-from learn2perturb.registry import ATTACKS
+from learn2perturb.presets import (
+    AVERAGES,
+    DEFAULT_ATTACKS,
+    EOT_DRAWS,
+    PRESETS,
+    has_usual_step,
+    named_row,
+    preset,
+    written_attack,
+)
 from learn2perturb.runs.trained import own_eps, own_norm, own_predictor
 
 if TYPE_CHECKING:
@@ -49,7 +57,8 @@ def add_arguments(parser: Parser) -> None:
     add("--attacks", metavar="NAMES", help=f"of {', '.join(PRESETS)} (default {DEFAULT_ATTACKS}; none for clean only)")
     add(
         "--attack", action="append", default=[], metavar="[ROW=]NAME:KEY=VALUE,...",
-        help="an attack in full, may be repeated; ROW names its row: strong=pgd:steps=50,step_size=2/255,eot=20",
+        help="an attack in full, or one of those with other settings (pgd20:restarts=5), may be repeated; ROW names "
+        "its row: strong=pgd:steps=50,step_size=2/255,eot=20",
     )  # fmt: skip
     add(
         "--eot",
@@ -158,7 +167,7 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     model, data = subject.model, subject.data
     sizes = sizes_of(asked)
     norm = arguments.norm or own_norm(subject.config)
-    written = {named_attack(text)[0] for text in arguments.attack}
+    written = {row for row, attack in map(named_row, arguments.attack) if not has_usual_step(attack)}
     attacks = attacks_of_size(
         specs, partial(own_eps, subject.config), norm=norm, asked=sizes, usual_steps=set(specs) - written
     )
@@ -227,8 +236,8 @@ def attack_specs(arguments: argparse.Namespace) -> dict[str, tuple[str, dict[str
     how = {"average": arguments.eot_average, "draws": arguments.eot_draws}
     specs = {name: preset(name, arguments.eot, **how) for name in words(named, "--attacks") if name != "none"}
     for text in arguments.attack:
-        row, (name, settings) = named_attack(text)
-        ATTACKS.entry(name)
+        row, attack = named_row(text)
+        name, settings = written_attack(attack, arguments.eot, **how)
         if row in specs:
             raise ConfigError(f"two attacks are named {row!r}; give each row a name of its own: NAME=pgd:steps=50")
         if "eps" in settings and arguments.eps is not None:

@@ -27,8 +27,8 @@ from learn2perturb.errors import CheckpointError, ConfigError, UnknownNameError
 from learn2perturb.experiments.grid import check_view
 from learn2perturb.experiments.spec import OTHERS, TWIN, CellPlan, RunPlan, Scoring, Study, ViewPlan, matches
 from learn2perturb.naming import is_factory, made_by
-from learn2perturb.presets import EOT_DRAWS, PRESETS, parse_attack, preset
-from learn2perturb.registry import ATTACKS, DEFENSES
+from learn2perturb.presets import has_usual_step, written_attack
+from learn2perturb.registry import DEFENSES
 from learn2perturb.training.config import TrainConfig, read_config
 from learn2perturb.values import convert, converted, guess, kinds_of
 
@@ -340,12 +340,12 @@ def _cell(name: str, values: Mapping[str, Any], axes: Mapping[str, Any], scoring
 def _step_of_preset(value: Any) -> bool:
     """Tell whether the step of an attack that is written so is that of a preset."""
     if isinstance(value, Mapping):
-        return "step_size" not in value and str(value.get("name", "")) in PRESETS
-    return str(value) in PRESETS
+        return "step_size" not in value and has_usual_step(str(value.get("name", "")))
+    return has_usual_step(str(value))
 
 
 def attack_named(value: Any) -> tuple[str, dict[str, Any]]:
-    """Return registered name and settings of an attack: a preset, ``pgd:steps=20``, or a mapping with a ``name``."""
+    """Return registered name and settings of an attack: in one word, or a mapping with that as its ``name``."""
     if isinstance(value, Mapping):
         rest = {str(key): guess(item) if isinstance(item, str) else item for key, item in value.items()}
         name = str(rest.pop("name", ""))
@@ -353,13 +353,7 @@ def attack_named(value: Any) -> tuple[str, dict[str, Any]]:
         if not base:
             raise ConfigError(f"attack {dict(value)!r} has no name; write {{name: pgd, steps: 20}}")
         return base, {**settings, **rest}
-    text = str(value)
-    if text in PRESETS:
-        return preset(text, EOT_DRAWS)
-    name, settings = parse_attack(text)
-    if name not in ATTACKS:
-        raise UnknownNameError.of("attack", name, [*PRESETS, *ATTACKS.names()])
-    return name, settings
+    return written_attack(str(value))
 
 
 def _usual_view(cells: Sequence[CellPlan]) -> dict[str, Any]:
