@@ -120,6 +120,24 @@ def test_a_record_takes_the_time_of_the_engine_it_is_made_in(kind, engine, ratio
     assert found.cell(plain) > began
 
 
+@pytest.mark.parametrize("defense", ["adv_bnn", "learn2perturb"])
+def test_a_record_is_expected_to_take_as_long_before_the_training_as_after_it(defense, tiny, tmp_path):
+    """An ensemble that was not yet trained was taken for a single draw: 2 minutes were said for 37."""
+    whole = {**tiny, "runs": {"one": {"defense": defense}}, "seeds": [1]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(whole))
+    study, store = read_study(str(tmp_path / "mine.yaml")), Store(tmp_path / "store")
+
+    def seconds() -> float:
+        found = Estimates(Ledger(study, store), "cpu")
+        found._paces[estimates._kind(study.runs[0].config)] = estimates.Pace(2.0, 1.0, 3.0)
+        return sum(found.cell(pair) for pair in study.all_pairs())
+
+    before = seconds()
+    studying.study(study, store=tmp_path / "store", progress=False)
+    assert Ledger(study, store).network(study.runs[0]) is not None
+    assert seconds() == pytest.approx(before)
+
+
 @pytest.mark.parametrize(("own", "device", "seconds"), [(2.0, "cpu", 2.0), (19.0, "cpu", 10.0), (2.0, "cuda", 10.0)])
 def test_other_work_on_the_processor_does_not_count(own, device, seconds, monkeypatch):
     """Ten seconds of the wall, of which this process had the processor for two; on a card it only waits."""

@@ -44,25 +44,28 @@ class Ledger:
     store: Store
     _keys: dict[str, str] = field(default_factory=dict)
     _networks: dict[str, Network] = field(default_factory=dict)
+    _expected: dict[str, dict[str, Any]] = field(default_factory=dict)
     _places: dict[tuple[str, str, str], tuple[str, Path]] = field(default_factory=dict)
     _records: dict[Path, Saved] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # What can be refused is refused before any work.
         headers = {run.title: self.header(run) for run in self.study.runs}
-        for run in self.study.runs:
-            if self.network(run) is None and run.config is not None:
-                _check(run)
         for pair in self.study.all_pairs():
             attack_of(pair, headers[pair.run.title])
 
     def header(self, run: RunPlan) -> dict[str, Any]:
-        """Return what the file of a network says of it; before it is trained, what it is trained by."""
+        """Return what the file of a network says of it; before it is trained, what it will say that others go by.
+
+        Raises:
+            ConfigError, UnknownNameError: its defense does not take its settings.
+        """
         network = self.network(run)
         if network is not None:
             return network.header
-        assert run.config is not None
-        return {"config": run.config.to_dict()}
+        if run.title not in self._expected:
+            self._expected[run.title] = _expected(run)
+        return self._expected[run.title]
 
     def address(self, run: RunPlan) -> str:
         """Return the address of a run that is to be trained."""
@@ -188,14 +191,15 @@ class Ledger:
         )  # fmt: skip
 
 
-def _check(run: RunPlan) -> None:
-    """Refuse a run whose defense takes not its settings.
+def _expected(run: RunPlan) -> dict[str, Any]:
+    """Return what the header of a network that is to be trained will say of how it was trained and predicts.
 
     Raises:
-        ConfigError, UnknownNameError: it does not.
+        ConfigError, UnknownNameError: its defense does not take its settings.
     """
     assert run.config is not None
     try:
-        run.config.built_defense()
+        defense = run.config.built_defense()
     except (ConfigError, UnknownNameError) as error:
         raise type(error)(f"run {run.title}: {error}") from None
+    return {"config": run.config.to_dict(), "predictor": defense.predictor, "members": defense.members}
