@@ -92,7 +92,7 @@ def guessed_passes(attack: Attack, images: int = 1) -> float:
 
     Of a deterministic model it may be far fewer: images leave an attack that ``drops`` them.
     """
-    return sum(_passes(part, images) for part in _made_of(attack))
+    return sum(_passes(part, images) * (2 if _asks_first(part) else 1) for part in _made_of(attack))
 
 
 def guessed_seconds(attack: Attack, images: int, *, forward: float, both: float) -> float:
@@ -104,8 +104,18 @@ def guessed_seconds(attack: Attack, images: int, *, forward: float, both: float)
         forward: seconds of a forward pass of an image.
         both: of a forward and backward pass.
     """
-    parts = _made_of(attack)
-    return sum(_passes(part, images) * (both if part.needs_gradient else forward) for part in parts)
+    return sum(_passes(part, images) * _each(part, forward, both) for part in _made_of(attack))
+
+
+def _each(attack: Attack, forward: float, both: float) -> float:
+    if not attack.needs_gradient:
+        return forward
+    return forward + both if _asks_first(attack) else both
+
+
+def _asks_first(attack: Attack) -> bool:
+    """Tell whether a gradient of a mean over draws asks for that mean before, by as many forward passes."""
+    return attack.needs_gradient and attack.eot > 1 and attack.eot_average != "loss"
 
 
 def _made_of(attack: Attack) -> list[Attack]:
