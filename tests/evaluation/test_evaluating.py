@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from learn2perturb import __version__
 from learn2perturb.attacks import PGD, Attack
 from learn2perturb.data import load_data, make_source
 from learn2perturb.engine import execution
@@ -296,6 +297,7 @@ def test_record_round_trip_and_every_statistic_from_the_raw_predictions(tmp_path
     assert row.accuracy == pytest.approx((row.predictions.unpack() == labels).mean())
     np.testing.assert_array_equal(row.correct.unpack(), row.predictions.unpack() == labels)
     assert {"model", "torch", "device", "hardware", "date"} <= result.metadata.keys()
+    assert result.metadata["learn2perturb"] == __version__
 
 
 def test_an_inconsistent_record_is_refused(tmp_path) -> None:

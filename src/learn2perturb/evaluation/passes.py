@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from learn2perturb import __version__
 from learn2perturb.attacks import probing
 from learn2perturb.engine.answers import logits_of
 from learn2perturb.engine.devices import checked_device
@@ -58,9 +59,10 @@ def device_of(model: Model, device: str | torch.device | None) -> torch.device:
 
 
 def circumstances(device: torch.device, mode: ExecutionMode) -> dict[str, Any]:
-    """Return versions, device, execution mode and hardware, for the metadata of a record."""
+    """Return versions, the package's first, device, execution mode and hardware, for the metadata of a record."""
     threads = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
+        "learn2perturb": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": str(device),
