@@ -150,6 +150,51 @@ def test_other_work_on_the_processor_does_not_count(own, device, seconds, monkey
     assert estimates._Clock(torch.device(device)).read() == (10.0, seconds)
 
 
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_time_of_the_processor_is_that_of_one_thread(study, tmp_path, monkeypatch, four_threads):
+    """Threads that wait for each other take the processor's time: beside other work a pass seemed ten times as long."""
+    seen: dict[str, set[int]] = {"passes": set(), "steps": set()}
+
+    def ask(model, x):
+        seen["passes"].add(torch.get_num_threads())
+        return asked(model, x)
+
+    def train(config, **more):
+        if config.epochs:
+            seen["steps"].add(torch.get_num_threads())
+        return learned(config, **more)
+
+    asked, learned = estimates.ask, estimates.train
+    monkeypatch.setattr(estimates, "ask", ask)
+    monkeypatch.setattr(estimates, "train", train)
+    monkeypatch.setattr(estimates, "_MOST_SECONDS", 1e6)
+    monkeypatch.setattr(estimates._Timing, "_gain", lambda self, one_thread: 0.25)
+    whole = Estimates(Ledger(study, Store(tmp_path / "store")), "cpu").pace(study.runs[0].config)
+    assert seen == {"passes": {1, 4}, "steps": {1}}  # the first pass, which counts for nothing, by all
+    assert torch.get_num_threads() == 4
+    assert whole.both > 0
+
+
+@pytest.mark.parametrize(("walls", "gain"), [
+    ((4.0, 3.0, 5.0), 0.3), ((1.0, 2.0, 3.0), 0.25), ((90.0, 40.0, 50.0), 1.0),
+])  # fmt: skip
+def test_what_more_threads_gain_is_seen_and_no_more_than_there_are(walls, gain, monkeypatch, four_threads):
+    data = load_data("digits", "test", limit=4)
+    timing = estimates._Timing(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), data, torch.device("cpu"))
+    left = iter(walls)
+    monkeypatch.setattr(estimates._Clock, "read", lambda self: (next(left), 0.0))
+    assert timing._gain(10.0) == gain
+    torch.set_num_threads(1)
+    assert timing._gain(10.0) == 1.0
+
+
 def test_a_step_counts_by_the_time_of_the_processor(study, tmp_path, monkeypatch):
     monkeypatch.setattr(estimates, "_MOST_SECONDS", 1e6)
     monkeypatch.setattr(estimates._Clock, "read", lambda self: (4.0, 1.0))

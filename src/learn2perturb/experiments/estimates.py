@@ -1,7 +1,9 @@
 """How long the rest of a study takes: from steps and passes that are measured here, before it starts.
 
-What is measured is the time of the processor, so that other work on it does not count, and each pass in the execution
-mode that the training or evaluation will select, but for what that mode compiles.
+What is measured is the time of the processor in one thread, so that other work on it does not count: several threads
+wait for each other, which takes the processor's time, and the longer the more it has to do. What more of them gain is
+seen once for each network. Each pass is made in the execution mode that the training or evaluation will select, but for
+what that mode compiles.
 """
 
 from __future__ import annotations
@@ -129,11 +131,13 @@ class Estimates:
         alike = [one.step / one.both for other, one in self._paces.items() if _trainer(other) == _trainer(kind)]
         step = both * (alike[0] if alike else _passes_of_a_step(config.closed()))
         if 2 * rows * step < self._left:
-            clock = _Clock(timing.device)
-            run = train(replace(short, limit=rows, batch_size=rows), data=images, progress=False)
-            wall, own = clock.read()
+            with _one_thread():
+                clock = _Clock(timing.device)
+                run = train(replace(short, limit=rows, batch_size=rows), data=images, progress=False)
+                wall, own = clock.read()
+            seen = timing.gain * own / wall / run.metrics[-1]["images_per_second"]
             # On a machine that stalls two steps can come out far too fast; no step is quicker than half its passes.
-            step = max(own / wall / run.metrics[-1]["images_per_second"], both * _passes_of_a_step(config.closed()) / 2)
+            step = max(seen, both * _passes_of_a_step(config.closed()) / 2)
             self._left -= own
         return Pace(step, forward, both)
 
@@ -254,6 +258,7 @@ class _Timing:
 
     Attributes:
         rows: images of a pass: one of a large network takes as long as all of a small one.
+        gain: how long a pass takes in all threads, in the time of one: 1 where other work leaves them nothing.
         forward, both: seconds an image of a pass forward, and of one forward and backward, in ``plain``.
     """
 
@@ -261,24 +266,38 @@ class _Timing:
         self.device, self._model = device, model.to(device).eval()
         self._images, self._labels = (data.images.float() / 255).to(device), data.labels.to(device)
         self._forward(1)  # the first pass of a process is slower than any other
-        one = max(self._seconds(self._forward, 1), 1e-9)
-        self.rows = max(1, min(len(self._images), int(_MOST_SECONDS / 40 / one)))
-        self.forward = self._seconds(self._forward, self.rows) / self.rows
-        self.both = self._seconds(self._both, self.rows) / self.rows
+        with _one_thread():
+            one = max(self._seconds(self._forward, 1), 1e-9)
+            self.rows = max(1, min(len(self._images), int(_MOST_SECONDS / 40 / one)))
+            forward, both = (self._seconds(work, self.rows) / self.rows for work in (self._forward, self._both))
+        self.gain = self._gain(both * self.rows)
+        self.forward, self.both = self.gain * forward, self.gain * both
+
+    def _gain(self, one_thread: float) -> float:
+        threads = torch.get_num_threads()
+        if threads == 1 or self.device.type != "cpu":
+            return 1.0
+        took = []
+        for _ in range(3):
+            clock = _Clock(self.device)
+            self._both(self.rows)
+            took.append(clock.read()[0])
+        return min(1.0, max(min(took) / one_thread, 1 / threads))
 
     def ratio(self, mode: execution.ExecutionMode) -> float:
         """Return how long a pass forward and back takes in ``mode``, without what it compiles, in those of plain."""
         eager = replace(execution.eager(mode), fused_noise=False)
         eager.place(self._model)
         x = eager.place_images(self._images[: self.rows])
-        try:
-            with execution.running(eager), execution.attacking(self._model, x, True):
-                self._both(self.rows)
-                found = self._seconds(self._both, self.rows)
-        finally:
-            execution.PLAIN.place(self._model)
-        # Beside each other, so that both have met the same machine.
-        return found / self._seconds(self._both, self.rows)
+        with _one_thread():
+            try:
+                with execution.running(eager), execution.attacking(self._model, x, True):
+                    self._both(self.rows)
+                    found = self._seconds(self._both, self.rows)
+            finally:
+                execution.PLAIN.place(self._model)
+            # Beside each other, so that both have met the same machine.
+            return found / self._seconds(self._both, self.rows)
 
     def _forward(self, rows: int) -> None:
         with torch.no_grad():
@@ -296,6 +315,16 @@ class _Timing:
             work(rows)
             took.append(clock.read()[1])
         return max(min(took), 1e-9)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
