@@ -108,7 +108,7 @@ class Wavering(nn.Module):
     [
         ({"steps": 45, "draws": 7}, 7 + 2 * 23 * 7),  # of every second step, and of the last
         ({"steps": 40, "draws": 7}, 7 + 2 * 20 * 7),
-        ({"steps": 39, "draws": 7}, 7),  # less than two steps a judgement: each is its own
+        ({"steps": 39, "draws": 7}, 7 + 2 * 39 * 7),  # less than two steps a judgement: of every step
         ({"steps": 45, "draws": 7, "keep": "single", "eot": 3}, 3),
     ],
 )

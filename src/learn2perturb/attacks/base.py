@@ -164,6 +164,11 @@ class Attack(ABC):
         """Whether images of a deterministic model may leave before the end, which saves their passes."""
         return False
 
+    @property
+    def judging(self) -> int:
+        """How many forward passes over an image judge, on a stochastic model, what the attack has found on its way."""
+        return 0
+
     def resized(self, eps: float) -> Self:
         """Return the same attack with another radius; a step that would exceed it shrinks in proportion."""
         return replace(self, eps=eps)

@@ -96,11 +96,21 @@ class CW(Attack):
         """Whether images of a deterministic model leave a search step once their objective falls no more."""
         return self.abort_early
 
+    @property
+    def window(self) -> int:
+        """After how many steps the nearest candidate since the last judgement is judged, on a stochastic model."""
+        return 1 if self.keep == "single" else max(1, self.steps // _JUDGEMENTS)
+
+    @property
+    def judging(self) -> int:
+        """Forward passes over an image that judge candidates: those of ``keep="single"`` are made by then."""
+        return 0 if self.keep == "single" else self.search_steps * math.ceil(self.steps / self.window) * self.draws
+
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return the nearest points found, ``x`` where none is.
 
         Costs up to ``search_steps * steps * eot`` forward and backward passes, and on a stochastic model
-        ``20 search_steps * draws`` forward passes that judge.
+        ``20 search_steps * draws`` forward passes that judge (with few steps, ``draws`` in each).
         """
         return _Search(self, query, x, y).run()
 
@@ -147,9 +157,10 @@ class _Search:
         self.c = torch.full_like(self.norm, attack.initial_c)
         self.lower, self.upper = torch.zeros_like(self.norm), torch.full_like(self.norm, torch.inf)
         if self.fixed:
-            self.window = 1 if execution.current().dtype is None else _CONFIRMATION
+            self.judges = execution.current().dtype is not None
+            self.window = _CONFIRMATION if self.judges else 1
         else:
-            self.window = 1 if attack.keep == "single" else max(1, attack.steps // _JUDGEMENTS)
+            self.judges, self.window = attack.keep != "single", attack.window
 
     def run(self) -> Tensor:
         """Return the nearest points."""
@@ -244,7 +255,7 @@ class _Search:
     def _settle(self, state: _State) -> None:
         """Keep the candidates that stand."""
         stands = state.candidate_norm < torch.inf
-        if self.window > 1:
+        if self.judges:
             stands &= self._judged(state.candidate, state.y) > self.attack.confidence
         nearer = stands & (state.candidate_norm < state.norm)
         state.best = torch.where(per_image(nearer), state.candidate, state.best)

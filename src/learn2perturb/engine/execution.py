@@ -173,6 +173,15 @@ def with_compiled_attack(mode: ExecutionMode, attacked_pixels: float, rows: int)
     )
 
 
+# Of the time of ``plain``, about, that the passes of an attack take: seen with ResNet-20 on CPUs, alone at work.
+_PACES = {"plain": 1.0, "fast": 0.45, "fast32": 0.65}
+
+
+def guessed_pace(mode: ExecutionMode) -> float:
+    """Return about how long the passes of an attack take in ``mode``, in the time that they take in ``plain``."""
+    return _PACES[mode.name]
+
+
 def eager(mode: ExecutionMode) -> ExecutionMode:
     """Return ``mode`` without what is recorded or compiled beforehand."""
     return dataclasses.replace(mode, compiled_rows=0, compiled_training=False, recording=False)

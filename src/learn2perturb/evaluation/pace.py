@@ -22,8 +22,8 @@ _FACTORS = ("steps", "search_steps", "queries", "population", "generations", "eo
 class Pace:
     """The passes of one attack: a guess from its settings for the first batch, then those that the last batch took."""
 
-    def __init__(self, attack: Attack) -> None:
-        self._attack, self.expected = attack, 0.0
+    def __init__(self, attack: Attack, stochastic: bool = False) -> None:
+        self._attack, self._stochastic, self.expected = attack, stochastic, 0.0
         self._spoken, self._seen = time.monotonic(), False
 
     def listener(self, images: int, tell: Callable[[float], object]) -> Callable[[int, int], None]:
@@ -32,7 +32,7 @@ class Pace:
         In the first batch those that are still attacked are expected to stay until the end, and no others.
         """
         done, passes, share = 0, 0.0, 0.0
-        self.expected = self.expected or guessed_passes(self._attack, images)
+        self.expected = self.expected or guessed_passes(self._attack, images, stochastic=self._stochastic)
 
         def told(rows: int, left: int) -> None:
             nonlocal done, passes, share
@@ -87,15 +87,15 @@ class Rest:
         return sum((self._images - self._done[one]) * each for one, each in self._each.items())
 
 
-def guessed_passes(attack: Attack, images: int = 1) -> float:
+def guessed_passes(attack: Attack, images: int = 1, *, stochastic: bool = False) -> float:
     """Return about how many forward passes ``attack`` makes of each image, in batches of so many ``images``.
 
     Of a deterministic model it may be far fewer: images leave an attack that ``drops`` them.
     """
-    return sum(_passes(part, images) * (2 if _asks_first(part) else 1) for part in _made_of(attack))
+    return guessed_seconds(attack, images, forward=1.0, both=1.0, stochastic=stochastic)
 
 
-def guessed_seconds(attack: Attack, images: int, *, forward: float, both: float) -> float:
+def guessed_seconds(attack: Attack, images: int, *, forward: float, both: float, stochastic: bool = False) -> float:
     """Return about how long ``attack`` takes for each image, by the same guess.
 
     Args:
@@ -103,8 +103,11 @@ def guessed_seconds(attack: Attack, images: int, *, forward: float, both: float)
         images: in a batch.
         forward: seconds of a forward pass of an image.
         both: of a forward and backward pass.
+        stochastic: whether passes of the model differ, so that some attacks judge what they find by more of them.
     """
-    return sum(_passes(part, images) * _each(part, forward, both) for part in _made_of(attack))
+    parts = _made_of(attack)
+    found = sum(_passes(part, images) * _each(part, forward, both) for part in parts)
+    return found + (forward * sum(part.judging for part in parts) if stochastic else 0.0)
 
 
 def _each(attack: Attack, forward: float, both: float) -> float:

@@ -97,7 +97,7 @@ class RowRun:
         self.members = members if stochastic and self.predictor != "single" else 1
         self.attack = None if attack is None else _adapted(attack, self.predictor, self.members, stochastic)
         self.on_single = None if attack is None else _adapted(attack, "single", 1, stochastic)
-        self.pace = None if self.attack is None else Pace(self.attack)
+        self.pace = None if self.attack is None else Pace(self.attack, stochastic)
         self.pools = stochastic and self.predictor == "single" and self.draws > 1
         self.batches: dict[int, _Batch] = {}
         self.fits = Halving()
@@ -125,7 +125,11 @@ class RowRun:
     def queries(self, images: int) -> float:
         """Return about how many passes of an image the row takes, in batches of so many ``images``."""
         scorings = self.draws * self.members
-        return scorings if self.attack is None else scorings + guessed_passes(self.attack, images)
+        return (
+            scorings
+            if self.attack is None
+            else scorings + guessed_passes(self.attack, images, stochastic=self.stochastic)
+        )
 
     def seconds_each(self, images: int, one_pass: float, *, single: bool = False) -> float:
         """Return about how long an image of the row takes, where a pass of an image takes ``one_pass`` seconds.
@@ -137,7 +141,9 @@ class RowRun:
         if attack is None:
             return scored
         # Forward and back: about three forward passes.
-        return scored + guessed_seconds(attack, images, forward=one_pass, both=3 * one_pass)
+        one_pass *= execution.guessed_pace(self.mode)  # the pass that was timed was plain
+        seconds = {"forward": one_pass, "both": 3 * one_pass}
+        return scored + guessed_seconds(attack, images, **seconds, stochastic=self.stochastic)
 
     @property
     def drops(self) -> bool:

@@ -31,7 +31,7 @@ from learn2perturb.engine.random import isolated_rng
 from learn2perturb.evaluation.pace import guessed_passes, guessed_seconds
 from learn2perturb.experiments.ledger import Ledger
 from learn2perturb.experiments.spec import Pair, RunPlan
-from learn2perturb.experiments.tasks import attack_of, effective
+from learn2perturb.experiments.tasks import attack_of, effective, is_random
 from learn2perturb.reading import MOST_SETTINGS, parse_json, read_bytes
 from learn2perturb.runs.environment import environment
 from learn2perturb.training.config import TrainConfig
@@ -106,8 +106,10 @@ class Estimates:
             return passes * pace.both * self._in_engine(scoring.engine, config, passes)
         attack, attacked = attack_of(pair, header), 0.0
         if attack is not None:  # scoring is in plain, whatever the attack is made in
-            ratio = self._in_engine(scoring.engine, config, images * guessed_passes(attack))
-            attacked = ratio * guessed_seconds(attack, 1, forward=pace.forward, both=pace.both)
+            random = is_random(pair, header)
+            in_all = images * guessed_passes(attack, stochastic=random)
+            ratio = self._in_engine(scoring.engine, config, in_all)
+            attacked = ratio * guessed_seconds(attack, 1, forward=pace.forward, both=pace.both, stochastic=random)
         scorings = scoring.draws * (scoring.members or 1)
         rows = 1 + scoring.noise_off
         return images * rows * (attacked + scorings * pace.forward)
