@@ -1,4 +1,6 @@
-"""Time this package's attacks against torchattacks, foolbox and adversarial-library: same network, images and budget.
+"""Time this package's attacks against other libraries: same network, images and budget.
+
+They are torchattacks, foolbox, adversarial-library, and pyautoattack (`pip install --no-deps pyautoattack`).
 
     python benchmarks/against_peers.py --data-dir .data --plain runs/cifar10-pgd_at --noisy runs/cifar10-learn2perturb
 
@@ -31,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 import learn2perturb as l2p
-from learn2perturb.attacks import APGD, CW, PGD, Attack, FewPixel
+from learn2perturb.attacks import APGD, CW, PGD, Attack, AutoAttack, FewPixel
 from learn2perturb.engine import execution
 from learn2perturb.engine.random import seed_everything
 from learn2perturb.runs.environment import environment
@@ -80,6 +82,22 @@ def foolbox_pgd(steps: int) -> Callable[[int], Run]:
         return run
 
     return make
+
+
+def published_autoattack(warm_up: int) -> Run:
+    """Return a run of AutoAttack as its authors wrote it, in the package pyautoattack; APGD alone warms it up.
+
+    That of torchattacks is none: its parts make 10 steps, where 100 are the attack.
+    """
+
+    def run(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        which = {"version": "custom", "attacks": ["apgd-ce"]} if warm_up else {"version": "standard"}
+        found = importlib.import_module("pyautoattack").AutoAttack(model, norm="Linf", eps=EPS, **which)
+        if warm_up:
+            found.apgd.n_iter, found.apgd.n_restarts = 3, 1
+        return found.run_standard_evaluation(x, y)[0]
+
+    return run
 
 
 @functools.cache
@@ -143,6 +161,11 @@ CONTESTS = {
         "one pixel, population 100, 10 generations", 3.0, 32, False, FewPixel(1, population=100, generations=10),
         {"torchattacks": torchattack("OnePixel", {"steps": 1}, pixels=1, steps=10, popsize=100)},
         {"generations": 1},
+    ),
+    "autoattack": Contest(
+        "AutoAttack, standard", 3.0, 64, False, AutoAttack(EPS),
+        {"published": published_autoattack},
+        {"steps": 2, "queries": 10},
     ),
 }  # fmt: skip
 
