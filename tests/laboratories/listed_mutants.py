@@ -288,8 +288,8 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ("attacks/fab.py", 'pace = (weight > 0).to(x.dtype) if norm == "linf" else weight', "weight > 0",
      "(weight) >= (0)"):
         "a coordinate without weight adds 0 to every sum, and the result is multiplied by its sign, 0",
-    ("evaluation/rows.py", "self.pace = None if self.attack is None else Pace(self.attack)",
-     "None if self.attack is None else Pace(self.attack)", "Pace(self.attack)"):
+    ("evaluation/rows.py", "self.pace = None if self.attack is None else Pace(self.attack, stochastic)",
+     "None if self.attack is None else Pace(self.attack, stochastic)", "Pace(self.attack, stochastic)"):
         "clean images are attacked by nothing, whose pace nobody asks for",
     ("attacks/foreign.py",
      "self.place = nn.Parameter(torch.empty(0, dtype=x.dtype, device=x.device), requires_grad=False)", "0", "1"):
