@@ -21,9 +21,9 @@ CELLS = st.text(alphabet="ab1,=:/.-+_ [", max_size=40).map(lambda text: " ".join
 )
 @settings(max_examples=150, deadline=None)
 def test_lines_fit_and_nothing_is_lost(rows, width):
-    assume(all(any(row) for row in rows))  # a row without a word is an empty line, as between two parts
     lines = aligned(rows, width=width)
     assert all(len(line) <= width for line in lines), lines
+    assume(all(any(row) for row in rows))  # a row without a word is an empty line, as between two parts
     letters = lambda texts: sorted("".join(texts).replace(" ", "").replace("-", ""))  # noqa: E731
     parts = sum(bool(re.fullmatch(r"-+(  -+)*", line) or not line) for line in lines)
     repeated = [row[0] for row in rows for _ in range(lines.count(""))]  # the first column is before every part

@@ -125,11 +125,9 @@ class RowRun:
     def queries(self, images: int) -> float:
         """Return about how many passes of an image the row takes, in batches of so many ``images``."""
         scorings = self.draws * self.members
-        return (
-            scorings
-            if self.attack is None
-            else scorings + guessed_passes(self.attack, images, stochastic=self.stochastic)
-        )
+        if self.attack is None:
+            return scorings
+        return scorings + guessed_passes(self.attack, images, stochastic=self.stochastic)
 
     def seconds_each(self, images: int, one_pass: float, *, single: bool = False) -> float:
         """Return about how long an image of the row takes, where a pass of an image takes ``one_pass`` seconds.
