@@ -114,10 +114,11 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "_BETAS": (0.9, 0.999), "_TINY": 1e-8, "_INSIDE": 1 - 1e-6, "_CHECKS": 10, "_STUCK": 0.9999, "_PATIENCE": 3,
         "_JUDGEMENTS": 20, "_CONFIRMATION": 5, "_SMOOTHING": 0.9, "_FALLING": 0.99,
     },
-    "few_pixel": {
-        "STRATEGIES": ("best1bin", "rand1"), "_POINTS": {"cpu": 65_536}, "_POINTS_ELSEWHERE": 8_388_608,
-        "_ELITE": 0.1, "_FINAL_DRAWS": 20, "_IN_WINDOWS": 8, "_COMPARED": 8,
+    "ahead": {  # ours, measured
+        "_POINTS_OF_A_PASS": {"cpu": 16_384}, "_POINTS_OF_A_PASS_ELSEWHERE": 1_048_576, "_BASE": 1.7,
+        "_LARGEST_WINDOW": 0.2, "_LONGEST": 500,
     },
+    "few_pixel": {"STRATEGIES": ("best1bin", "rand1"), "_ELITE": 0.1, "_FINAL_DRAWS": 20},
     "probing": {"_PROBES": 8, "_PROBED_IMAGES": 16, "_PROBES_OF_A_DRAWING_MODEL": 64},
     "rays": {"_OUTSIDE": 1.05},
     "foreign": {"_RADIUS_NAMES": ("eps", "ε", "epsilon"), "_OURS": ("targeted", "eot", "eot_average", "seed")},

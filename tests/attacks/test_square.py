@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from learn2perturb.attacks import PGD, Square
-from learn2perturb.attacks.square import bumps, recoloured, redistributed, stripes
+from learn2perturb.attacks.proposals import MOVES, bumps, stripes
 from learn2perturb.errors import ConfigError
 from tests.problems import Linear, NoisyLinear
 
@@ -47,7 +47,7 @@ def test_proposals_stay_in_ball_and_box(norm):
     x, eps = torch.rand(8, *SHAPE), {"linf": 0.1, "l2": 0.7}[norm]
     point = stripes(x, eps) if norm == "linf" else bumps(x, eps)
     for side in (9, 7, 5, 3):
-        moved = (recoloured if norm == "linf" else redistributed)(point, x, eps, side)
+        moved = MOVES[norm].drawn(x, side).shown(point, x, eps)
         changed = (moved != point).any(dim=1).flatten(1).sum(dim=1)
         assert changed.max() <= 2 * side**2 or norm == "l2"
         assert len({tuple(place.tolist()) for place in (moved != point).any(dim=1).flatten(1)}) > 1  # each has its own
@@ -59,7 +59,7 @@ def test_proposals_stay_in_ball_and_box(norm):
         assert size.max() <= eps + 1e-6
     inside = 0.4 + 0.2 * x
     if norm == "l2":  # where the box does not bind, the whole radius is used
-        delta = (redistributed(bumps(inside, 0.3), inside, 0.3, 3) - inside).flatten(1)
+        delta = (MOVES[norm].drawn(inside, 3).shown(bumps(inside, 0.3), inside, 0.3) - inside).flatten(1)
         torch.testing.assert_close(delta.norm(dim=1), torch.full((8,), 0.3))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from learn2perturb.attacks import Square
-from learn2perturb.attacks.square import bumps, recoloured, redistributed, stripes
+from learn2perturb.attacks.proposals import Recolouring, Redistribution, bumps, stripes
 from learn2perturb.errors import ConfigError
 from tests.problems import Linear, two_logits
 
@@ -95,7 +95,7 @@ def test_stripes_have_a_sign_of_their_own_in_each_column_channel_and_image():
 def test_a_square_is_side_by_side_and_one_corner_of_the_ball(side):
     x = middle(40)
     best = x + 0.03
-    moved = recoloured(best, x, 0.1, side)
+    moved = Recolouring.drawn(x, side).shown(best, x, 0.1)
     changed = moved != best
     assert torch.equal(changed.any(dim=1), changed.all(dim=1))  # all channels at one place
     for image, delta in zip(changed[:, 0], moved - x, strict=True):
@@ -118,7 +118,7 @@ def test_a_seed_gives_the_same_signs_in_every_version():
     """0 is -1, 1 is +1: results of a seed that are written down can be had again."""
     x = middle(4)
     torch.manual_seed(1)
-    found = [stripes(x, 0.1), bumps(x, 0.2), recoloured(x, x, 0.1, 3)]
+    found = [stripes(x, 0.1), bumps(x, 0.2), Recolouring.drawn(x, 3).shown(x, x, 0.1)]
     torch.manual_seed(1)
     torch.testing.assert_close(found[0], x + 0.1 * signs_of(4, 3, 1, 20).double())
     for row in range(1, 16, 3):
@@ -138,7 +138,12 @@ def test_a_seed_gives_the_same_signs_in_every_version():
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_no_proposal_leaves_the_box(value):
     x = torch.full((3, *SHAPE), value, dtype=torch.float64)
-    for point in (stripes(x, 0.1), bumps(x, 2.0), recoloured(x, x, 0.1, 3), redistributed(bumps(x, 2.0), x, 2.0, 5)):
+    for point in (
+        stripes(x, 0.1),
+        bumps(x, 2.0),
+        Recolouring.drawn(x, 3).shown(x, x, 0.1),
+        Redistribution.drawn(x, 5).shown(bumps(x, 2.0), x, 2.0),
+    ):
         assert point.min() >= 0
         assert point.max() <= 1
         assert not torch.equal(point, x)
@@ -146,7 +151,7 @@ def test_no_proposal_leaves_the_box(value):
 
 def test_squares_start_anywhere_with_equal_chance():
     x = middle(3000, (1, 4, 5))
-    changed = recoloured(x, x, 0.1, 2)[:, 0] != x[:, 0]
+    changed = Recolouring.drawn(x, 2).shown(x, x, 0.1)[:, 0] != x[:, 0]
     tops, lefts = (changed.any(dim=axis).to(torch.int8).argmax(dim=1) for axis in (2, 1))
     counts = torch.bincount(tops * 4 + lefts, minlength=12)
     assert len(counts) == 12  # 3 places down, 4 across
@@ -241,7 +246,7 @@ def test_a_bump_is_paid_for_as_in_the_published_code(side, part):
     x[0] *= 0.1  # where the box binds
     best = bumps(x, part * eps)
     torch.manual_seed(side)
-    moved = redistributed(best, x, eps, side)
+    moved = Redistribution.drawn(x, side).shown(best, x, eps)
     # The same draws once more: corners of both windows, how the bump lies, its signs.
     torch.manual_seed(side)
     corners = [torch.randint(0, length - side + 1, (6, 1)).flatten().tolist() for length in (9, 8, 9, 8)]

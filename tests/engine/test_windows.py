@@ -14,6 +14,7 @@ from learn2perturb.engine.windows import Windowed
 from learn2perturb.models import build_model
 from learn2perturb.models.blocks import PadShortcut
 from tests.engine.test_folding import lived_in
+from tests.problems import as_if_on
 
 EXAMPLES, BASES = 12, 3
 WINDOWED = dataclasses.replace(execution.PLAIN, windows=True)
@@ -205,6 +206,16 @@ def test_windows_serve_networks_in_modes_that_ask_for_them():
     assert execution.FAST.windows
     assert execution.FAST32.windows
     assert not execution.CUDA.windows
+
+
+def test_so_many_examples_fill_a_pass():
+    """64 of 32 x 32 on a CPU, eight times as many in windows; 8,192 elsewhere; one at least."""
+    x = torch.zeros(2, 3, 32, 32)
+    assert windows.rows_at_once(x) == 64
+    assert windows.rows_at_once(x, in_windows=True) == 512
+    assert windows.rows_at_once(as_if_on("cuda", x)) == 8192
+    assert windows.rows_at_once(torch.zeros(1, 1, 300, 300)) == 1
+    assert windows.COMPARED == 8
 
 
 @pytest.mark.parametrize("gap", [0.0, 5e-5, 1e-3])

@@ -82,6 +82,8 @@ LISTED = (
            ("tests/attacks/test_cw.py",)),
     Listed("Square accepts ties", f"{_ATTACKS}/square.py", "values.loss > best_loss", "values.loss >= best_loss",
            ("tests/attacks/test_square.py",)),
+    Listed("Square ahead accepts ties", f"{_ATTACKS}/ahead.py", "loss > self.best_loss", "loss >= self.best_loss",
+           ("tests/attacks/test_ahead.py",)),
     Listed("the batch-size check tolerates more", "evaluation/inputs.py", "_TOLERANCE = 1e-3", "_TOLERANCE = 5e-1",
            ("tests/evaluation",)),
     Listed("replay only while training", "noise/base.py", "        if self.replay is not None:\n",
@@ -90,9 +92,14 @@ LISTED = (
 
 # (path, name): how much is done at once, which changes memory and time only; not mutated.
 SPEED = {
-    ("attacks/few_pixel.py", "_POINTS"),
-    ("attacks/few_pixel.py", "_POINTS_ELSEWHERE"),
-    ("attacks/few_pixel.py", "_IN_WINDOWS"),
+    ("engine/windows.py", "_POINTS"),
+    ("engine/windows.py", "_POINTS_ELSEWHERE"),
+    ("engine/windows.py", "_IN_WINDOWS"),
+    ("attacks/ahead.py", "_POINTS_OF_A_PASS"),
+    ("attacks/ahead.py", "_POINTS_OF_A_PASS_ELSEWHERE"),
+    ("attacks/ahead.py", "_BASE"),
+    ("attacks/ahead.py", "_LARGEST_WINDOW"),
+    ("attacks/ahead.py", "_LONGEST"),
     ("attacks/spsa.py", "_ROWS"),
     ("attacks/surrogate.py", "_LOOKED_AT"),
     ("certification/first_noise.py", "_CHUNK"),
@@ -110,19 +117,21 @@ _PICTURE = (
 
 # (path, line of the source without its indent, before, after) -> why nobody can see the difference
 EQUIVALENT: dict[tuple[str, str, str, str], str] = {
-    ("attacks/square.py", "return (x + eps * _signs(x, x.shape[1], 1, x.shape[3])).clamp_(0.0, 1.0)",
+    ("attacks/proposals.py", "return (x + eps * _signs(x, x.shape[1], 1, x.shape[3])).clamp_(0.0, 1.0)",
      "eps * _signs(x, x.shape[1], 1, x.shape[3])", "(eps) / (_signs(x, x.shape[1], 1, x.shape[3]))"): "1 / +-1 is +-1",
-    ("attacks/square.py", "return torch.where(inside, (x + eps * _signs(x, x.shape[1], 1, 1)).clamp_(0.0, 1.0), best)",
-     "eps * _signs(x, x.shape[1], 1, 1)", "(eps) / (_signs(x, x.shape[1], 1, 1))"): "1 / +-1 is +-1",
-    ("attacks/square.py", "bump = _bump(side, x) * _signs(x, x.shape[1], 1, 1)",
+    ("attacks/proposals.py", "return torch.where(inside, (x + eps * self.signs).clamp_(0.0, 1.0), best)",
+     "eps * self.signs", "(eps) / (self.signs)"): "1 / +-1 is +-1",
+    ("attacks/proposals.py", "colours = (under + eps * self.signs).clamp_(0.0, 1.0)",
+     "eps * self.signs", "(eps) / (self.signs)"): "1 / +-1 is +-1",
+    ("attacks/proposals.py", "bump = _bump(side, x) * _signs(x, x.shape[1], 1, 1)",
      "_bump(side, x) * _signs(x, x.shape[1], 1, 1)", "(_bump(side, x)) / (_signs(x, x.shape[1], 1, 1))"):
         "1 / +-1 is +-1",
-    ("attacks/square.py", "bump = _bump(side, x) * _signs(x, channels, 1, 1)",
-     "_bump(side, x) * _signs(x, channels, 1, 1)", "(_bump(side, x)) / (_signs(x, channels, 1, 1))"): "1 / +-1 is +-1",
-    ("attacks/square.py", "weights = torch.tensor([1.0 / (k + 1) ** 2 for k in range(last + 1)])", "1.0", "2.0"):
+    ("attacks/proposals.py", "fresh[batch, :, rows, columns] = (self.bump * self.signs).permute(0, 2, 3, 1)",
+     "self.bump * self.signs", "(self.bump) / (self.signs)"): "1 / +-1 is +-1",
+    ("attacks/proposals.py", "weights = torch.tensor([1.0 / (k + 1) ** 2 for k in range(last + 1)])", "1.0", "2.0"):
         "the pyramid is divided by its norm",
-    ("attacks/square.py", "return torch.where(torch.rand((), device=like.device) > 0.5, bump.T, bump)",
-     "torch.rand((), device=like.device) > 0.5", "(torch.rand((), device=like.device)) >= (0.5)"):
+    ("attacks/proposals.py", "return torch.where(torch.rand(times, 1, 1, device=like.device) > 0.5, bump.T, bump)",
+     "torch.rand(times, 1, 1, device=like.device) > 0.5", "(torch.rand(times, 1, 1, device=like.device)) >= (0.5)"):
         "one number in 2^24 is 0.5",
     ("attacks/square.py", "side = max(side, 3) | 1  # odd, so that a bump has a centre", "3", "2"): "2 | 1 is 3, too",
     ("certification/bounds.py",

@@ -18,13 +18,6 @@ from learn2perturb.engine import execution, windows
 from learn2perturb.errors import ConfigError, InputError
 
 STRATEGIES = ("best1bin", "rand1")
-# Image points of one pass: on a CPU what stays near its cache (64 images of 32 x 32), on a card what fills it.
-_POINTS = {"cpu": 2**16}
-_POINTS_ELSEWHERE = 2**23
-# Candidates of which only windows are computed are small, and each pass also takes the images they come from: so many
-# times as many in one pass. ResNet-20, 32 x 32: 1.2 times as fast as whole images with 64 of them, 1.55 with 512.
-_IN_WINDOWS = 8
-_COMPARED = 8  # candidates of which windows are compared with whole images before they are used
 # Of a stochastic model: the share of each population that is scored anew in every generation, and the fresh draws that
 # choose among them at the end.
 _ELITE = 0.1
@@ -186,13 +179,10 @@ class _Search:
     def __init__(self, attack: FewPixel, query: Query, x: Tensor, y: Tensor, fixed: bool) -> None:
         self.attack, self.query, self.x, self.y, self.fixed = attack, query, x, y, fixed
         self.draws = 1 if fixed else attack.eot
-        points = _POINTS.get(x.device.type, _POINTS_ELSEWHERE)
-        self.chunk = attack.chunk or max(1, points // x[0, 0].numel())
         self.elite = math.ceil(_ELITE * attack.population)
         # Draws differ from the first noise on, wherever a window is; pixels far apart leave little outside of it.
         self.in_windows = fixed and attack.pixels == 1 and windows.serve(query.model) and self._windows_agree()
-        if self.in_windows and attack.chunk is None:
-            self.chunk *= _IN_WINDOWS
+        self.chunk = attack.chunk or windows.rows_at_once(x, self.in_windows)
 
     def paint(self, image: Tensor, genes: Tensor) -> Tensor:
         """Return the images (M, C, H, W) numbered ``image`` (M,), each with the pixels ``genes`` (M, k, 2 + C)."""
@@ -221,8 +211,8 @@ class _Search:
     def _windows_agree(self) -> bool:
         """Tell whether the model answers to windows as to whole images, in full precision."""
         with apart("windows"):
-            image = torch.randint(len(self.x), (_COMPARED,), device=self.x.device).sort().values
-            genes = torch.rand(_COMPARED, 1, 2 + self.x.shape[1], dtype=self.x.dtype, device=self.x.device)
+            image = torch.randint(len(self.x), (windows.COMPARED,), device=self.x.device).sort().values
+            genes = torch.rand(windows.COMPARED, 1, 2 + self.x.shape[1], dtype=self.x.dtype, device=self.x.device)
             with execution.running(execution.PLAIN):
                 return windows.agree(self.query.logits, self.paint(image, genes), self.windowed(image, genes))
 
