@@ -17,7 +17,7 @@ from learn2perturb.engine import execution, windows
 from learn2perturb.models import build_model
 from tests.problems import Linear, NoisyLinear, two_logits
 
-AHEAD = dataclasses.replace(execution.PLAIN, queries_ahead=True)
+AHEAD = dataclasses.replace(execution.PLAIN, full_passes=True)
 SHAPE = (3, 8, 8)
 norms = pytest.mark.parametrize("norm", ["linf", "l2"])
 
@@ -171,7 +171,7 @@ def test_who_is_asked_ahead(monkeypatch):
     assert not asked_ahead(lambda x: model(x))
     assert not asked_ahead(NoisyLinear(SHAPE).double())
     assert not asked_ahead(model, eot=2)
-    assert all(mode.queries_ahead for mode in (execution.FAST, execution.FAST32, execution.CUDA, execution.CUDA32))
+    assert all(mode.full_passes for mode in (execution.FAST, execution.FAST32, execution.CUDA, execution.CUDA32))
 
 
 @norms

@@ -182,7 +182,7 @@ def test_the_first_step_crosses_the_ball():
 @pytest.mark.parametrize(("was_halved", "risen", "halves"), [(False, 4, True), (True, 4, False), (True, 1, True)])
 def test_a_step_that_was_just_halved_is_halved_again_only_if_the_loss_rises_too_seldom(was_halved, risen, halves):
     x = torch.rand(1, *SHAPE)
-    state = _State.at(x, x, zeros(x), None, 0.2)
+    state = _State.at(x, x, zeros(x), torch.arange(len(x)), None, 0.2)
     state.best_loss, state.checked_loss = torch.ones(1), torch.ones(1)  # no better than at the last checkpoint
     state.rises, state.was_halved = torch.tensor([float(risen)]), torch.tensor([was_halved])
     state.check(window=5)

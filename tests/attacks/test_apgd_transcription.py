@@ -182,7 +182,7 @@ def seen_by(state, loss, margin, gradient):
 
 def test_a_tie_is_no_rise_and_no_better_point():
     x = torch.zeros(3, 1, 1, 1)
-    state = _State.at(x, x, torch.zeros(3, dtype=torch.int64), None, 0.2)
+    state = _State.at(x, x, torch.zeros(3, dtype=torch.int64), torch.arange(3), None, 0.2)
     assert state.rises.tolist() == [0, 0, 0]
     seen_by(state, [1.0, 1.0, 1.0], [-1.0, -1.0, -1.0], 1.0)
     assert state.rises.tolist() == [0, 0, 0]  # there was nothing before

@@ -167,7 +167,7 @@ def test_early_stop_drops_only_what_is_broken_inside_the_radius_in_a_single_pass
         assert (fast.backward_passes < slow.backward_passes) == (eot == 1)
     everything = FAB(1.0, steps=8, targets=3, early_stop=True).run(model, x, y)
     assert everything.success.all()
-    assert everything.backward_passes == 8  # nothing was left after the first target
+    assert everything.backward_passes < 8  # an image leaves with the first point inside the radius
 
 
 def test_an_infinite_radius_and_early_stop_exclude_each_other():

@@ -34,35 +34,33 @@ class Judge:
 
 
 def runs_of(*points, broken=()):
-    """Runs that return these pixels for images 0 to 3; ``broken`` tells by run which images they break."""
+    """Runs that return these pixels for images 0 to 3, and their number; ``broken``: by run which images they break."""
     seen = []
 
-    def made(number, values):
-        def run(left):
-            seen.append(left.tolist())
-            which = broken[number] if number < len(broken) else ()
-            return torch.tensor(values)[left].view(-1, 1, 1, 1), torch.tensor([int(i) in which for i in left])
+    def run(left, some):
+        seen.append(left.tolist())
+        found = torch.cat([torch.tensor(points[number])[left] for number in some])
+        gone = [int(i) in broken[number] if number < len(broken) else False for number in some for i in left]
+        return found.view(-1, 1, 1, 1), torch.tensor(gone)
 
-        return run
-
-    return [made(number, values) for number, values in enumerate(points)], seen
+    return (run, len(points)), seen
 
 
 def test_a_larger_share_wins_then_a_larger_margin_and_of_equals_the_first():
     runs, seen = runs_of([52.0, 52.0, 52.0, 20.0], [55.0, 39.0, 62.0, 20.0])
     judge = Judge()
-    best = best_of(judge, X, Y, runs, drop=False, draws=7)
+    best = best_of(judge, X, Y, *runs, drop=False, draws=7)
     assert best.flatten().tolist() == [55, 52, 62, 20]
     assert seen == [[0, 1, 2, 3]] * 2
     assert judge.asked == [("success", 4, 7)] * 2
     again, _ = runs_of([55.0] * 4, [52.0] * 4, [49.0] * 4)
-    assert best_of(Judge(), X, Y, again, drop=False, draws=7).flatten().tolist() == [55] * 4
+    assert best_of(Judge(), X, Y, *again, drop=False, draws=7).flatten().tolist() == [55] * 4
 
 
 def test_one_run_is_not_judged():
     runs, seen = runs_of([1.0, 2.0, 3.0, 4.0])
     judge = Judge()
-    assert best_of(judge, X, Y, runs, drop=False, draws=3).flatten().tolist() == [1, 2, 3, 4]
+    assert best_of(judge, X, Y, *runs, drop=False, draws=3).flatten().tolist() == [1, 2, 3, 4]
     assert seen == [[0, 1, 2, 3]]
     assert judge.asked == []
 
@@ -71,7 +69,7 @@ def test_images_that_are_broken_leave_and_keep_what_broke_them():
     # The last one is broken as it is, image 1 by the first run though its share is less, image 0 by the second.
     runs, seen = runs_of([52.0, 1.0, 30.0, 9.0], [1.0, 99.0, 40.0, 9.0], [99.0, 99.0, 20.0, 9.0], broken=([1], [0]))
     judge = Judge()
-    best = best_of(judge, X, Y, runs, drop=True, draws=1)
+    best = best_of(judge, X, Y, *runs, drop=True, draws=1)
     assert best.flatten().tolist() == [1, 1, 40, 0]
     assert seen == [[0, 1, 2], [0, 2], [2]]
     assert judge.asked[0] == ("score", 4, 1)
@@ -79,11 +77,11 @@ def test_images_that_are_broken_leave_and_keep_what_broke_them():
 
 def test_where_none_is_left_no_run_begins():
     runs, seen = runs_of([1.0] * 4, [2.0] * 4, broken=([0, 1, 2], []))
-    best_of(Judge(), X, Y, runs, drop=True, draws=1)
+    best_of(Judge(), X, Y, *runs, drop=True, draws=1)
     assert seen == [[0, 1, 2]]
     kept, seen = runs_of([1.0] * 4)
     right = Judge(clean=1.0)
-    assert best_of(right, X[:3], Y[:3], kept, drop=True, draws=1).flatten().tolist() == [0, 0, 0]
+    assert best_of(right, X[:3], Y[:3], *kept, drop=True, draws=1).flatten().tolist() == [0, 0, 0]
     assert seen == []
 
 
@@ -130,4 +128,4 @@ def test_of_points_that_are_equally_good_the_first_is_kept():
     judge = Judge()
     judge.success = lambda x, y, draws: (torch.full((len(x),), 0.5), torch.full((len(x),), 2.0))
     runs, _ = runs_of([1.0] * 4, [2.0] * 4)
-    assert best_of(judge, X, Y, runs, drop=False, draws=3).flatten().tolist() == [1.0] * 4
+    assert best_of(judge, X, Y, *runs, drop=False, draws=3).flatten().tolist() == [1.0] * 4

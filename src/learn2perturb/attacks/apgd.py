@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -69,18 +68,27 @@ class APGD(Attack):
         """Return the best point of all runs; a run costs ``steps * eot`` gradients, ``eot`` draws to judge its end."""
         drop = self.drops and query.deterministic(x)
 
-        def run(target: Tensor | None, left: Tensor) -> tuple[Tensor, Tensor]:
-            return self._ascend(query, x[left], y[left], None if target is None else target[left], drop)
-
         targets = likely_targets(query, x, y, self.targets) if self.targets else [None]
-        runs = [functools.partial(run, target) for target in targets for _ in range(self.restarts)]
-        return best_of(query, x, y, runs, drop=drop, draws=self.eot)
+        runs = [target for target in targets for _ in range(self.restarts)]
 
-    def _ascend(self, query: Query, x: Tensor, y: Tensor, target: Tensor | None, drop: bool) -> tuple[Tensor, Tensor]:
-        """Return the best point of one run and which images (bool) are broken; all False unless these drop out."""
+        def run(left: Tensor, some: range) -> tuple[Tensor, Tensor]:
+            aims = [target[left] for number in some if (target := runs[number]) is not None]
+            return self._ascend(query, x[left], y[left], torch.cat(aims) if aims else None, drop, len(some))
+
+        return best_of(query, x, y, run, len(runs), drop=drop, draws=self.eot, side_by_side=True)
+
+    def _ascend(
+        self, query: Query, x: Tensor, y: Tensor, target: Tensor | None, drop: bool, times: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return, of so many ``times`` runs side by side, the best points and which (bool) break their image.
+
+        None do unless broken images drop out, from all runs at once. All rows are run by run, those of ``target``, too.
+        """
+        owner = torch.arange(len(x), device=x.device).repeat(times)
+        x, y = x[owner], y[owner]
         found, broken = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         start = (x + self.ball.random(x, self.eps)).clamp_(0.0, 1.0) if self.random_start else x
-        now = _State.at(start, x, y, target, 2 * self.eps)
+        now = _State.at(start, x, y, owner, target, 2 * self.eps)
         checkpoint = window = max(int(0.22 * self.steps), 1)
         for step in range(self.steps + 1):
             loss = None if now.target is None else towards(now.target, self.loss)
@@ -90,12 +98,12 @@ class APGD(Attack):
                 values, gradient = query.value(now.point, now.y, loss=loss), now.gradient
             now.see(values, gradient)
             if drop:
-                gone = query.broken(now.point, now.y, values.margin)
-                if bool(gone.any()):
-                    found[now.index[gone]] = now.point[gone]
-                    broken[now.index[gone]] = True
-                    now = now.without(gone)
-                    query.left = len(now.y)
+                hit = query.broken(now.point, now.y, values.margin)
+                if bool(hit.any()):
+                    found[now.index[hit]] = now.point[hit]
+                    broken[now.index[hit]] = True
+                    now = now.without(torch.isin(now.owner, now.owner[hit]))
+                    query.left = len(now.owner.unique())
                     if not len(now.y):
                         return found, broken
             if step == checkpoint:
@@ -111,7 +119,7 @@ class APGD(Attack):
 @final
 @dataclass
 class _State:
-    """Where each image of a run stands; every field has one row an image.
+    """Where each image of a run stands; every field has one row for each run of an image, whose number is ``owner``.
 
     ``found`` is the point to give back, wrong before right and then by loss; ``best`` is the point of largest loss, to
     which the step-size control returns. They differ where the largest loss is no wrong answer.
@@ -120,6 +128,7 @@ class _State:
     index: Tensor
     x: Tensor
     y: Tensor
+    owner: Tensor
     target: Tensor | None
     size: Tensor
     point: Tensor
@@ -137,7 +146,7 @@ class _State:
     was_halved: Tensor
 
     @classmethod
-    def at(cls, start: Tensor, x: Tensor, y: Tensor, target: Tensor | None, size: float) -> _State:
+    def at(cls, start: Tensor, x: Tensor, y: Tensor, owner: Tensor, target: Tensor | None, size: float) -> _State:
         def row(value: float) -> Tensor:
             return torch.full((len(x),), value, dtype=x.dtype, device=x.device)
 
@@ -145,9 +154,9 @@ class _State:
         index = torch.arange(len(x), device=x.device)
         lowest = -torch.inf
         return cls(
-            index=index, x=x, y=y, target=target, size=per_image(row(size)), point=start, before=start, gradient=start,
-            loss=row(torch.inf), best=start, best_gradient=start, best_loss=row(lowest), found=start, found_wrong=no,
-            found_loss=row(lowest), rises=row(0.0), checked_loss=row(lowest), was_halved=~no,
+            index=index, x=x, y=y, owner=owner, target=target, size=per_image(row(size)), point=start, before=start,
+            gradient=start, loss=row(torch.inf), best=start, best_gradient=start, best_loss=row(lowest), found=start,
+            found_wrong=no, found_loss=row(lowest), rises=row(0.0), checked_loss=row(lowest), was_halved=~no,
         )  # fmt: skip
 
     def without(self, gone: Tensor) -> _State:

@@ -52,6 +52,7 @@ class ARC(Attack):
     random_start: bool = field(default=True, kw_only=True)
     restarts: int = field(default=1, kw_only=True)
 
+    on_boundary: ClassVar[bool] = True
     can_target: ClassVar[bool] = False
     losses: ClassVar[tuple[str, ...]] = ("margin",)
 

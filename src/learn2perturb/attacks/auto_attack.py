@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, final
@@ -86,16 +85,17 @@ class AutoAttack(Attack):
         """Return the worst of the parts' points."""
         drop = query.deterministic(x)
 
-        def run(part: Attack, left: Tensor) -> tuple[Tensor, Tensor]:
-            images, labels = x[left], y[left]
+        parts = list(self.parts(query.num_classes(x)).values())
+
+        def run(left: Tensor, some: range) -> tuple[Tensor, Tensor]:
+            part, images, labels = parts[some.start], x[left], y[left]
             with query.part(part) as own:
                 candidate = part.search(own, images, labels)
             if not drop:
                 return candidate, torch.zeros(len(left), dtype=torch.bool, device=x.device)
             return candidate, query.broken(candidate, labels, query.score(candidate, labels, 1))
 
-        runs = [functools.partial(run, part) for part in self.parts(query.num_classes(x)).values()]
-        return best_of(query, x, y, runs, drop=drop, draws=1 if drop else self.draws)
+        return best_of(query, x, y, run, len(parts), drop=drop, draws=1 if drop else self.draws)
 
 
 @final

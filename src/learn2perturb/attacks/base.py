@@ -100,7 +100,8 @@ class Attack(ABC):
 
     A minimum-norm attack (``minimum_norm = True``) looks for the nearest image that fools the model. Its ``eps`` may be
     infinite: then it returns what it found, however far. With a finite ``eps`` the caller projects what it found onto
-    the ball, so that, as for every other attack, success is success inside the ball.
+    the ball, so that, as for every other attack, success is success inside the ball. Such an attack ends where the
+    answer changes, as others may that say so (``on_boundary = True``): all their passes are in full precision.
 
     Attributes:
         eps: radius of the ball, [0, 1] pixel scale (8/255, not 8). The default is one of l_inf; l2 has none.
@@ -128,6 +129,7 @@ class Attack(ABC):
     # What an attack can do; a setting that asks for more fails when the spec is made.
     needs_gradient: ClassVar[bool] = True
     minimum_norm: ClassVar[bool] = False
+    on_boundary: ClassVar[bool] = False
     can_target: ClassVar[bool] = True
     norms: ClassVar[tuple[str, ...]] = tuple(BALLS)
     losses: ClassVar[tuple[str, ...]] = tuple(LOSSES)
@@ -163,6 +165,11 @@ class Attack(ABC):
     def drops(self) -> bool:
         """Whether images of a deterministic model may leave before the end, which saves their passes."""
         return False
+
+    @property
+    def full_precision(self) -> bool:
+        """Whether passes are in full precision: what ends on the boundary would be beyond it by rounding alone."""
+        return self.minimum_norm or self.on_boundary
 
     @property
     def judging(self) -> int:
@@ -233,7 +240,9 @@ class Attack(ABC):
         """Return what :meth:`perturb` finds, in the box and the ball; for the caller and attacks made of attacks."""
         if self.eps == 0:
             return x.clone()
-        x_adv = self.perturb(query, x, y).clamp(0.0, 1.0)
+        # On the boundary rounding would decide whether a point fools the model.
+        with execution.full_precision() if self.full_precision else contextlib.nullcontext():
+            x_adv = self.perturb(query, x, y).clamp(0.0, 1.0)
         # Towards x, which is in the box: so the box is not left again.
         return self.ball.project(x_adv, x, self.eps) if self.minimum_norm and self.eps < math.inf else x_adv
 
@@ -367,7 +376,7 @@ class Query:
         broken = margins > 0
         if execution.current().dtype is None or not bool(broken.any()):
             return broken
-        with execution.running(execution.PLAIN):
+        with execution.full_precision():
             confirmed = self.score(x[broken], y[broken], 1) > 0
         return broken.masked_scatter(broken, confirmed)
 

@@ -95,6 +95,11 @@ class BPDA(Attack):
         """Whether images leave the attack that is made."""
         return self.attack is not None and self.attack.drops
 
+    @property
+    def full_precision(self) -> bool:
+        """Whether passes are in full precision: those of the attack that is made are, where it asks for that."""
+        return False
+
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return what the attack finds; it costs what the attack costs."""
         assert self.attack is not None

@@ -106,6 +106,11 @@ class CW(Attack):
         """Forward passes over an image that judge candidates: those of ``keep="single"`` are made by then."""
         return 0 if self.keep == "single" else self.search_steps * math.ceil(self.steps / self.window) * self.draws
 
+    @property
+    def full_precision(self) -> bool:
+        """Whether passes are in full precision: they need not be, what is kept is confirmed there."""
+        return False
+
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return the nearest points found, ``x`` where none is.
 

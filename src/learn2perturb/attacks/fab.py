@@ -11,7 +11,7 @@ from torch import Tensor
 
 from learn2perturb.attacks.base import Attack, Query
 from learn2perturb.attacks.losses import towards
-from learn2perturb.attacks.runs import likely_targets, per_image
+from learn2perturb.attacks.runs import likely_targets, per_image, runs_at_once
 from learn2perturb.checks import check_count, check_flag
 from learn2perturb.errors import ConfigError
 
@@ -74,23 +74,46 @@ class FAB(Attack):
         best = x.clone()
         # An image that is wrong as it is needs no perturbation.
         norms = torch.where(query.value(x, y).margin > 0, 0.0, torch.inf).to(x.dtype)
-        targets = likely_targets(query, x, y, self.targets) if self.targets and not self.targeted else [None]
-        for target in targets:
+        targets = likely_targets(query, x, y, self.targets) if self.targets and not self.targeted else []
+        number = 0
+        while number < max(len(targets), 1):
+            # Targets side by side, as many as fill a pass.
+            some = targets[number : number + runs_at_once(x, query.left)] if drop else targets[number : number + 1]
             for restart in range(self.restarts):
                 left = (norms > self.eps).nonzero().squeeze(1) if drop else torch.arange(len(x), device=x.device)
                 query.left = len(left)
                 if not len(left):
                     return best
-                aim = None if target is None else target[left]
-                best[left], norms[left] = self._search(query, x[left], y[left], aim, best[left], norms[left], restart)
+                aims = torch.cat([target[left] for target in some]) if some else None
+                times = max(len(some), 1)
+                before = best[left].repeat(times, 1, 1, 1), norms[left].repeat(times)
+                points, sizes = self._search(query, x[left], y[left], aims, *before, restart, drop)
+                nearest = sizes.view(times, -1).argmin(dim=0) * len(left) + torch.arange(len(left), device=x.device)
+                best[left], norms[left] = points[nearest], sizes[nearest]
+            number += max(len(some), 1)
         return self._bisected(query, x, y, best)
 
     def _search(
-        self, query: Query, x: Tensor, y: Tensor, target: Tensor | None, best: Tensor, norms: Tensor, restart: int
+        self,
+        query: Query,
+        x: Tensor,
+        y: Tensor,
+        target: Tensor | None,
+        best: Tensor,
+        norms: Tensor,
+        restart: int,
+        drop: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Return the nearest points and their norms after one run."""
+        """Return the nearest points and their norms after one run on each of ``target``, run by run, as ``best`` is.
+
+        With ``drop``, an image leaves all of them once one has found a point within ``eps``.
+        """
+        owner, rows = (
+            torch.arange(len(x), device=x.device).repeat(len(best) // len(x)),
+            torch.arange(len(best), device=x.device),
+        )
+        point, x, y = x[owner], x[owner], y[owner]
         loss = None if target is None else towards(target, "margin")
-        point = x
         if restart:
             widest = norms.clamp_max(min(self.eps, _WIDEST_START[self.norm]))
             point = (x + 0.5 * per_image(widest) * self.ball.random(x, 1.0)).clamp_(0.0, 1.0)
@@ -110,10 +133,19 @@ class FAB(Attack):
             point = point.clamp_(0.0, 1.0)
             fooled = query.value(point, y).margin > 0
             size = self._size(point - x)
-            nearer = fooled & (size < norms)
-            best = torch.where(per_image(nearer), point, best)
-            norms = torch.where(nearer, size, norms)
+            nearer = fooled & (size < norms[rows])
+            best[rows] = torch.where(per_image(nearer), point, best[rows])
+            norms[rows] = torch.where(nearer, size, norms[rows])
             point = torch.where(per_image(fooled), x + _BACK * (point - x), point)
+            if drop and bool((inside := norms[rows] <= self.eps).any()):
+                stay = ~torch.isin(owner, owner[inside])
+                owner, rows, x, y, point = (part[stay] for part in (owner, rows, x, y, point))
+                if target is not None:
+                    target = target[stay]
+                    loss = towards(target, "margin")
+                query.left = len(owner.unique())
+                if not len(rows):
+                    break
         return best, norms
 
     def _bisected(self, query: Query, x: Tensor, y: Tensor, best: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class RayS(Attack):
     queries: int = field(default=5000, kw_only=True)
 
     needs_gradient: ClassVar[bool] = False
+    on_boundary: ClassVar[bool] = True
     norms: ClassVar[tuple[str, ...]] = ("linf",)
     losses: ClassVar[tuple[str, ...]] = ("margin",)
 
@@ -50,10 +51,10 @@ class RayS(Attack):
         """Return the point of the best ray at ``eps``; costs up to ``queries * eot`` forward passes, no backward."""
         drop = self.drops and query.deterministic(x)
 
-        def run(left: Tensor) -> tuple[Tensor, Tensor]:
+        def run(left: Tensor, _: range) -> tuple[Tensor, Tensor]:
             return self._search(query, x[left], y[left], drop)
 
-        return best_of(query, x, y, [run], drop=drop, draws=self.eot)
+        return best_of(query, x, y, run, 1, drop=drop, draws=self.eot)
 
     def _search(self, query: Query, x: Tensor, y: Tensor, drop: bool) -> tuple[Tensor, Tensor]:
         """Return the points found, and which images (bool) are broken; all False unless these drop out.

@@ -68,13 +68,13 @@ class Square(Attack):
         """Return the best point of all runs; costs about ``restarts * queries * eot`` forward passes, no backward."""
         drop = self.drops and query.deterministic(x)
 
-        def run(left: Tensor) -> tuple[Tensor, Tensor]:
-            if drop and execution.current().queries_ahead and isinstance(query.model, nn.Module):
+        def run(left: Tensor, _: range) -> tuple[Tensor, Tensor]:
+            if drop and execution.current().full_passes and isinstance(query.model, nn.Module):
                 sides = [self._side(number, x) for number in range(1, self.queries)]
                 return AheadSearch(query, x[left], y[left], self.eps, self.norm, sides).run()
             return self._search(query, x[left], y[left], drop)
 
-        return best_of(query, x, y, [run] * self.restarts, drop=drop, draws=self.eot)
+        return best_of(query, x, y, run, self.restarts, drop=drop, draws=self.eot)
 
     def _search(self, query: Query, x: Tensor, y: Tensor, drop: bool) -> tuple[Tensor, Tensor]:
         """Return the best point of one run and which images (bool) are broken; all False unless these drop out."""

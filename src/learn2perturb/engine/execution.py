@@ -41,7 +41,7 @@ class ExecutionMode:
         compiled_training: compile the training passes of such batches, too.
         recording: record a training step as a CUDA graph and replay it.
         windows: of images that differ from others in a window (see ``windows``), compute what the window reaches.
-        queries_ahead: ask a network about proposals of a search before it is known whether they count (see ``ahead``).
+        full_passes: where few images are attacked, several targets, restarts or proposals of each go in one pass.
         tuned_convolutions: let cuDNN try its algorithms on each new shape and keep the fastest.
     """
 
@@ -57,7 +57,7 @@ class ExecutionMode:
     compiled_training: bool = False
     recording: bool = False
     windows: bool = False
-    queries_ahead: bool = False
+    full_passes: bool = False
     tuned_convolutions: bool = False
 
     def place(self, network: nn.Module) -> nn.Module:
@@ -73,12 +73,12 @@ class ExecutionMode:
 PLAIN = ExecutionMode("plain")
 FAST = ExecutionMode(
     "fast", dtype=torch.bfloat16, channels_last=True, threaded_draws=True, fused_noise=True, kept_memory=True,
-    folding=True, windows=True, queries_ahead=True,
+    folding=True, windows=True, full_passes=True,
 )  # fmt: skip
 # On a CUDA device small networks wait for launches and memory: everything in compiled kernels, a step in one launch.
 CUDA = ExecutionMode(
     "fast", dtype=torch.bfloat16, channels_last=True, folding=True, folding_compiled=False, compiled_training=True,
-    recording=True, queries_ahead=True, tuned_convolutions=True,
+    recording=True, full_passes=True, tuned_convolutions=True,
 )  # fmt: skip
 
 # What computes in bfloat16 above, in float32: for processors and cards that lack it, and to see what it changes.
@@ -105,6 +105,14 @@ def running(mode: ExecutionMode) -> Iterator[ExecutionMode]:
     finally:
         torch.backends.cudnn.benchmark = tuned
         _current.reset(token)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Run the passes of the body in float32: where rounding would decide what they say."""
+    mode = current()
+    with contextlib.nullcontext() if mode.dtype is None else running(dataclasses.replace(mode, dtype=None)):
+        yield
 
 
 def autocast(device_type: str) -> AbstractContextManager[None]:
