@@ -67,13 +67,35 @@ def test_where_steps_would_take_long_none_is_trained(study, tmp_path, monkeypatc
 def test_a_step_is_so_many_passes_as_that_of_the_same_training(study, tmp_path, monkeypatch):
     config = study.runs[0].config
     found = Estimates(Ledger(study, Store(tmp_path / "store")), "cpu")
-    defense, _, *rest = estimates._kind(config)
-    other = (defense, "resnet20", *rest)
+    other = ("resnet20", *estimates._kind(config)[1:])
     found._paces[other] = estimates.Pace(step=700.0, forward=1.0, both=100.0)
     found._left = 0.0
     pace = found.pace(config)
     assert pace.step == pytest.approx(7 * pace.both)
     assert estimates._passes_of_a_step(config.closed()) == 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ({}, 2 + 2),
+        ({"attack_steps": 7, "attack_eot": 3}, 21 + 2),
+        ({"alpha": 0.0}, 2 + 1),
+        ({"beta": 0.0}, 1),
+        ({"awp": 0.01}, 2 + 4),
+        ({"objective": "trades"}, 2 + 2),
+        ({"objective": "trades", "awp": 0.005}, 2 + 4),
+        ({"loss": "averaged", "loss_draws": 4}, 4 * (2 + 2)),
+        ({"consistency": 1.0}, 2 + 3),
+    ],
+)
+def test_extras_of_a_training_take_passes_and_make_a_kind_of_their_own(settings, passes, study):
+    """TRADES with perturbed weights was expected to take as long as TRADES; it took twice as long."""
+    config = study.runs[0].config
+    other = replace(config, **settings)
+    assert estimates._passes_of_a_step(other.closed()) == passes
+    assert (estimates._kind(other) == estimates._kind(config)) == (not settings)
+    assert estimates._network(other) == estimates._network(config)
 
 
 def test_what_is_to_begin_is_guessed_before_it_begins(study, tmp_path, monkeypatch):

@@ -128,9 +128,9 @@ class Estimates:
         short = self._short(config)
         timing = self._timing(config)
         forward, both, rows = timing.forward, timing.both, timing.rows
-        kind = _kind(config)
-        # What a step is in passes is known from the same training of another network, else from its adversary.
-        alike = [one.step / one.both for other, one in self._paces.items() if _trainer(other) == _trainer(kind)]
+        # What a step is in passes is known from the same training of another network, else from its settings.
+        trainer = _trainer(config)
+        alike = [one.step / one.both for other, one in self._paces.items() if other[-len(trainer) :] == trainer]
         step = both * (alike[0] if alike else _passes_of_a_step(config.closed()))
         if 2 * rows * step < self._left:
             with _one_thread():
@@ -152,7 +152,7 @@ class Estimates:
 
     def _timing(self, config: TrainConfig) -> _Timing:
         """Return the passes of the network of ``config``; of the last one that was asked for they are kept."""
-        kind = _kind(config)
+        kind = _network(config)
         if self._last is None or self._last[0] != kind:
             images = self._set(config, "train")[1]
             short = replace(self._short(config), epochs=0, limit=2, batch_size=2)
@@ -199,18 +199,31 @@ class Estimates:
 
 
 def _kind(config: TrainConfig) -> tuple[Any, ...]:
-    return config.defense, config.model, config.dataset, config.engine, config.attack_steps, config.batch_size
+    return (*_network(config), config.engine, *_trainer(config))
 
 
-def _trainer(kind: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what of a kind says how many passes a step of it takes."""
-    defense, _, *_, attack_steps, _ = kind
-    return defense, attack_steps
+def _network(config: TrainConfig) -> tuple[Any, ...]:
+    """Return what says how long a pass takes."""
+    return config.model, config.dataset, config.batch_size, config.defense
+
+
+def _trainer(config: TrainConfig) -> tuple[Any, ...]:
+    """Return what says how many passes a step of a training takes, and of what."""
+    closed = config.closed()
+    adversary = closed.attack_steps, closed.attack_eot, closed.beta > 0
+    extras = closed.objective, closed.loss, closed.loss_draws, closed.alpha > 0, closed.awp > 0, closed.consistency > 0
+    return (config.defense, *adversary, *extras)
 
 
 def _passes_of_a_step(settings: Settings) -> float:
     """Return about how many forward and backward passes a step takes: those of its adversary, and of its loss."""
-    return 2.0 + (settings.attack_steps * settings.attack_eot if settings.beta else 0)
+    trades = settings.objective == "trades"
+    adversarial = trades or settings.beta > 0
+    draws = settings.loss_draws if settings.loss == "averaged" else 1
+    terms = (trades or settings.alpha > 0) + adversarial * (2 if settings.consistency else 1)
+    adversary = settings.attack_steps * settings.attack_eot if adversarial else 0
+    # The weights are moved against the loss by a pass of its own.
+    return float(draws * (adversary + terms * (2 if settings.awp else 1)))
 
 
 def _trained_here(ledger: Ledger) -> dict[Any, float]:
