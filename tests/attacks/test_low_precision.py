@@ -85,3 +85,5 @@ def test_full_precision_keeps_the_rest_of_the_mode():
         assert execution.current() == dataclasses.replace(LOW, dtype=None)
     with execution.full_precision():
         assert execution.current() is execution.PLAIN
+    assert execution.in_full_precision(execution.FAST) == execution.FAST32
+    assert execution.in_full_precision(execution.CUDA) == execution.CUDA32

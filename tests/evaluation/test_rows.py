@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from learn2perturb.attacks import FGSM, PGD, Attack, FewPixel, Square
+from learn2perturb.attacks import FAB, FGSM, PGD, Attack, FewPixel, Square
 from learn2perturb.data import ImageData
 from learn2perturb.engine import execution
 from learn2perturb.engine.ranks import Ranks
@@ -181,14 +181,16 @@ def test_what_a_row_takes(attack, predictor, stochastic, queries, passes):
     assert run.seconds_each(10, 0.5) == pytest.approx(0.5 * passes)
 
 
+@pytest.mark.parametrize("attack", [PGD(0.1, 0.05, 4), FAB(0.1, steps=4)])  # the second one in full precision
 @pytest.mark.parametrize("mode", [execution.PLAIN, execution.FAST, execution.FAST32, execution.CUDA])
-def test_an_attack_is_expected_to_take_the_time_of_its_mode(mode):
+def test_an_attack_is_expected_to_take_the_time_of_its_mode(mode, attack):
     """Scoring is plain whatever the attack is made in. Of one in fast mode thirteen minutes were said for three."""
-    run = run_of(PGD(0.1, 0.05, 4), "single", stochastic=True)
+    run = run_of(attack, "single", stochastic=True)
     plain = run.seconds_each(10, 0.5)
     run.mode = mode
     scored = 3 * 0.5
-    assert run.seconds_each(10, 0.5) - scored == pytest.approx(execution.guessed_pace(mode) * (plain - scored))
+    pace = execution.guessed_pace(execution.FAST32 if attack.full_precision and mode.dtype is not None else mode)
+    assert run.seconds_each(10, 0.5) - scored == pytest.approx(pace * (plain - scored))
     assert (execution.guessed_pace(mode) == 1) == (mode is execution.PLAIN)
 
 

@@ -111,8 +111,13 @@ def running(mode: ExecutionMode) -> Iterator[ExecutionMode]:
 def full_precision() -> Iterator[None]:
     """Run the passes of the body in float32: where rounding would decide what they say."""
     mode = current()
-    with contextlib.nullcontext() if mode.dtype is None else running(dataclasses.replace(mode, dtype=None)):
+    with contextlib.nullcontext() if mode.dtype is None else running(in_full_precision(mode)):
         yield
+
+
+def in_full_precision(mode: ExecutionMode) -> ExecutionMode:
+    """Return ``mode`` but for the type that it computes in, which is float32: of ``fast``, ``fast32``."""
+    return dataclasses.replace(mode, dtype=None, name="fast32" if mode.name == "fast" else mode.name)
 
 
 def autocast(device_type: str) -> AbstractContextManager[None]:

@@ -138,8 +138,9 @@ class RowRun:
         attack = self.on_single if single else self.attack
         if attack is None:
             return scored
+        mode = execution.in_full_precision(self.mode) if attack.full_precision else self.mode
         # Forward and back: about three forward passes.
-        one_pass *= execution.guessed_pace(self.mode)  # the pass that was timed was plain
+        one_pass *= execution.guessed_pace(mode)  # the pass that was timed was plain
         seconds = {"forward": one_pass, "both": 3 * one_pass}
         return scored + guessed_seconds(attack, images, **seconds, stochastic=self.stochastic)
 
