@@ -67,7 +67,6 @@ class APGD(Attack):
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return the best point of all runs; a run costs ``steps * eot`` gradients, ``eot`` draws to judge its end."""
         drop = self.drops and query.deterministic(x)
-
         targets = likely_targets(query, x, y, self.targets) if self.targets else [None]
         runs = [target for target in targets for _ in range(self.restarts)]
 

@@ -108,11 +108,10 @@ class FAB(Attack):
 
         With ``drop``, an image leaves all of them once one has found a point within ``eps``.
         """
-        owner, rows = (
-            torch.arange(len(x), device=x.device).repeat(len(best) // len(x)),
-            torch.arange(len(best), device=x.device),
-        )
-        point, x, y = x[owner], x[owner], y[owner]
+        rows = torch.arange(len(best), device=x.device)
+        owner = rows % len(x)
+        x, y = x[owner], y[owner]
+        point = x
         loss = None if target is None else towards(target, "margin")
         if restart:
             widest = norms.clamp_max(min(self.eps, _WIDEST_START[self.norm]))
