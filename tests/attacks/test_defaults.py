@@ -90,8 +90,10 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "attacks.from_art": {"eps": None, "norm": "linf"},
     "attacks.from_function": {"eps": None, "norm": "linf"},
     "attacks.from_foolbox": {"eps": None, "norm": None},
-    "attacks.gradients.input_gradient": {"eot": 1, "average": "loss"},
-    "attacks.gradients.value_and_gradient": {"eot": 1, "average": "loss"},
+    "attacks.gradients.input_gradient": {"eot": 1, "average": "loss", "at_once": 1},
+    "attacks.gradients.value_and_gradient": {"eot": 1, "average": "loss", "at_once": 1},
+    "attacks.gradients.fresh_values": {"eot": 1, "average": "loss", "at_once": 1},
+    "attacks.gradients.each_draw": {"at_once": 1},
     "attacks.probing.passes_differ": {"seed": 0},
 }
 # Numbers inside the algorithms.

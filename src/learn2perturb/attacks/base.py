@@ -8,13 +8,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Literal, Self, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
 from learn2perturb.attacks.balls import BALLS, NORMS, Ball
-from learn2perturb.attacks.gradients import AVERAGES, Average, Values, input_gradient, value_and_gradient, values_of
+from learn2perturb.attacks.gradients import AVERAGES, Average, Values, fresh_values, input_gradient, value_and_gradient
 from learn2perturb.attacks.listening import listener
 from learn2perturb.attacks.losses import LOSSES, Loss, margin
 from learn2perturb.attacks.probing import apart, passes_differ
@@ -23,7 +23,9 @@ from learn2perturb.brief import brief
 from learn2perturb.checks import check_count, check_size
 from learn2perturb.engine import execution
 from learn2perturb.engine.answers import ask, check_answer, check_finite, check_weights, fitting, plain_logits
+from learn2perturb.engine.by_row import draws_at_once
 from learn2perturb.engine.finite import Members, check_members, members_of
+from learn2perturb.engine.halving import out_of_memory
 from learn2perturb.engine.modes import in_mode, one_image_explained, own_modes
 from learn2perturb.engine.random import isolated_rng, seed_everything
 from learn2perturb.engine.shapes import Flags, Images, Labels, Logits, PerImage
@@ -32,6 +34,7 @@ from learn2perturb.sizes import LINF_EPS, usual_eps
 
 Model = Callable[[Tensor], Tensor]
 Mode = Literal["eval", "train", "keep"]
+T = TypeVar("T")
 
 _COMPARED = 4  # images on which a finite ensemble is compared with its members
 TOLERANCE = 1e-6  # of pixel values and distances: float32 rounding, far below 1/255
@@ -108,7 +111,8 @@ class Attack(ABC):
         norm: ``"linf"`` or ``"l2"``.
         loss: ``"ce"``, ``"margin"`` or ``"dlr"`` (see :mod:`learn2perturb.attacks.losses`).
         targeted: ``y`` is the class to reach, instead of the one to leave.
-        eot: draws of a stochastic model averaged in every gradient, before the sign.
+        eot: draws of a stochastic model averaged in every gradient, before the sign; a pass each, or in fast modes
+            several in one, of few images of a network whose rows have noise of their own (see ``engine.by_row``).
         eot_average: what the draws' mean is taken of: ``"loss"``, ``"probability"`` or ``"logits"``.
         seed: ``None`` draws from torch's global generator; a number makes the attack a function of it and leaves the
             caller's generators alone. Every call with one seed draws the same numbers, so give each batch its own:
@@ -293,6 +297,7 @@ class Query:
         self._checked = False
         self._deterministic: bool | None = None if strict else False
         self._held: int | None = None
+        self._together = True  # draws in one pass, where that is possible
         self._num_classes: int | None = None
 
     def logits(self, x: Images) -> Logits:
@@ -317,8 +322,7 @@ class Query:
         ``loss`` replaces the attack's own, as in :meth:`value_and_gradient`.
         """
         attack = self._attack
-        with self._draws():
-            gradient = input_gradient(self.logits, loss or self._loss, x, y, eot=attack.eot, average=attack.eot_average)
+        gradient = self._averaged(input_gradient, loss, x, y)
         self.watch.gradient(gradient)
         self.backwards += attack.eot * len(x)
         return -gradient if attack.targeted and loss is None else gradient
@@ -330,10 +334,7 @@ class Query:
         not, and its sign is not touched.
         """
         attack = self._attack
-        with self._draws():
-            values, gradient = value_and_gradient(
-                self.logits, loss or self._loss, x, y, eot=attack.eot, average=attack.eot_average
-            )
+        values, gradient = self._averaged(value_and_gradient, loss, x, y)
         aimed = self._aimed(values, own=loss is None)
         self.watch.gradient(gradient, reached=aimed.margin > 0)
         self.backwards += attack.eot * len(x)
@@ -341,10 +342,8 @@ class Query:
 
     def value(self, x: Images, y: Labels, *, loss: Loss | None = None) -> Values:
         """Return the same values from ``eot`` fresh forward passes, without a gradient."""
-        average = self._attack.eot_average
-        with torch.no_grad(), self._draws():
-            draws = [self.logits(x.clone()) for _ in range(self._attack.eot)]
-            return self._aimed(values_of(draws, loss or self._loss, y, average), own=loss is None)
+        with torch.no_grad():
+            return self._aimed(self._averaged(fresh_values, loss, x, y), own=loss is None)
 
     def score(self, x: Images, y: Labels, draws: int) -> PerImage:
         """Return the mean margin (N,) over ``draws`` fresh forward passes, positive where the attack has its way."""
@@ -428,6 +427,24 @@ class Query:
             yield
         finally:
             self._held = before
+
+    def _averaged(self, work: Callable[..., T], loss: Loss | None, x: Images, y: Labels) -> T:
+        """Return what ``work`` makes of the draws of an EOT average, several of them in a pass where that is possible.
+
+        Not in :meth:`Attack.craft`, since a training has the same draws on any number of processes; nor where they have
+        not fitted into memory.
+        """
+        attack, before = self._attack, self.forwards
+        at_once = draws_at_once(self.model, x) if self._strict and self._together and attack.eot > 1 else 1
+        average = {"eot": attack.eot, "average": attack.eot_average, "at_once": at_once}
+        try:
+            with self._draws():
+                return work(self.logits, loss or self._loss, x, y, **average)
+        except Exception as error:
+            if at_once == 1 or not out_of_memory(error):
+                raise
+        self._together, self.forwards = False, before
+        return self._averaged(work, loss, x, y)
 
     @contextlib.contextmanager
     def _draws(self) -> Iterator[None]:

@@ -45,8 +45,29 @@ def values_of(draws: Sequence[Logits], loss: Loss, y: Labels, average: Average) 
     return Values(loss(mean, y), margin(mean, y), mean)
 
 
+def fresh_values(
+    logits_of: Callable[[Tensor], Tensor],
+    loss: Loss,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eot: int = 1,
+    average: Average = "loss",
+    at_once: int = 1,
+) -> Values:
+    """Return what ``eot`` fresh draws say of images ``x``; ``at_once`` as of :func:`input_gradient`."""
+    return values_of(each_draw(logits_of, x, eot, at_once), loss, y, average)
+
+
 def value_and_gradient(
-    logits_of: Callable[[Tensor], Tensor], loss: Loss, x: Tensor, y: Tensor, *, eot: int = 1, average: Average = "loss"
+    logits_of: Callable[[Tensor], Tensor],
+    loss: Loss,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eot: int = 1,
+    average: Average = "loss",
+    at_once: int = 1,
 ) -> tuple[Values, Tensor]:
     """Return what :func:`input_gradient` returns and, from the same draws, the averages: no pass is made twice.
 
@@ -56,16 +77,23 @@ def value_and_gradient(
 
     def remembered(images: Tensor) -> Tensor:
         logits = logits_of(images)
-        draws.append(logits.detach())
+        draws.extend(logits.detach().split(len(x)))
         return logits
 
-    gradient = input_gradient(remembered, loss, x, y, eot=eot, average=average)
+    gradient = input_gradient(remembered, loss, x, y, eot=eot, average=average, at_once=at_once)
     with torch.no_grad():
         return values_of(draws, loss, y, average), gradient
 
 
 def input_gradient(
-    logits_of: Callable[[Tensor], Tensor], loss: Loss, x: Tensor, y: Tensor, *, eot: int = 1, average: Average = "loss"
+    logits_of: Callable[[Tensor], Tensor],
+    loss: Loss,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eot: int = 1,
+    average: Average = "loss",
+    at_once: int = 1,
 ) -> Tensor:
     """Return the gradient with respect to ``x`` (N, C, H, W) of the expected loss, estimated from ``eot`` draws.
 
@@ -76,23 +104,44 @@ def input_gradient(
     forward pass of its own whose graph is freed before the next: memory does not grow with K. With ``eot=1`` the three
     are the same.
 
+    ``at_once`` draws, at most, are one pass over so many copies of ``x``, for models whose rows have draws of their own
+    (see ``engine.by_row``; others would have one draw, counted several times); memory then grows with that number.
+
     Gradients must be enabled. Athalye et al., Obfuscated gradients give a false sense of security, 2018.
 
     Raises:
         InputError: the logits do not depend on ``x`` through differentiable operations.
     """
     if eot == 1:
-        return _one_draw(lambda logits: loss(logits, y).sum(), logits_of, x)
-    objective = _objective(logits_of, loss, x, y, eot, average)
+        return _one_pass(lambda logits: loss(logits, y).sum(), logits_of, x, 1)
+    objective = _objective(logits_of, loss, x, y, eot, average, at_once)
     total = torch.zeros_like(x)
-    for _ in range(eot):
-        total.add_(_one_draw(objective, logits_of, x))
+    for copies in _passes(eot, at_once):
+        total.add_(_one_pass(objective, logits_of, x, copies))
     return total.div_(eot)
 
 
-def _one_draw(objective: Callable[[Tensor], Tensor], logits_of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _one_pass(
+    objective: Callable[[Tensor], Tensor], logits_of: Callable[[Tensor], Tensor], x: Tensor, copies: int
+) -> Tensor:
     leaf = x.detach().requires_grad_()
-    return slope(objective(logits_of(leaf)), leaf)
+    if copies == 1:
+        return slope(objective(logits_of(leaf)), leaf)
+    draws = logits_of(torch.cat([leaf] * copies)).split(len(x))
+    return slope(torch.stack([objective(logits) for logits in draws]).sum(), leaf)
+
+
+def _passes(draws: int, at_once: int) -> list[int]:
+    """Return how many of the ``draws`` each pass makes: as even as may be, ``at_once`` at most."""
+    passes = math.ceil(draws / at_once)
+    return [draws // passes + (number < draws % passes) for number in range(passes)]
+
+
+def each_draw(logits_of: Callable[[Tensor], Tensor], x: Tensor, draws: int, at_once: int = 1) -> list[Tensor]:
+    """Return the logits (N, K) of each of so many ``draws``, ``at_once`` of them in a pass, at most."""
+    # A copy of one, too: the model may work in place.
+    passes = (logits_of(torch.cat([x] * copies) if copies > 1 else x.clone()) for copies in _passes(draws, at_once))
+    return [logits for answer in passes for logits in answer.split(len(x))]
 
 
 def slope(value: Tensor, leaf: Tensor, *, keep_graph: bool = False) -> Tensor:
@@ -113,13 +162,13 @@ def slope(value: Tensor, leaf: Tensor, *, keep_graph: bool = False) -> Tensor:
 
 
 def _objective(
-    logits_of: Callable[[Tensor], Tensor], loss: Loss, x: Tensor, y: Tensor, eot: int, average: Average
+    logits_of: Callable[[Tensor], Tensor], loss: Loss, x: Tensor, y: Tensor, eot: int, average: Average, at_once: int
 ) -> Callable[[Tensor], Tensor]:
     """Return the scalar function of one draw's logits whose mean gradient over draws is the wanted one."""
     if average == "loss":
         return lambda logits: loss(logits, y).sum()
     with torch.no_grad():
-        mean = mean_logits(logits_of, x, eot, average)
+        mean = _mean(each_draw(logits_of, x, eot, at_once), average)
     mean.requires_grad_()
     (sensitivity,) = torch.autograd.grad(loss(mean, y).sum(), mean)
     mean = mean.detach()
@@ -138,7 +187,7 @@ def _objective(
 
 def mean_logits(logits_of: Callable[[Tensor], Tensor], x: Tensor, draws: int, average: Average) -> Tensor:
     """Return the logits averaged over ``draws`` forward passes; for ``"probability"``, the log of the mean softmax."""
-    return _mean([logits_of(x.clone()) for _ in range(draws)], average)  # the model may work in place
+    return _mean(each_draw(logits_of, x, draws), average)
 
 
 def _mean(draws: Sequence[Tensor], average: Average) -> Tensor:

@@ -158,6 +158,13 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
+def is_folded(layer: nn.Module) -> bool:
+    """Tell whether ``layer`` answers with a forward function of :func:`folded` whose weights are constants."""
+    forward = layer.__dict__.get("forward")
+    kept = _forwards.get(layer) if isinstance(layer, nn.Conv2d) else _identity
+    return forward is not None and forward is kept
+
+
 def pairs(network: nn.Module, x: Tensor) -> list[Pair]:
     """Return the pairs of ``network`` that can be folded, traced once with images like ``x`` and remembered.
 

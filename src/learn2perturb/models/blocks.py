@@ -9,6 +9,7 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learn2perturb.engine.by_row import exact_by_row
 from learn2perturb.errors import ConfigError
 
 
@@ -18,6 +19,7 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 @final
+@exact_by_row
 class PadShortcut(nn.Module):
     """Option-A shortcut of He et al. 2016: every ``stride``-th pixel, ``extra`` channels of zeros; no parameters."""
 
@@ -52,6 +54,7 @@ def conv_shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 @final
+@exact_by_row
 class BasicBlock(nn.Module):
     """``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))``: the post-activation residual block."""
 

@@ -8,6 +8,7 @@ from typing import Any, final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learn2perturb.engine.by_row import exact_by_row
 from learn2perturb.models.blocks import (
     checked_shape,
     conv3x3,
@@ -19,6 +20,7 @@ from learn2perturb.models.normalize import normalization_layer
 
 
 @final
+@exact_by_row
 class DigitsCNN(nn.Module):
     """A stem and two residual blocks, 16 and 32 channels, option-A shortcuts."""
 

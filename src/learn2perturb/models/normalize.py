@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from learn2perturb.engine.by_row import exact_by_row
 from learn2perturb.errors import ConfigError, InputError, UnknownNameError
 
 # "paper": the constants of the released code, for CIFAR-100 too; its std is the mean of per-image deviations, a common
@@ -21,6 +22,7 @@ STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 
 @final
+@exact_by_row
 class Normalize(nn.Module):
     """Map ``x`` (N, C, H, W) to ``(x - mean) / std`` per channel; the constants are buffers outside the state dict.
 

@@ -8,6 +8,7 @@ from typing import Any, final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learn2perturb.engine.by_row import exact_by_row
 from learn2perturb.errors import ConfigError
 from learn2perturb.models.blocks import (
     checked_shape,
@@ -20,6 +21,7 @@ from learn2perturb.models.normalize import normalization_layer
 
 
 @final
+@exact_by_row
 class CifarResNet(nn.Module):
     """Post-activation ResNet with parameter-free (option-A) shortcuts; images in [0, 1] to logits."""
 

@@ -8,6 +8,7 @@ from typing import Any, final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learn2perturb.engine.by_row import exact_by_row
 from learn2perturb.models.blocks import checked_shape, conv_shortcut, initialize_convolutions, pool_and_flatten
 from learn2perturb.models.normalize import normalization_layer
 
@@ -15,6 +16,7 @@ _EXPANSION = 2
 
 
 @final
+@exact_by_row
 class GroupedBlock(nn.Module):
     """``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))``; conv2 is 3 x 3 and grouped."""
 
@@ -38,6 +40,7 @@ class GroupedBlock(nn.Module):
 
 
 @final
+@exact_by_row
 class ResNeXt(nn.Module):
     """Three stages of three grouped blocks; the width of a group doubles from stage to stage."""
 

@@ -116,6 +116,11 @@ class NoiseModule(nn.Module, ABC):
         """Shape of a scale of its granularity."""
         return map_shape(self.shape, self.granularity, self.channel_dim)
 
+    @property
+    def draws_by_row(self) -> bool:
+        """Whether every row of a batch has a fresh draw of its own, and its scale takes nothing from other rows."""
+        return self.where.of_features and self.enabled and self.sharing == "per_example" and self.replay is None
+
     # -- its draws --------------------------------------------------------------------------------------------------
 
     def forward(self, value: Features) -> Features:

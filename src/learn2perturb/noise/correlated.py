@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from learn2perturb.checks import check_choice
+from learn2perturb.engine.by_row import draws_by_row
 from learn2perturb.noise.base import NoiseModule
 
 VARIANCES = ("anisotropic", "isotropic")
 
 
 @final
+@draws_by_row
 class CorrelatedNoise(NoiseModule):
     """``h + L eps`` with L a lower triangular matrix, or a diagonal (Eustratiadis, Gouk, Li, Hospedales 2021).
 

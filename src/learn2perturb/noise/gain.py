@@ -7,11 +7,13 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from learn2perturb.engine.by_row import draws_by_row
 from learn2perturb.errors import ConfigError
 from learn2perturb.noise.base import NoiseModule
 
 
 @final
+@draws_by_row
 class RandomGain(NoiseModule):
     """``v (mu + sigma eps)`` with mu and sigma learned for each element, sigma held above a bound.
 

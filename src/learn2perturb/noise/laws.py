@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from learn2perturb.engine import execution, fused, rows
+from learn2perturb.engine import by_row, execution, fused, rows
 from learn2perturb.engine.shapes import Features
 from learn2perturb.errors import ConfigError, NoiseError
 from learn2perturb.noise.base import NoiseModule
@@ -86,6 +86,7 @@ def _positive(name: str, value: Any, *, or_zero: bool = False) -> float:
 
 
 @final
+@by_row.draws_by_row
 class Perturbation(NoiseModule):
     """The perturbation-injection module of Learn2Perturb: ``h + theta * eps``, ``eps ~ N(0, 1)`` (eqs. 3 to 5).
 
@@ -144,6 +145,11 @@ class Perturbation(NoiseModule):
         """Put theta at its minimum at least, where it is learned (algorithm 1)."""
         if self.learned:
             self.theta.clamp_(min=self.minimum)
+
+    @property
+    def draws_by_row(self) -> bool:
+        """Whether every row has a draw of its own; relative noise is scaled by the whole batch."""
+        return super().draws_by_row and not self.relative
 
     def extra_repr(self) -> str:
         """Show what is drawn and how it is scaled."""
@@ -280,6 +286,7 @@ class VariationalWeight(NoiseModule):
 
 
 @final
+@by_row.draws_by_row
 class Multiplicative(NoiseModule):
     """Noise in proportion to each value: ``v (1 + sigma * eps)``, ``eps ~ N(0, 1)``.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from learn2perturb.engine import folding
+from learn2perturb.engine import by_row, folding
 from learn2perturb.errors import ConfigError, SiteError
 
 if TYPE_CHECKING:
@@ -25,10 +25,12 @@ FEATURES = ("output", "input")
 
 
 # Module-level functions, not closures: a network with noise can be pickled, deep-copied and compiled.
+@by_row.hook_by_row
 def _perturb_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return module.perturbation.perturb(output)  # type: ignore[operator, union-attr]
 
 
+@by_row.hook_by_row
 @folding.input_only
 def _perturb_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (module.perturbation.perturb(args[0]), *args[1:])  # type: ignore[operator, union-attr]
