@@ -321,13 +321,16 @@ def test_where_memory_runs_out_one_pass_makes_one_draw(monkeypatch, error):
 
     def ask(model, x):
         asked.append(len(x))
-        if len(x) > 4:
+        if asked[-2:] == [12, 12]:  # what the first pass has counted is not of the average that is made in the end
             raise error
         return plain(model, x)
 
     monkeypatch.setattr(attacks_base, "ask", ask)
-    assert rows_of_passes(network()) == [4] * 6
-    assert asked == [24] + [4] * 7
+    monkeypatch.setattr(by_row, "_POINTS", {"cpu": 1_000})
+    with running(AT_ONCE):
+        result = PGD(0.1, 0.1, 1, eot=6, seed=0).run(network(), X, Y)
+    assert asked == [12, 12] + [4] * 7
+    assert (result.forward_passes, result.backward_passes) == (6, 6)
     monkeypatch.setattr(attacks_base, "ask", lambda model, x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rows_of_passes(network())
