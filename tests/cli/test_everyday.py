@@ -199,6 +199,12 @@ def test_named_rows_are_in_the_table_and_two_of_one_name_are_refused(network, ca
     assert "two attacks are named 'weak'" in capsys.readouterr().err
 
 
+def test_settings_among_the_names_are_pointed_to_where_they_go(network, capsys):
+    assert main(["evaluate", network, "--limit=8", "--attacks", "fgsm,pgd20:restarts=5"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "--attacks takes names alone, got 'pgd20:restarts=5'; an attack with settings is one --attack" in error
+
+
 # --- what a notebook shows
 
 

@@ -234,7 +234,14 @@ def attack_specs(arguments: argparse.Namespace) -> dict[str, tuple[str, dict[str
         named = "none" if arguments.attack else DEFAULT_ATTACKS
     check_count("eot", arguments.eot)
     how = {"average": arguments.eot_average, "draws": arguments.eot_draws}
-    specs = {name: preset(name, arguments.eot, **how) for name in words(named, "--attacks") if name != "none"}
+    names = [name for name in words(named, "--attacks") if name != "none"]
+    for name in names:
+        if ":" in name or "=" in name:
+            raise ConfigError(
+                f"--attacks takes names alone, got {name!r}; an attack with settings is one --attack of its own: "
+                "--attacks fgsm,pgd20 --attack pgd20:restarts=5"
+            )
+    specs = {name: preset(name, arguments.eot, **how) for name in names}
     for text in arguments.attack:
         row, attack = named_row(text)
         name, settings = written_attack(attack, arguments.eot, **how)
