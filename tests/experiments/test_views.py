@@ -161,6 +161,25 @@ def test_what_each_seed_holds_out_is_averaged():
     assert "NOT ALL OF THE SAME IMAGES: compare only what is." in view.notes
 
 
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (lambda defense, cell: {"pgd": "a", "more": "b"}[cell] * 16, "Each column is of the same images"),
+        (lambda defense, cell: {"pgd_at": "a", "pni": "b"}[defense] * 16, "Each row is of the same images"),
+        (lambda defense, cell: ("b" if (defense, cell) == ("pni", "more") else "a") * 16, "NOT ALL OF THE SAME IMAGES"),
+        (lambda defense, cell: "a" * 16, "Measured on 100 images"),
+    ],
+)
+def test_what_may_be_compared_where_images_differ_is_said(images, said):
+    cells = {"pgd": {"attack": "pgd20"}, "more": {"attack": "pgd20", "eot": 2}}
+    view = one(
+        study(cells=cells),
+        lambda pair: evaluation(50, images=images(pair.run.label("defense"), pair.cell.name)),
+    )
+    (note,) = [note for note in view.notes if "same images" in note.lower() or note.startswith(said)]
+    assert note.startswith(said)
+
+
 def test_scorings_that_differ_are_told_apart():
     by_defense = {"pgd_at": evaluation(50), "pni": evaluation(60, 62, 58)}
     notes = one(study(), lambda pair: by_defense[pair.run.label("defense")]).notes

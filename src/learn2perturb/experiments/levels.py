@@ -126,11 +126,25 @@ def measured_notes(cells: Sequence[ViewCell]) -> Iterator[str]:
     if len(found) < 2:
         yield from (f"Measured on {measured}." for measured in found)
         return
-    images = {measured.partition(", ")[0] for measured in found}
-    if len(images) > 1:
-        yield "NOT ALL OF THE SAME IMAGES: compare only what is."
+    if len({_images(measured) for measured in found}) > 1:
+        yield _unlike([cell for some in found.values() for cell in some])
     for measured, some in found.items():
         yield f"Measured on {measured}: {_places(some, cells)}."
+
+
+def _images(measured: str) -> str:
+    return measured.partition(", ")[0]
+
+
+def _unlike(cells: Sequence[ViewCell]) -> str:
+    """Say which of the ``cells``, which are not all of the same images, may be compared."""
+    for name, place in (("column", lambda cell: (cell.column, cell.x)), ("row", lambda cell: cell.row)):
+        seen: dict[Any, list[str]] = {}
+        for cell in cells:
+            seen.setdefault(place(cell), []).append(_images(cell.measured))
+        if all(len(set(images)) == 1 for images in seen.values()) and any(len(images) > 1 for images in seen.values()):
+            return f"Each {name} is of the same images, but not all {name}s are: compare within a {name}."
+    return "NOT ALL OF THE SAME IMAGES: compare only what is."
 
 
 def _places(some: Sequence[ViewCell], cells: Sequence[ViewCell]) -> str:
