@@ -48,7 +48,7 @@ class AttackResult:
     Attributes:
         attack: the spec that was run.
         x_adv: the adversarial images, (N, C, H, W) in [0, 1], detached.
-        success: (N,) bool, by ONE fresh forward pass after the attack: for a stochastic model a single draw, not the
+        success: (N,) bool, by ONE fresh pass in full precision after the attack: for a stochastic model a draw, not the
             probability of success (see ``evaluate`` for many draws). Prediction != y, or == y if targeted.
         linf, l2: (N,) norms of ``x_adv - x``, pixel scale [0, 1].
         l0: (N,) the number of places (row, column) that changed.
@@ -216,7 +216,7 @@ class Attack(ABC):
             norms = self._measured(x_adv, x)
             seconds = time.perf_counter() - start
             passes = query.forwards / len(x), query.backwards / len(x)
-            with self._random_stream("verify"), torch.no_grad():
+            with self._random_stream("verify"), torch.no_grad(), execution.full_precision():
                 # A copy, here and in Query.score: the model may work on its input in place.
                 predicted = query.logits(x_adv.clone()).argmax(dim=1)
             success = predicted == y if self.targeted else predicted != y
