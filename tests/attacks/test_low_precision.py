@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import learn2perturb as l2p
-from learn2perturb.attacks import BPDA, FAB, PGD, build_attack, from_function
+from learn2perturb.attacks import BPDA, FAB, PGD, AutoAttack, auto_attack_report, build_attack, from_function
 from learn2perturb.engine import execution
 from learn2perturb.registry import ATTACKS
 
@@ -61,6 +61,22 @@ def test_attacks_that_end_on_the_boundary_ask_in_full_precision(name, digits):
         low = build_attack(name, **SHORT[name], seed=0).run(network, x[:40], y[:40])
     full = build_attack(name, **SHORT[name], seed=0).run(network, x[:40], y[:40])
     assert torch.equal(low.x_adv, full.x_adv)
+
+
+def test_the_report_of_autoattack_is_judged_in_full_precision(digits):
+    network, x, y = digits
+    attack = AutoAttack(0.15, steps=8, targets=2, queries=5, seed=0)
+    with execution.running(LOW):
+        report = auto_attack_report(network, x[:60], y[:60], attack)
+    with torch.no_grad():
+        right = network(report.x_adv).argmax(dim=1) == y[:60]
+    assert torch.equal(report.correct[0], right)
+    types = []
+    hook = network.register_forward_hook(lambda *given: types.append(given[-1].dtype))
+    with execution.running(LOW):
+        auto_attack_report(network, x[:4], y[:4], attack)
+    hook.remove()
+    assert types[-1] == torch.float32
 
 
 def test_attacks_of_others_may_end_there_too():

@@ -19,6 +19,7 @@ from learn2perturb.attacks.probing import apart, passes_differ
 from learn2perturb.attacks.runs import best_of, per_image
 from learn2perturb.attacks.square import Square
 from learn2perturb.checks import check_count
+from learn2perturb.engine import execution
 from learn2perturb.engine.answers import logits_of
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
@@ -154,7 +155,8 @@ def auto_attack_report(
 
     def margins(images: Tensor, labels: Tensor, count: int, *purpose: int | str) -> Tensor:
         """Return (count, n) margins, positive where the prediction is wrong."""
-        with _stream(attack.seed, "judge", *purpose), in_mode(model, False), torch.no_grad():
+        stream = _stream(attack.seed, "judge", *purpose)
+        with stream, in_mode(model, False), torch.no_grad(), execution.full_precision():
             return torch.stack([margin(logits_of(model, images), labels) for _ in range(count)])
 
     def seeded(part: Attack, *purpose: int | str) -> Attack:
