@@ -139,9 +139,13 @@ def _passes(draws: int, at_once: int) -> list[int]:
 
 def each_draw(logits_of: Callable[[Tensor], Tensor], x: Tensor, draws: int, at_once: int = 1) -> list[Tensor]:
     """Return the logits (N, K) of each of so many ``draws``, ``at_once`` of them in a pass, at most."""
-    # A copy of one, too: the model may work in place.
-    passes = (logits_of(torch.cat([x] * copies) if copies > 1 else x.clone()) for copies in _passes(draws, at_once))
-    return [logits for answer in passes for logits in answer.split(len(x))]
+    found: list[Tensor] = []
+    for copies in _passes(draws, at_once):
+        if copies == 1:  # a copy, too: the model may work in place; and not split, which no exported program could be
+            found.append(logits_of(x.clone()))
+        else:
+            found.extend(logits_of(torch.cat([x] * copies)).split(len(x)))
+    return found
 
 
 def slope(value: Tensor, leaf: Tensor, *, keep_graph: bool = False) -> Tensor:
