@@ -31,7 +31,7 @@ from learn2perturb.training import TrainConfig
 from tests.problems import NoisyLinear
 
 SHAPE = (1, 8, 8)
-AT_ONCE = dataclasses.replace(PLAIN, draws_at_once=True)  # plain but for that: what it changes is seen alone
+AT_ONCE = dataclasses.replace(PLAIN, full_passes=True)  # plain but for that: what it changes is seen alone
 X, Y = torch.rand(4, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.arange(4)
 averages = pytest.mark.parametrize("average", AVERAGES)
 
@@ -116,14 +116,16 @@ def _of_law(kind: str, place: str, shared: str, distribution: str) -> nn.Module:
     return insert(model, [spec | settings]).eval()
 
 
+def _places_of(kind: str) -> list[str]:
+    if kind in ("weight", "variational", "projection"):
+        return ["weight"]
+    return ["output"] if kind in ("members", "norms") else ["output", "input", "weight"]
+
+
 @pytest.mark.parametrize("distribution", ["gaussian", "laplace", "uniform"])
 @pytest.mark.parametrize("shared", ["per_example", "per_batch"])
-@pytest.mark.parametrize("place", ["output", "input", "weight"])
-@pytest.mark.parametrize("kind", LAWS)
+@pytest.mark.parametrize(("kind", "place"), [(kind, place) for kind in LAWS for place in _places_of(kind)])
 def test_a_law_has_draws_side_by_side_only_on_features_and_per_example(kind, place, shared, distribution):
-    on_weights, of_layers = kind in ("weight", "variational", "projection"), kind in ("members", "norms")
-    if (on_weights and place != "weight") or (of_layers and place != "output"):
-        pytest.skip("no such noise")
     model = _of_law(kind, place, shared, distribution)
     expected = place in LAWS[kind] and shared == "per_example"
     assert rows_of_passes(model) == ([24] if expected else [4] * 6)
@@ -257,9 +259,9 @@ def test_noise_that_is_off_or_replayed_and_hooks_on_all_modules_have_one_pass_a_
 
 
 def test_plain_is_the_reference_and_the_fast_modes_make_draws_at_once():
-    modes = {mode.name + device: mode.draws_at_once for (_, device), mode in execution._MODES.items()}
+    modes = {mode.name + device: mode.full_passes for (_, device), mode in execution._MODES.items()}
     assert modes == dict.fromkeys(("fastcpu", "fastcuda", "fast32cpu", "fast32cuda"), True)
-    assert not PLAIN.draws_at_once
+    assert not PLAIN.full_passes
     assert rows_of_passes(network(), mode=PLAIN) == [4] * 6
 
 

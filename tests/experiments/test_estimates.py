@@ -67,7 +67,8 @@ def test_where_steps_would_take_long_none_is_trained(study, tmp_path, monkeypatc
 def test_a_step_is_so_many_passes_as_that_of_the_same_training(study, tmp_path, monkeypatch):
     config = study.runs[0].config
     found = Estimates(Ledger(study, Store(tmp_path / "store")), "cpu")
-    other = ("resnet20", *estimates._kind(config)[1:])
+    (_, *network), *rest = estimates._kind(config)
+    other = (("resnet20", *network), *rest)
     found._paces[other] = estimates.Pace(step=700.0, forward=1.0, both=100.0)
     found._left = 0.0
     pace = found.pace(config)

@@ -8,6 +8,7 @@ made, and cost less than passes over few images do.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import final
@@ -46,14 +47,13 @@ class AheadSearch:
         self.sides = sides
         self.in_windows = norm == "linf" and windows.serve(query.model) and self._windows_agree()
         self.best = STARTS[norm](x, eps)
-        self.best_loss = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
         self.broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.accepted, self.asked = 1, 2  # as if one in two were better, before any answer
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Return the best point of each image, that which broke it if one did, and which images (N, bool) broke."""
         values = self.query.value(self.best, self.y)
-        self.best_loss = values.loss
+        self.best_loss = values.loss  # of each image's best point
         self._leave(torch.arange(len(self.x), device=self.x.device), self.best, values.margin)
         for count, side in _stretches(self.sides):
             left = (~self.broken).nonzero().squeeze(1)
@@ -150,10 +150,7 @@ class AheadSearch:
 
 def _stretches(sides: list[int]) -> Iterator[tuple[int, int]]:
     """Yield how many queries in a row have squares of one side, at most ``_LONGEST``, and that side."""
-    start = 0
-    while start < len(sides):
-        end = start + 1
-        while end < len(sides) and sides[end] == sides[start] and end - start < _LONGEST:
-            end += 1
-        yield end - start, sides[start]
-        start = end
+    for side, alike in itertools.groupby(sides):
+        count = len(list(alike))
+        for start in range(0, count, _LONGEST):
+            yield min(_LONGEST, count - start), side

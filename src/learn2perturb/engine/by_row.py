@@ -74,7 +74,7 @@ def draws_at_once(model: object, x: Tensor) -> int:
     1 where the execution mode makes one pass a draw, where copies are no draws (see :func:`copies_are_draws`), and for
     the share of a batch that a process has, whose rows are numbered.
     """
-    if not execution.current().draws_at_once or type(x) is not Tensor or ranks.current_share() is not None:
+    if not execution.current().full_passes or type(x) is not Tensor or ranks.current_share() is not None:
         return 1
     points = x.shape[0] * x.shape[2:].numel()
     times = _POINTS.get(x.device.type, _POINTS_ELSEWHERE) // max(points, 1)

@@ -41,8 +41,8 @@ class ExecutionMode:
         compiled_training: compile the training passes of such batches, too.
         recording: record a training step as a CUDA graph and replay it.
         windows: of images that differ from others in a window (see ``windows``), compute what the window reaches.
-        full_passes: where few images are attacked, several targets, restarts or proposals of each go in one pass.
-        draws_at_once: make several draws of few images in one pass, where copies are draws (see ``by_row``).
+        full_passes: where few images are attacked, several targets, restarts, proposals or draws (where copies are
+            draws, see ``by_row``) of each go in one pass.
         tuned_convolutions: let cuDNN try its algorithms on each new shape and keep the fastest.
     """
 
@@ -59,7 +59,6 @@ class ExecutionMode:
     recording: bool = False
     windows: bool = False
     full_passes: bool = False
-    draws_at_once: bool = False
     tuned_convolutions: bool = False
 
     def place(self, network: nn.Module) -> nn.Module:
@@ -75,12 +74,12 @@ class ExecutionMode:
 PLAIN = ExecutionMode("plain")
 FAST = ExecutionMode(
     "fast", dtype=torch.bfloat16, channels_last=True, threaded_draws=True, fused_noise=True, kept_memory=True,
-    folding=True, windows=True, full_passes=True, draws_at_once=True,
+    folding=True, windows=True, full_passes=True,
 )  # fmt: skip
 # On a CUDA device small networks wait for launches and memory: everything in compiled kernels, a step in one launch.
 CUDA = ExecutionMode(
     "fast", dtype=torch.bfloat16, channels_last=True, folding=True, folding_compiled=False, compiled_training=True,
-    recording=True, full_passes=True, draws_at_once=True, tuned_convolutions=True,
+    recording=True, full_passes=True, tuned_convolutions=True,
 )  # fmt: skip
 
 # What computes in bfloat16 above, in float32: for processors and cards that lack it, and to see what it changes.

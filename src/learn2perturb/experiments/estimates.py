@@ -130,7 +130,7 @@ class Estimates:
         forward, both, rows = timing.forward, timing.both, timing.rows
         # What a step is in passes is known from the same training of another network, else from its settings.
         trainer = _trainer(config)
-        alike = [one.step / one.both for other, one in self._paces.items() if other[-len(trainer) :] == trainer]
+        alike = [one.step / one.both for (*_, other), one in self._paces.items() if other == trainer]
         step = both * (alike[0] if alike else _passes_of_a_step(config.closed()))
         if 2 * rows * step < self._left:
             with _one_thread():
@@ -199,7 +199,7 @@ class Estimates:
 
 
 def _kind(config: TrainConfig) -> tuple[Any, ...]:
-    return (*_network(config), config.engine, *_trainer(config))
+    return _network(config), config.engine, _trainer(config)
 
 
 def _network(config: TrainConfig) -> tuple[Any, ...]:
