@@ -6,8 +6,10 @@ Nothing that a file can hold ends in anything but a value or the error that the 
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 MOST_SETTINGS = 200_000  # bytes of a YAML file; PyYAML reads about 100 kB a second
 MOST_NODES = 50_000  # values in it, once its aliases are written out
 MOST_RECORD = 256 << 20  # bytes of a record
+PACKED = ".xz"  # the ending of a file that is packed, as the weights of the zoo are
+SAFETENSORS = (".safetensors", ".safetensors" + PACKED)
+MOST_UNPACKED = 64 << 20  # bytes that such a file may hold: a few hundred packed ones could fill the memory
+_MOST_MEMORY = 128 << 20  # bytes that unpacking may take; the strongest packing of xz asks for half of it
 _KINDS = (
     (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
@@ -77,6 +83,28 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
     if len(content) > most:
         raise ValueError(f"it has more than {most:,} bytes")
     return content
+
+
+@contextmanager
+def unpacked(path: Path) -> Iterator[Path]:
+    """Yield ``path`` or, where it ends in ``.xz``, a file of what it holds, which is gone afterwards.
+
+    Raises:
+        OSError, ValueError, LZMAError: it is no file, damaged, or holds more than ``MOST_UNPACKED`` bytes.
+    """
+    if path.suffix != PACKED:
+        yield path
+        return
+    reader = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MOST_MEMORY)
+    content = reader.decompress(read_bytes(path, MOST_UNPACKED), MOST_UNPACKED + 1)
+    if len(content) > MOST_UNPACKED:
+        raise ValueError(f"unpacked it has more than {MOST_UNPACKED:,} bytes")
+    if not reader.eof or reader.unused_data:
+        raise ValueError("it is cut off" if not reader.eof else "there is more behind its end")
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder, path.stem)
+        plain.write_bytes(content)
+        yield plain
 
 
 def starts_with(path: str | os.PathLike[str], count: int) -> bytes:

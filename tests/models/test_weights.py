@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
 import pathlib
+import tempfile
 from collections import OrderedDict
 
 import pytest
@@ -10,9 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from learn2perturb import reading
 from learn2perturb.errors import CheckpointError
 from learn2perturb.models import build_model, load_weights
 from learn2perturb.models.foreign import Foreign
+from learn2perturb.runs.checkpoint import model_bytes
+from learn2perturb.runs.loading import load
+from learn2perturb.training.beginning import begin_from
 
 
 def network(seed: int = 0, classes: int = 10) -> nn.Module:
@@ -121,7 +127,7 @@ def test_what_does_not_fit_is_refused_and_the_network_stays_as_it_was(name, tmp_
 
 
 @pytest.mark.parametrize("content", [b"", b"not a file of torch", b"PK\x03\x04" + b"\0" * 40])
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".safetensors.xz"])
 def test_damaged_files_are_one_line(content, suffix, tmp_path):
     (tmp_path / f"w{suffix}").write_bytes(content)
     with pytest.raises(CheckpointError, match="cannot be read|would run code"):
@@ -136,3 +142,42 @@ def test_a_head_of_other_classes_starts_anew_only_where_that_is_asked_for(tmp_pa
     assert "start anew" in str(fit)
     assert torch.equal(net.fc.weight, network(1).fc.weight)
     assert torch.equal(net.conv1.weight, network(0, 7).conv1.weight)
+
+
+def packed(folder: pathlib.Path, content: bytes) -> pathlib.Path:
+    path = folder / "model.safetensors.xz"
+    path.write_bytes(content)
+    return path
+
+
+def test_packed_weights_are_those_that_were_packed_in_every_place_and_nothing_stays_behind(tmp_path, monkeypatch):
+    (tmp_path / "aside").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "aside"))
+    trained = network(1)
+    path = packed(tmp_path, lzma.compress(model_bytes(trained, {"input_shape": [1, 8, 8], "defense": "none"})))
+    fitted, begun = network(2), network(3)
+    load_weights(fitted, path)
+    begin_from(begun, str(path))
+    for found in (fitted, begun, load(path), load(tmp_path)):
+        assert same(trained, found)
+    assert list((tmp_path / "aside").iterdir()) == []
+
+
+WHOLE = lzma.compress(b"no tensors are in this")
+PACKED = {
+    "cut off": (WHOLE[:-20], "it is cut off"),
+    "more behind it": (WHOLE + b"more", "more behind its end"),
+    "larger than it looks": (lzma.compress(bytes(2000)), "unpacked it has more than 1,000 bytes"),
+    "other content": (WHOLE, "Safetensor"),
+    "another bit": (WHOLE[:30] + bytes([WHOLE[30] ^ 1]) + WHOLE[31:], "Error"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("read", [load, lambda path: load_weights(network(), path)], ids=["load", "load_weights"])
+def test_damaged_packed_weights_are_one_line(name, read, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MOST_UNPACKED", 1000)
+    content, reason = PACKED[name]
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        read(packed(tmp_path, content))
+    assert "\n" not in str(caught.value) and "model.safetensors.xz" in str(caught.value)

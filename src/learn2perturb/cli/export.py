@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     from learn2perturb.runs.loading import locate
 
     header = read_model(locate(arguments.run))[1]
-    name = Path(arguments.run.rpartition(":")[2]).resolve().name.removesuffix(".safetensors")
+    name = name_of(arguments.run)
     out = _folder(arguments)
     evaluations, notes = _evaluations(arguments) if "robustbench" in formats else ([], [])
     written: dict[str, str] = {}

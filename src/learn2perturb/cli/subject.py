@@ -16,7 +16,7 @@ from learn2perturb.cli.networks import add_network, build_named, settle_network,
 from learn2perturb.cli.options import add_mapping
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.naming import is_factory, made_by
-from learn2perturb.reading import starts_with
+from learn2perturb.reading import PACKED, starts_with
 from learn2perturb.registry import DATASETS
 from learn2perturb.runs.trained import check_images, images_of, own_eps, settings_of
 from learn2perturb.sizes import LINF_EPS
@@ -222,4 +222,5 @@ def _names(arguments: argparse.Namespace, folder: Path, kind: str) -> Iterator[P
 def name_of(run: str) -> str:
     """Return what a file that is of a run, a file of weights or a factory may be called after."""
     found = Path(run).resolve().name if Path(run).exists() else run.rpartition("hf-hub:")[2].rpartition("zoo:")[2]
-    return re.sub(r"[^\w.=+-]+", "-", found.removesuffix(".safetensors"))[:_LONGEST_NAME].strip("-.") or "model"
+    found = found.removesuffix(PACKED).removesuffix(".safetensors")
+    return re.sub(r"[^\w.=+-]+", "-", found)[:_LONGEST_NAME].strip("-.") or "model"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from learn2perturb.errors import CheckpointError
-from learn2perturb.reading import check_regular, reading
+from learn2perturb.reading import SAFETENSORS, check_regular, reading, unpacked
 
 # Where training scripts put the state dict of the network, in the order in which they are looked for.
 _NESTED = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "weights", "params")
@@ -76,6 +76,7 @@ def _listed(names: Iterable[str]) -> str:
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the tensors of a ``.safetensors``, ``.pt`` or ``.pth`` file; nothing in it is executed.
 
+    A ``.safetensors`` file may be packed by ``xz``, as those of the zoo are.
     A state dict inside another dict (``{"state_dict": ...}``) is found.
 
     Raises:
@@ -86,9 +87,9 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not path.is_file():
         with reading(what, "give a file of a state dict: .pt, .pth or .safetensors", CheckpointError):
             check_regular(path)
-    if path.suffix == ".safetensors":
-        with reading(what, "give another file", CheckpointError):
-            return load_file(str(path))
+    if path.name.endswith(SAFETENSORS):
+        with reading(what, "give another file", CheckpointError), unpacked(path) as plain:
+            return load_file(str(plain))
     with reading(what, "save them again by torch.save(model.state_dict(), FILE)", CheckpointError):
         check_regular(path)
         try:

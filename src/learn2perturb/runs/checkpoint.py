@@ -24,11 +24,12 @@ from learn2perturb.engine.identity import fingerprint
 from learn2perturb.errors import CheckpointError
 from learn2perturb.noise import named_noise, noise_spec
 from learn2perturb.plugins import PARTS
-from learn2perturb.reading import check_regular, parse_json, read_bytes, reading
+from learn2perturb.reading import PACKED, check_regular, parse_json, read_bytes, reading, unpacked
 from learn2perturb.records import is_alive, make_folder
 from learn2perturb.runs import extra
 
 FOLDER, MODEL, RESUME = "checkpoints", "model.safetensors", "resume.pt"
+MODEL_FILES = (MODEL, MODEL + PACKED)  # what the weights of a folder may be called
 FINGERPRINT, EXTRA = "fingerprint", "extra_state"  # entries of the header
 MOST_TENSORS = 100_000
 # What a header may hold: the type of each entry that is there.
@@ -92,7 +93,7 @@ def _fingerprint(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the state dict and the header of a ``.safetensors`` file.
+    """Return the state dict and the header of a ``.safetensors`` file, or of one that ``xz`` has packed.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not one of ours.
@@ -101,7 +102,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise CheckpointError(f"{path} does not exist; give a run folder or a .safetensors file")
     with reading(f"{path} is no readable safetensors file", "use another checkpoint", DamagedError):
         check_regular(path)
-        with safe_open(str(path), framework="pt") as file:
+        with unpacked(path) as plain, safe_open(str(plain), framework="pt") as file:
             text = (file.metadata() or {}).get("learn2perturb")
             names = file.keys()
             if len(names) > MOST_TENSORS:

@@ -20,7 +20,7 @@ from learn2perturb.noise.inject import take_out
 from learn2perturb.plugins import PARTS
 from learn2perturb.reading import MOST_SETTINGS, parse_json, read_bytes, reading
 from learn2perturb.registry import MODELS, NOISES
-from learn2perturb.runs.checkpoint import FOLDER, MODEL, check_noise, checkpoints, read_model
+from learn2perturb.runs.checkpoint import FOLDER, MODEL, MODEL_FILES, check_noise, checkpoints, read_model
 
 _PLACES = f"a run folder, a .safetensors file, {zoo.PREFIX}NAME, or {HUB}owner/name"
 
@@ -56,8 +56,9 @@ def locate(source: str | os.PathLike[str]) -> Path:
         found = checkpoints(path)
         if found:
             return found[-1] / MODEL
-        if (path / MODEL).exists():
-            return path / MODEL
+        for name in MODEL_FILES:
+            if (path / name).exists():
+                return path / name
         raise CheckpointError(f"{path} holds no checkpoint; give a run folder that has trained, or a .safetensors file")
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give {_PLACES}")

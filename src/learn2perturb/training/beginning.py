@@ -15,6 +15,7 @@ from learn2perturb.models.weights import Fit, fit_weights, read_state
 from learn2perturb.naming import HUB, ZOO
 from learn2perturb.noise import noise_modules, remove_noise
 from learn2perturb.noise.sites import matches
+from learn2perturb.reading import SAFETENSORS
 from learn2perturb.runs.checkpoint import read_model
 from learn2perturb.runs.loading import load, locate
 
@@ -42,7 +43,7 @@ def _is_run(source: str) -> bool:
     """Tell whether ``source`` is a run, or a file that a run of this package has written, and no bare state dict."""
     if source.startswith((HUB, ZOO)) or Path(source).is_dir():
         return True
-    return source.endswith(".safetensors") and Path(source).is_file() and bool(read_model(Path(source))[1])
+    return source.endswith(SAFETENSORS) and Path(source).is_file() and bool(read_model(Path(source))[1])
 
 
 @torch.no_grad()
