@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linprog, minimize
+from scipy.optimize import brentq, linprog, minimize
 from torch import nn
 
 from learn2perturb.attacks import FAB
@@ -65,6 +65,29 @@ def test_a_step_to_the_plane_is_the_smallest_in_the_box(norm):
             best = minimize(lambda d: d @ d, start, bounds=list(zip(low, high, strict=True)), constraints=plane).fun
             assert delta[row].norm().item() <= math.sqrt(best) + 1e-5
     assert met >= 6
+
+
+@norms
+@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99, 0.9999, 1.5])
+def test_a_step_to_the_plane_in_many_dimensions_is_what_a_root_finder_says(norm, wait, share):
+    """Weights of very different sizes: many coordinates are at their bound before the plane is reached."""
+    x, normal = torch.rand(6, 3072, dtype=torch.float64), torch.randn(6, 3072, dtype=torch.float64) ** 7
+    room = torch.where(normal > 0, 1 - x, x)
+    offset = share * (room * normal.abs()).sum(dim=1)
+    delta = to_plane(x, normal, offset, norm, wait=wait)
+    for row in range(6):
+        weight, most = normal[row].abs().numpy(), room[row].numpy()
+        pace = np.ones_like(weight) if norm == "linf" else weight
+
+        def missing(t, weight=weight, most=most, pace=pace, row=row):
+            return weight @ np.minimum(t * pace, most) - offset[row].item()
+
+        far = (most / pace).max()
+        wanted = np.minimum(
+            far if missing(far) <= 0 else brentq(missing, 0, far, xtol=1e-14, maxiter=5000) * pace, most
+        )
+        np.testing.assert_allclose(delta[row].numpy(), np.sign(normal[row].numpy()) * wanted, atol=1e-7)
 
 
 @norms
@@ -192,7 +215,7 @@ def test_a_tie_is_not_wrong():
 
 def test_bisection_ends_on_the_wrong_side_of_a_tie():
     """Halfway the two logits are equal, which bisection meets at once."""
-    query = SimpleNamespace(value=lambda points, y: SimpleNamespace(margin=points.flatten(1).mean(dim=1) - 0.5))
+    query = SimpleNamespace(value=lambda points, y, loss: SimpleNamespace(margin=points.flatten(1).mean(dim=1) - 0.5))
     x = torch.zeros(1, *SHAPE, dtype=torch.float64)
     found = FAB(math.inf)._bisected(query, x, zeros(x), torch.ones_like(x))
     assert 0.5 < found.max().item() < 0.505

@@ -9,6 +9,7 @@ import torch
 
 import learn2perturb as l2p
 from learn2perturb.attacks import BPDA, FAB, PGD, AutoAttack, auto_attack_report, build_attack, from_function
+from learn2perturb.attacks.base import Query
 from learn2perturb.engine import execution
 from learn2perturb.registry import ATTACKS
 
@@ -61,6 +62,39 @@ def test_attacks_that_end_on_the_boundary_ask_in_full_precision(name, digits):
         low = build_attack(name, **SHORT[name], seed=0).run(network, x[:40], y[:40])
     full = build_attack(name, **SHORT[name], seed=0).run(network, x[:40], y[:40])
     assert torch.equal(low.x_adv, full.x_adv)
+
+
+def test_within_a_ball_fab_takes_gradients_in_low_precision_and_judges_in_full(digits):
+    network, x, y = digits
+    attack = FAB(0.15, early_stop=True, steps=15, targets=3, seed=0)
+    assert not attack.full_precision
+    asked = []
+    hook = network.register_forward_hook(lambda module, _, logits: asked.append((logits.requires_grad, logits.dtype)))
+    with execution.running(LOW):
+        low = attack.run(network, x, y)
+    hook.remove()
+    assert {dtype for gradient, dtype in asked if gradient} == {torch.bfloat16}
+    # Each point that a gradient has led to is judged in full; a few passes ask for noise and likely targets.
+    gradients = sum(gradient for gradient, _ in asked)
+    assert asked.count((False, torch.float32)) > gradients > asked.count((False, torch.bfloat16))
+    full = attack.run(network, x, y)
+    assert 0.02 < full.success.float().mean() < 1
+    assert low.success.float().mean() > full.success.float().mean() - 0.01
+
+
+def test_fab_steps_by_what_full_precision_has_said_of_a_point(digits, monkeypatch):
+    """A gradient's own loss is off by more than the way that is left: it alone would never lead over the boundary."""
+    network, x, y = digits
+    told = Query.value_and_gradient
+
+    def off(self, points, labels, **settings):
+        values, gradient = told(self, points, labels, **settings)
+        return dataclasses.replace(values, loss=values.loss + 0.2), gradient
+
+    attack = FAB(0.15, early_stop=True, steps=15, targets=3, seed=0)
+    exact = attack.run(network, x, y).success.float().mean()
+    monkeypatch.setattr(Query, "value_and_gradient", off)
+    assert attack.run(network, x, y).success.float().mean() > exact - 0.02
 
 
 def test_the_report_of_autoattack_is_judged_in_full_precision(digits):

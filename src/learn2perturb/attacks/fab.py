@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 
 from learn2perturb.attacks.base import Attack, Query
-from learn2perturb.attacks.losses import towards
+from learn2perturb.attacks.gradients import Values
+from learn2perturb.attacks.losses import Loss, towards
 from learn2perturb.attacks.runs import likely_targets, per_image, runs_at_once
 from learn2perturb.checks import check_count, check_flag
+from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError
 
 _ALPHA = 0.1  # the most that a step is drawn towards x
 _OVERSHOOT = 1.05  # of the step onto the boundary, to land behind it
 _BACK = 0.9  # from a point that fools the model, go on at this share of the way from x to it
 _OFF_A_TIE = 1e-4  # norm of a step from a point at which two logits are equal, [0, 1] pixel scale
+# Of Newton's method. 3,072 coordinates take 4 to 7; in l2, by the box's corner, 16 fell short by up to 1e-5 of the way.
+_PLANE_STEPS = 20
 _BISECTIONS = 8  # at the end, between x and the nearest such point
 _WIDEST_START = {"linf": 0.3, "l2": 1.0}  # a random start is at most half as far
 
@@ -68,12 +72,20 @@ class FAB(Attack):
         """Whether images of a deterministic model leave once they are broken: not of a mean over draws."""
         return self.early_stop and self.eot == 1
 
+    @property
+    def full_precision(self) -> bool:
+        """Whether gradients are in full precision: not where images leave with the first point inside the radius.
+
+        Whether a point fools the model is asked in full precision always.
+        """
+        return not self.early_stop
+
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return the nearest points found, ``x`` where none is; a step costs 2 forward, 1 backward ``eot``."""
         drop = self.drops and query.deterministic(x)
         best = x.clone()
         # An image that is wrong as it is needs no perturbation.
-        norms = torch.where(query.value(x, y).margin > 0, 0.0, torch.inf).to(x.dtype)
+        norms = torch.where(self._checked(query, x, y).margin > 0, 0.0, torch.inf).to(x.dtype)
         targets = likely_targets(query, x, y, self.targets) if self.targets and not self.targeted else []
         number = 0
         while number < max(len(targets), 1):
@@ -113,32 +125,37 @@ class FAB(Attack):
         x, y = x[owner], y[owner]
         point = x
         loss = None if target is None else towards(target, "margin")
+        known = torch.full_like(norms, torch.nan)  # the loss at these points, where it is known in full precision
         if restart:
             widest = norms.clamp_max(min(self.eps, _WIDEST_START[self.norm]))
             point = (x + 0.5 * per_image(widest) * self.ball.random(x, 1.0)).clamp_(0.0, 1.0)
         for _ in range(self.steps):
             values, gradient = query.value_and_gradient(point, y, loss=loss)
             # Where the linearised loss is zero: w . (z - point) = -loss.
-            normal, offset = gradient.flatten(1), -values.loss.to(x.dtype)
+            normal, offset = gradient.flatten(1), -torch.where(known.isnan(), values.loss.to(x.dtype), known)
             # On the plane already, the step onto it would be none, now and ever after.
             steepest = normal.abs().sum(dim=1) if self.norm == "linf" else normal.norm(dim=1)
             offset = torch.where(offset == 0, _OFF_A_TIE * steepest, offset)
-            there = to_plane(point.flatten(1), normal, offset, self.norm).view_as(x)
+            there = to_plane(point.flatten(1), normal, offset, self.norm, wait=drop).view_as(x)
             away = (normal * (point - x).flatten(1)).sum(dim=1)
-            direct = to_plane(x.flatten(1), normal, offset + away, self.norm).view_as(x)
+            direct = to_plane(x.flatten(1), normal, offset + away, self.norm, wait=drop).view_as(x)
             near, far = self._size(there), self._size(direct)
             share = per_image((near / (near + far).clamp_min(1e-12)).clamp(0.0, _ALPHA))
             point = (1 - share) * (point + _OVERSHOOT * there) + share * (x + _OVERSHOOT * direct)
             point = point.clamp_(0.0, 1.0)
-            fooled = query.value(point, y).margin > 0
+            checked = self._checked(query, point, y, loss)
+            fooled = checked.margin > 0
             size = self._size(point - x)
             nearer = fooled & (size < norms[rows])
             best[rows] = torch.where(per_image(nearer), point, best[rows])
             norms[rows] = torch.where(nearer, size, norms[rows])
             point = torch.where(per_image(fooled), x + _BACK * (point - x), point)
+            # Draws of its own are no part of what the next gradient is of.
+            if drop:
+                known = checked.loss.to(x.dtype).masked_fill(fooled, torch.nan)
             if drop and bool((inside := norms[rows] <= self.eps).any()):
                 stay = ~torch.isin(owner, owner[inside])
-                owner, rows, x, y, point = (part[stay] for part in (owner, rows, x, y, point))
+                owner, rows, x, y, point, known = (part[stay] for part in (owner, rows, x, y, point, known))
                 if target is not None:
                     target = target[stay]
                     loss = towards(target, "margin")
@@ -153,38 +170,43 @@ class FAB(Attack):
         high = torch.ones_like(low)
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            fooled = query.value(x + per_image(middle) * (best - x), y).margin > 0
+            fooled = self._checked(query, x + per_image(middle) * (best - x), y).margin > 0
             low, high = torch.where(fooled, low, middle), torch.where(fooled, middle, high)
         return x + per_image(high) * (best - x)
+
+    def _checked(self, query: Query, points: Tensor, y: Tensor, loss: Loss | None = None) -> Values:
+        """Return what full precision says of ``points``, which lie so near to the boundary that rounding decides."""
+        with execution.full_precision():
+            return query.value(points, y, loss=loss)
 
     def _size(self, delta: Tensor) -> Tensor:
         flat = delta.flatten(1)
         return flat.abs().amax(dim=1) if self.norm == "linf" else flat.norm(dim=1)
 
 
-def to_plane(x: Tensor, normal: Tensor, offset: Tensor, norm: str) -> Tensor:
+def to_plane(x: Tensor, normal: Tensor, offset: Tensor, norm: str, *, wait: bool = True) -> Tensor:
     """Return the smallest ``d`` with ``normal . d = offset`` and ``x + d`` in [0, 1]; all rows (N, D), ``offset`` (N,).
 
     Coordinate i goes ``min(t u_i, room_i)`` towards the plane, ``u = 1`` for linf and ``|normal|`` for l2: the smallest
-    d is of this form, and t solves a piecewise linear equation, by sorting. Where the plane does not meet the box,
-    ``d`` goes to the corner nearest to it.
+    d is of this form. What has been gained by t is concave and piecewise linear, so that Newton's method climbs to the
+    wanted t from below and ends there. Where the plane does not meet the box, ``d`` goes to the corner nearest to it.
+    With ``wait`` it ends as soon as all rows are there, for which the host waits for the device.
     """
     sign = normal.sign() * offset.sign().unsqueeze(1)
     weight = normal.abs()
-    # A coordinate without weight stays where it is: it has no pace, and its sign is 0.
-    room = torch.where(sign > 0, 1 - x, x).clamp_min(0.0)
-    pace = (weight > 0).to(x.dtype) if norm == "linf" else weight
-    tiny = torch.finfo(x.dtype).tiny
-    ends = torch.where(pace > 0, room / pace.clamp_min(tiny), torch.inf)
-    order = ends.argsort(dim=1)
-    ends, gain, full = ends.gather(1, order), (weight * pace).gather(1, order), (weight * room).gather(1, order)
-    # Up to the k-th end, those before it have given all their room and the others move on at their pace.
-    spent = full.cumsum(dim=1) - full
-    moving = gain.flip(1).cumsum(dim=1).flip(1)
-    needed = offset.abs().unsqueeze(1)
-    reached = torch.where(moving > 0, spent + moving * ends, torch.inf) >= needed
-    first = reached.to(torch.uint8).argmax(dim=1, keepdim=True)
-    time = (needed - spent.gather(1, first)) / moving.gather(1, first).clamp_min(tiny)
-    time = torch.where(reached.any(dim=1, keepdim=True), time.clamp_min(0.0), torch.inf)
-    far = torch.where(pace > 0, time * pace, 0.0)
-    return sign * torch.minimum(far, room)
+    # A coordinate without weight stays where it is.
+    room = torch.where(sign > 0, 1 - x, x).clamp_min(0.0) * (weight > 0)
+    gain = weight if norm == "linf" else weight * weight
+    needed = offset.abs()
+    limits = torch.finfo(x.dtype)
+    time, moved = torch.zeros_like(needed), torch.zeros_like(room)
+    for _ in range(_PLANE_STEPS):
+        missing = needed - torch.linalg.vecdot(weight, moved)
+        slope = torch.linalg.vecdot(gain, (moved < room).to(x.dtype))
+        if wait and not bool(((missing > 16 * limits.eps * needed) & (slope > 0)).any()):
+            break
+        # No slope is left at the corner, to which any larger t belongs.
+        time = torch.where(missing > 0, (time + missing / slope).clamp_max(limits.max), time)
+        pace = time.unsqueeze(1)
+        moved = torch.minimum(pace if norm == "linf" else pace * weight, room)
+    return sign * moved
