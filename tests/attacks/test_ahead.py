@@ -11,8 +11,8 @@ from torch import nn
 
 from learn2perturb.attacks import Square, ahead
 from learn2perturb.attacks.ahead import AheadSearch
-from learn2perturb.attacks.base import Query
 from learn2perturb.attacks.proposals import MOVES, STARTS, Recolouring
+from learn2perturb.attacks.query import Query
 from learn2perturb.engine import execution, windows
 from learn2perturb.models import build_model
 from tests.problems import Linear, NoisyLinear, two_logits

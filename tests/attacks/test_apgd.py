@@ -11,8 +11,8 @@ from torch import nn
 
 from learn2perturb.attacks import APGD, PGD
 from learn2perturb.attacks.apgd import _State
-from learn2perturb.attacks.base import Query
 from learn2perturb.attacks.losses import TARGETED_LOSSES, targeted_dlr, targeted_margin
+from learn2perturb.attacks.query import Query
 from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError, InputError
 from tests.problems import Linear, NoisyLinear, Quadratic

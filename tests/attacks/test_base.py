@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from learn2perturb.attacks import CW, FAB, FGSM, PGD, Attack, AttackResult, FewPixel, Square
-from learn2perturb.attacks.base import Query, check_images
+from learn2perturb.attacks.inputs import check_images
 from learn2perturb.attacks.losses import dlr, margin, targeted_dlr
+from learn2perturb.attacks.query import Query
 from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError, InputError, Learn2PerturbError
 from tests.problems import Linear, NoisyLinear, two_logits

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from learn2perturb.attacks import CW
-from learn2perturb.attacks.base import Query
 from learn2perturb.attacks.cw import _Search
+from learn2perturb.attacks.query import Query
 from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError
 from tests.problems import two_logits

@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from learn2perturb.attacks import APGD, CW, FAB, PGD
-from learn2perturb.attacks import base as attacks_base
-from learn2perturb.attacks.base import Query
+from learn2perturb.attacks import query as asking
 from learn2perturb.attacks.gradients import AVERAGES, fresh_values, input_gradient, value_and_gradient
 from learn2perturb.attacks.listening import passes_told_to
 from learn2perturb.attacks.losses import LOSSES
+from learn2perturb.attacks.query import Query
 from learn2perturb.defenses import Clock, build_defense
 from learn2perturb.engine import FAST32, PLAIN, by_row, compiling, execution, running
 from learn2perturb.engine.by_row import copies_are_draws, draws_at_once
@@ -319,7 +319,7 @@ def test_losses_see_the_rows_of_one_draw_and_passes_are_counted_by_image(attack,
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_where_memory_runs_out_one_pass_makes_one_draw(monkeypatch, error):
-    asked, plain = [], attacks_base.ask
+    asked, plain = [], asking.ask
 
     def ask(model, x):
         asked.append(len(x))
@@ -327,13 +327,13 @@ def test_where_memory_runs_out_one_pass_makes_one_draw(monkeypatch, error):
             raise error
         return plain(model, x)
 
-    monkeypatch.setattr(attacks_base, "ask", ask)
+    monkeypatch.setattr(asking, "ask", ask)
     monkeypatch.setattr(by_row, "_POINTS", {"cpu": 1_000})
     with running(AT_ONCE):
         result = PGD(0.1, 0.1, 1, eot=6, seed=0).run(network(), X, Y)
     assert asked == [12, 12] + [4] * 7
     assert (result.forward_passes, result.backward_passes) == (6, 6)
-    monkeypatch.setattr(attacks_base, "ask", lambda model, x: 1 / 0)
+    monkeypatch.setattr(asking, "ask", lambda model, x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rows_of_passes(network())
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from learn2perturb.attacks import FewPixel
-from learn2perturb.attacks.base import Query
 from learn2perturb.attacks.few_pixel import _Search, _Swarm
+from learn2perturb.attacks.query import Query
 from learn2perturb.errors import ConfigError, InputError
 from tests.problems import two_logits
 

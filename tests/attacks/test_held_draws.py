@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from learn2perturb.attacks import PGD
-from learn2perturb.attacks.base import Query
 from learn2perturb.attacks.gradients import AVERAGES
+from learn2perturb.attacks.query import Query
 from learn2perturb.attacks.spec import build_attacks
 from learn2perturb.errors import ConfigError
 from learn2perturb.evaluation import comparing as comparison

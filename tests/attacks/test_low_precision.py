@@ -9,7 +9,7 @@ import torch
 
 import learn2perturb as l2p
 from learn2perturb.attacks import BPDA, FAB, PGD, AutoAttack, auto_attack_report, build_attack, from_function
-from learn2perturb.attacks.base import Query
+from learn2perturb.attacks.query import Query
 from learn2perturb.engine import execution
 from learn2perturb.registry import ATTACKS
 

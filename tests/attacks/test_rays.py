@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.attacks import RayS
-from learn2perturb.attacks.base import Query
+from learn2perturb.attacks.query import Query
 from learn2perturb.engine.random import isolated_rng
 
 PIXELS = 16

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from learn2perturb.attacks import PGD
-from learn2perturb.attacks.base import Query
 from learn2perturb.attacks.probing import passes_differ
+from learn2perturb.attacks.query import Query
 from learn2perturb.attacks.runs import best_of, likely_targets
 
 X = torch.zeros(4, 1, 1, 1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import learn2perturb as l2p
 from learn2perturb.attacks import ARC, CW, PGD, Square, build_attack, from_function
-from learn2perturb.attacks.base import Query
+from learn2perturb.attacks.query import Query
 from learn2perturb.defenses.objectives import TradesAdversary
 from learn2perturb.errors import InputError, NonFiniteError
 from learn2perturb.registry import ATTACKS

@@ -211,9 +211,9 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "error > 1e-7 * (1 + float(between.abs().max()))",
      "(error) >= (1e-07 * (1 + float(between.abs().max())))"):
         "an allowance for rounding has no exact edge",
-    ("attacks/base.py", "_COMPARED = 4  # images on which a finite ensemble is compared with its members", "4", "5"):
+    ("attacks/query.py", "_COMPARED = 4  # images on which a finite ensemble is compared with its members", "4", "5"):
         "one image more",
-    ("attacks/base.py", "_COMPARED = 4  # images on which a finite ensemble is compared with its members", "4", "3"):
+    ("attacks/query.py", "_COMPARED = 4  # images on which a finite ensemble is compared with its members", "4", "3"):
         "one image less",
     ("evaluation/evaluating.py", '_FIRST_PASS: tuple[str, int] = ("probe", 0)  # its stream of draws', "0", "1"):
         "any name of a stream will do",
@@ -229,7 +229,7 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "a random point of a ball is as likely as the one opposite",
     ("attacks/gradients.py", 'if average == "loss" and len(draws) > 1:', "len(draws) > 1", "(len(draws)) >= (1)"):
         "the mean over one draw is that draw",
-    ("attacks/base.py", "stacked = torch.stack(margins) * (-1 if self._attack.targeted else 1)",
+    ("attacks/query.py", "stacked = torch.stack(margins) * (-1 if self._attack.targeted else 1)",
      "torch.stack(margins) * (-1 if self._attack.targeted else 1)",
      "(torch.stack(margins)) / (-1 if self._attack.targeted else 1)"): "1 / +-1 is +-1",
     ("diagnosis/truth.py",
@@ -296,9 +296,6 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "(base) - (scale * (first - second))"): "first and second are drawn alike",
     ("attacks/few_pixel.py", "kept = margins <= 0", "margins <= 0", "(margins) < (0)"):
         "a margin of 0 is asked about once more, and kept",
-    ("attacks/fab.py", 'pace = (weight > 0).to(x.dtype) if norm == "linf" else weight', "weight > 0",
-     "(weight) >= (0)"):
-        "a coordinate without weight adds 0 to every sum, and the result is multiplied by its sign, 0",
     ("evaluation/rows.py", "self.pace = None if self.attack is None else Pace(self.attack, stochastic)",
      "None if self.attack is None else Pace(self.attack, stochastic)", "Pace(self.attack, stochastic)"):
         "clean images are attacked by nothing, whose pace nobody asks for",
@@ -336,12 +333,10 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
      "(abs(mean)) < (0.01)"): "one per cent of allowance has no exact edge",
     ("noise/distributions.py", "if not (abs(mean) <= 0.01 and abs(variance - 1) <= 0.01):",
      "abs(variance - 1) <= 0.01", "(abs(variance - 1)) < (0.01)"): "one per cent of allowance has no exact edge",
-    ("attacks/base.py", "before, self._held = self._held, int(torch.randint(2**62, ()))", "62", "61"):
+    ("attacks/query.py", "before, self._held = self._held, int(torch.randint(2**62, ()))", "62", "61"):
         "any seed of very many will do",
     ("attacks/foreign.py", "seed = int(torch.randint(2**63 - 1, ()))", "1", "2"): "any seed of very many will do",
     ("attacks/foreign.py", "seed = int(torch.randint(2**63 - 1, ()))", "63", "62"): "any seed of very many will do",
-    ("attacks/fab.py", "far = torch.where(pace > 0, time * pace, 0.0)", "0.0", "1.0"):
-        "where there is no pace the sign is 0, by which the result is multiplied",
     ("evaluation/pictures.py", "return png(np.full((1, _SIDE, _SIDE), 127, dtype=np.uint8))", "1", "2"):
         "of two channels that are alike the mean is shown",
     ("evaluation/pieces.py", "return zlib.compress(buffer.getvalue(), 1)", "1", "2"): "read again all the same",
@@ -361,8 +356,6 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ("evaluation/pace.py",
      "return float(sides * math.prod(factor for factor in factors if isinstance(factor, int) and factor > 0))",
      "0", "1"): "a factor of 1 changes nothing",
-    ("attacks/fab.py", "reached = torch.where(moving > 0, spent + moving * ends, torch.inf) >= needed", "moving > 0",
-     "(moving) >= (0)"): "where nothing moves any more all room is given, whatever time is found",
     ("evaluation/attacked.py",
      "pixels = np.stack([clean[number] for number in index.tolist()]) if len(index) else np.empty((0, 1, 1, 1))",
      "1", "2"): "no image has no channels and no sides",

@@ -16,9 +16,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import Query
 from learn2perturb.attacks.probing import apart
 from learn2perturb.attacks.proposals import MOVES, STARTS, Moves, Recolouring
+from learn2perturb.attacks.query import Query
 from learn2perturb.attacks.runs import per_image
 from learn2perturb.engine import execution, windows
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from learn2perturb.attacks.balls import Ball
-from learn2perturb.attacks.base import Attack, Query
+from learn2perturb.attacks.base import Attack
 from learn2perturb.attacks.gradients import Values
 from learn2perturb.attacks.losses import towards
+from learn2perturb.attacks.query import Query
 from learn2perturb.attacks.runs import best_of, likely_targets, per_image
 from learn2perturb.checks import check_count, check_flag
 from learn2perturb.errors import ConfigError

@@ -10,8 +10,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import Attack, Query
+from learn2perturb.attacks.base import Attack
 from learn2perturb.attacks.gradients import slope
+from learn2perturb.attacks.query import Query
 from learn2perturb.attacks.runs import per_image
 from learn2perturb.checks import check_count, check_flag, check_step
 from learn2perturb.engine.finite import Members, answers_right, expectation

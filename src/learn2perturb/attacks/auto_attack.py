@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from learn2perturb.attacks.apgd import APGD
-from learn2perturb.attacks.base import Attack, Model, Query, check_images
+from learn2perturb.attacks.base import Attack
 from learn2perturb.attacks.fab import FAB
+from learn2perturb.attacks.inputs import check_images
 from learn2perturb.attacks.losses import margin
 from learn2perturb.attacks.probing import apart, passes_differ
+from learn2perturb.attacks.query import Model, Query
 from learn2perturb.attacks.runs import best_of, per_image
 from learn2perturb.attacks.square import Square
 from learn2perturb.checks import check_count

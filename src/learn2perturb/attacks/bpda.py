@@ -12,7 +12,8 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.attacks.base import Attack, Query
+from learn2perturb.attacks.base import Attack
+from learn2perturb.attacks.query import Query
 from learn2perturb.errors import ConfigError, InputError
 
 Backward = Callable[[Tensor], Tensor]

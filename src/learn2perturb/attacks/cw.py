@@ -10,8 +10,9 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import Attack, Query
+from learn2perturb.attacks.base import Attack
 from learn2perturb.attacks.losses import margin
+from learn2perturb.attacks.query import Query
 from learn2perturb.attacks.runs import per_image
 from learn2perturb.checks import check_count, check_flag, check_size
 from learn2perturb.engine import execution

@@ -9,9 +9,10 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import Attack, Query
+from learn2perturb.attacks.base import Attack
 from learn2perturb.attacks.gradients import Values
 from learn2perturb.attacks.losses import Loss, towards
+from learn2perturb.attacks.query import Query
 from learn2perturb.attacks.runs import likely_targets, per_image, runs_at_once
 from learn2perturb.checks import check_count, check_flag
 from learn2perturb.engine import execution
@@ -194,8 +195,7 @@ def to_plane(x: Tensor, normal: Tensor, offset: Tensor, norm: str, *, wait: bool
     """
     sign = normal.sign() * offset.sign().unsqueeze(1)
     weight = normal.abs()
-    # A coordinate without weight stays where it is.
-    room = torch.where(sign > 0, 1 - x, x).clamp_min(0.0) * (weight > 0)
+    room = torch.where(sign > 0, 1 - x, x).clamp_min(0.0)
     gain = weight if norm == "linf" else weight * weight
     needed = offset.abs()
     limits = torch.finfo(x.dtype)
@@ -209,4 +209,4 @@ def to_plane(x: Tensor, normal: Tensor, offset: Tensor, norm: str, *, wait: bool
         time = torch.where(missing > 0, (time + missing / slope).clamp_max(limits.max), time)
         pace = time.unsqueeze(1)
         moved = torch.minimum(pace if norm == "linf" else pace * weight, room)
-    return sign * moved
+    return sign * moved  # a coordinate without weight, whose sign is 0, stays where it is

@@ -9,10 +9,11 @@ from typing import ClassVar, Literal, NamedTuple, final
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import Attack, Query
+from learn2perturb.attacks.base import Attack
 from learn2perturb.attacks.gradients import Average, values_of
 from learn2perturb.attacks.losses import LOSSES
 from learn2perturb.attacks.probing import apart
+from learn2perturb.attacks.query import Query
 from learn2perturb.checks import check_count
 from learn2perturb.engine import execution, windows
 from learn2perturb.errors import ConfigError, InputError

@@ -7,7 +7,8 @@ from typing import final
 
 from torch import Tensor
 
-from learn2perturb.attacks.base import Attack, Query
+from learn2perturb.attacks.base import Attack
+from learn2perturb.attacks.query import Query
 
 
 @final

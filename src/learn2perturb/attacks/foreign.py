@@ -17,8 +17,9 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from learn2perturb.attacks.base import Attack, Query
+from learn2perturb.attacks.base import Attack
 from learn2perturb.attacks.gradients import Average, mean_logits
+from learn2perturb.attacks.query import Query
 from learn2perturb.engine.random import isolated_rng, seed_everything, seed_torch
 from learn2perturb.errors import ConfigError, InputError, MissingDependencyError
 

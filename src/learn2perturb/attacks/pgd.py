@@ -10,7 +10,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import Attack, Query
+from learn2perturb.attacks.base import Attack
+from learn2perturb.attacks.query import Query
 from learn2perturb.checks import check_choice, check_count, check_flag, check_size, check_step, fitting_step
 from learn2perturb.sizes import usual_step
 

@@ -9,7 +9,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import Attack, Query
+from learn2perturb.attacks.base import Attack
+from learn2perturb.attacks.query import Query
 from learn2perturb.attacks.runs import best_of, per_image
 from learn2perturb.checks import check_count
 

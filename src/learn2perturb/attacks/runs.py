@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import Query
+from learn2perturb.attacks.query import Query
 from learn2perturb.engine import execution
 
 # From the numbers (n,) of the images still attacked and those of k runs: run by run, their points (k n, C, H, W) and

@@ -9,9 +9,10 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import Attack, Query
+from learn2perturb.attacks.base import Attack
 from learn2perturb.attacks.gradients import values_of
 from learn2perturb.attacks.losses import LOSSES
+from learn2perturb.attacks.query import Query
 from learn2perturb.attacks.runs import per_image
 from learn2perturb.checks import check_choice, check_count, check_size, check_step, fitting_step
 from learn2perturb.engine.random import isolated_rng

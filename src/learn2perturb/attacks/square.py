@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from learn2perturb.attacks.ahead import AheadSearch
-from learn2perturb.attacks.base import Attack, Query
+from learn2perturb.attacks.base import Attack
 from learn2perturb.attacks.proposals import MOVES, STARTS
+from learn2perturb.attacks.query import Query
 from learn2perturb.attacks.runs import best_of, per_image
 from learn2perturb.checks import check_count, check_flag
 from learn2perturb.engine import execution

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from learn2perturb.attacks.balls import BALLS, Ball
-from learn2perturb.attacks.base import Attack, Model, Query, check_pixels
+from learn2perturb.attacks.base import Attack
 from learn2perturb.attacks.gradients import mean_logits
+from learn2perturb.attacks.inputs import check_pixels
 from learn2perturb.attacks.pgd import PGD
 from learn2perturb.attacks.probing import apart
+from learn2perturb.attacks.query import Model, Query
 from learn2perturb.checks import check_choice, check_count, check_size
 from learn2perturb.engine.answers import logits_of
 from learn2perturb.engine.identity import fingerprint

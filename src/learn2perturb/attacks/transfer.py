@@ -8,7 +8,8 @@ from typing import Any, final
 
 from torch import Tensor
 
-from learn2perturb.attacks.base import Attack, Model, Query
+from learn2perturb.attacks.base import Attack
+from learn2perturb.attacks.query import Model, Query
 from learn2perturb.errors import ConfigError
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from learn2perturb.attacks import PGD
-from learn2perturb.attacks.base import Attack, Query
+from learn2perturb.attacks.base import Attack
 from learn2perturb.attacks.gradients import mean_logits
+from learn2perturb.attacks.query import Query
 from learn2perturb.checks import check_choice, check_count, check_step
 from learn2perturb.defenses.awp import against_weights
 from learn2perturb.defenses.settings import ATTACK_DRAWS, Settings

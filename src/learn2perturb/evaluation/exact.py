@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learn2perturb.attacks.base import check_images
+from learn2perturb.attacks.inputs import check_images
 from learn2perturb.checks import check_count
 from learn2perturb.engine.finite import check_members, expected_correct, members_of
 from learn2perturb.engine.modes import in_mode, own_modes
