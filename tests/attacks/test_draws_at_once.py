@@ -287,17 +287,17 @@ def test_a_network_that_is_compiled_for_a_number_of_rows_is_given_so_many(monkey
 
 
 def test_a_pass_is_full_and_no_more_than_that(monkeypatch):
-    assert by_row._POINTS == {"cpu": 65_536}
-    assert by_row._POINTS_ELSEWHERE == 524_288
+    assert execution._POINTS == {"cpu": 65_536}
+    assert execution._POINTS_ELSEWHERE == 262_144
     shape = (3, 32, 32)
     model = perturb(build_model("resnet20", input_shape=shape), input_shape=shape).eval()
     with running(AT_ONCE):
         found = [draws_at_once(model, torch.zeros(count, *shape)) for count in (0, 1, 16, 21, 32, 33, 64, 65)]
-        assert found == [65_536, 64, 4, 3, 2, 1, 1, 1]
-        monkeypatch.setattr(by_row, "_POINTS", {})
-        assert [draws_at_once(model, torch.zeros(count, *shape)) for count in (32, 256, 257)] == [16, 2, 1]
+        assert found == [64, 64, 4, 3, 2, 1, 1, 1]
+        monkeypatch.setattr(execution, "_POINTS", {})
+        assert [draws_at_once(model, torch.zeros(count, *shape)) for count in (32, 128, 129)] == [8, 2, 1]
     monkeypatch.undo()
-    monkeypatch.setattr(by_row, "_POINTS", {"cpu": 1_000})  # 3 times 4 images of 8 x 8
+    monkeypatch.setattr(execution, "_POINTS", {"cpu": 1_000})  # 3 times 4 images of 8 x 8
     assert rows_of_passes(network(), eot=5) == [12, 8]
     assert rows_of_passes(network(), eot=7) == [12, 8, 8]
     assert rows_of_passes(network(), eot=5, eot_average="logits") == [12, 8] * 2
@@ -328,7 +328,7 @@ def test_where_memory_runs_out_one_pass_makes_one_draw(monkeypatch, error):
         return plain(model, x)
 
     monkeypatch.setattr(asking, "ask", ask)
-    monkeypatch.setattr(by_row, "_POINTS", {"cpu": 1_000})
+    monkeypatch.setattr(execution, "_POINTS", {"cpu": 1_000})
     with running(AT_ONCE):
         result = PGD(0.1, 0.1, 1, eot=6, seed=0).run(network(), X, Y)
     assert asked == [12, 12] + [4] * 7

@@ -92,8 +92,8 @@ LISTED = (
 
 # (path, name): how much is done at once, which changes memory and time only; not mutated.
 SPEED = {
-    ("engine/by_row.py", "_POINTS"),
-    ("engine/by_row.py", "_POINTS_ELSEWHERE"),
+    ("engine/execution.py", "_POINTS"),
+    ("engine/execution.py", "_POINTS_ELSEWHERE"),
     ("engine/windows.py", "_POINTS"),
     ("engine/windows.py", "_POINTS_ELSEWHERE"),
     ("engine/windows.py", "_IN_WINDOWS"),

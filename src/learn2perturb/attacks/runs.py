@@ -14,11 +14,6 @@ from learn2perturb.engine import execution
 # which of these break the image (k n, bool).
 Run = Callable[[Tensor, range], tuple[Tensor, Tensor]]
 
-# Image points of a forward and backward pass that is full. On a CPU 64 images of 32 x 32: ResNet-20 on two threads
-# takes 1.9 ms an image with 5, 1.2 with 21, 0.6 with 64 and no less with more. Elsewhere what is small for any card.
-_POINTS = {"cpu": 2**16}
-_POINTS_ELSEWHERE = 2**18
-
 
 def best_of(
     query: Query, x: Tensor, y: Tensor, run: Run, count: int, *, drop: bool, draws: int, side_by_side: bool = False
@@ -61,9 +56,8 @@ def runs_at_once(x: Tensor, images: int) -> int:
     """Return how many runs on so many of the images ``x`` (N, C, H, W) to make in one: those that fill a pass."""
     if not execution.current().full_passes:
         return 1
-    points = _POINTS.get(x.device.type, _POINTS_ELSEWHERE)
     # N rows were a pass before.
-    return max(1, max(points // x[0, 0].numel(), len(x)) // images)
+    return max(1, max(execution.rows_of_a_full_pass(x), len(x)) // images)
 
 
 def likely_targets(query: Query, x: Tensor, y: Tensor, count: int) -> list[Tensor]:

@@ -26,11 +26,6 @@ class _Drawing(Protocol):
     def draws_by_row(self) -> bool: ...
 
 
-# Image points of a full pass, forward and backward: on a CPU 64 images of 32 x 32. More would be faster still, and take
-# more memory than an attack on a batch of that size does.
-_POINTS = {"cpu": 2**16}
-_POINTS_ELSEWHERE = 2**19
-
 # Classes that compute each row from that row alone, and draw nothing; what an instance must be for it.
 _EXACT: dict[type[nn.Module], Callable[[Any], bool]] = {
     **dict.fromkeys((nn.Sequential, nn.Identity, nn.Conv2d, nn.Linear, nn.ReLU), lambda layer: True),
@@ -76,8 +71,8 @@ def draws_at_once(model: object, x: Tensor) -> int:
     """
     if not execution.current().full_passes or type(x) is not Tensor or ranks.current_share() is not None:
         return 1
-    points = x.shape[0] * x.shape[2:].numel()
-    times = _POINTS.get(x.device.type, _POINTS_ELSEWHERE) // max(points, 1)
+    # More would be faster still, and take more memory than an attack on a batch of that size does.
+    times = execution.rows_of_a_full_pass(x) // max(len(x), 1)
     return times if times > 1 and copies_are_draws(model) else 1
 
 

@@ -121,6 +121,17 @@ def in_full_precision(mode: ExecutionMode) -> ExecutionMode:
     return dataclasses.replace(mode, dtype=None, name="fast32" if mode.name == "fast" else mode.name)
 
 
+# Image points of a full pass, forward and backward. On a CPU 64 images of 32 x 32: ResNet-20 on two threads takes
+# 1.9 ms an image with 5, 1.2 with 21, 0.6 with 64 and no less with more. Elsewhere what is small for any card.
+_POINTS = {"cpu": 2**16}
+_POINTS_ELSEWHERE = 2**18
+
+
+def rows_of_a_full_pass(x: Tensor) -> int:
+    """Return how many images of the size of ``x`` (N, C, H, W) fill a pass, forward and backward; it may be 0."""
+    return _POINTS.get(x.device.type, _POINTS_ELSEWHERE) // max(x.shape[2:].numel(), 1)
+
+
 def autocast(device_type: str) -> AbstractContextManager[None]:
     """Return the autocast context of the current execution mode for passes on ``device_type``."""
     dtype = current().dtype
