@@ -82,6 +82,18 @@ def test_within_a_ball_fab_takes_gradients_in_low_precision_and_judges_in_full(d
     assert low.success.float().mean() > full.success.float().mean() - 0.01
 
 
+def test_fab_asks_a_stochastic_model_in_full_precision_since_no_image_leaves(digits):
+    _, x, y = digits
+    assert FAB(0.15, early_stop=True, eot=2).full_precision
+    noisy = l2p.load("zoo:learn2perturb-digits").eval()
+    asked = []
+    hook = noisy.register_forward_hook(lambda module, _, logits: asked.append((logits.requires_grad, logits.dtype)))
+    with execution.running(LOW):
+        FAB(0.15, early_stop=True, steps=3, targets=2, seed=0).run(noisy, x[:20], y[:20])
+    hook.remove()
+    assert {dtype for gradient, dtype in asked if gradient} == {torch.float32}
+
+
 def test_fab_steps_by_what_full_precision_has_said_of_a_point(digits, monkeypatch):
     """A gradient's own loss is off by more than the way that is left: it alone would never lead over the boundary."""
     network, x, y = digits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar, final
@@ -75,11 +76,8 @@ class FAB(Attack):
 
     @property
     def full_precision(self) -> bool:
-        """Whether gradients are in full precision: not where images leave with the first point inside the radius.
-
-        Whether a point fools the model is asked in full precision always.
-        """
-        return not self.early_stop
+        """Whether all passes are in full precision: where images may leave, gradients need not be, verdicts are."""
+        return not self.drops
 
     def perturb(self, query: Query, x: Tensor, y: Tensor) -> Tensor:
         """Return the nearest points found, ``x`` where none is; a step costs 2 forward, 1 backward ``eot``."""
@@ -131,7 +129,8 @@ class FAB(Attack):
             widest = norms.clamp_max(min(self.eps, _WIDEST_START[self.norm]))
             point = (x + 0.5 * per_image(widest) * self.ball.random(x, 1.0)).clamp_(0.0, 1.0)
         for _ in range(self.steps):
-            values, gradient = query.value_and_gradient(point, y, loss=loss)
+            with contextlib.nullcontext() if drop else execution.full_precision():
+                values, gradient = query.value_and_gradient(point, y, loss=loss)
             # Where the linearised loss is zero: w . (z - point) = -loss.
             normal, offset = gradient.flatten(1), -torch.where(known.isnan(), values.loss.to(x.dtype), known)
             # On the plane already, the step onto it would be none, now and ever after.
