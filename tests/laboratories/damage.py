@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import pathlib
 import random
 import tempfile
@@ -148,7 +149,7 @@ def _of_training(recording: crash.Recording) -> list[Kind]:
     model, rest = half.contents[f"{newest}/model.safetensors"], f"{newest}/resume.pt"
     before = max(name for name in half.contents if name.endswith("model.safetensors") and newest not in name)
     lines = (mutations.damaged_bytes, mutations.damaged_lines)
-    settings = half.contents["run/config.yaml"]
+    settings, packed = half.contents["run/config.yaml"], f"net/{zoo.WEIGHTS}"
 
     def older() -> Any:
         with tempfile.TemporaryDirectory() as folder:
@@ -168,8 +169,8 @@ def _of_training(recording: crash.Recording) -> list[Kind]:
              lambda folder: read_config(folder / "config.yaml"),
              (mutations.damaged_bytes, mutations.damaged_yaml), other="seen in the record"),
         Kind("network of the zoo",
-             Disk({"net/model.safetensors": model, "net/card.md": b"# net\n\nA card of 0.5 \xc2\xb1 0.1\n"}),
-             ("net/model.safetensors", "net/card.md"), from_zoo),
+             Disk({packed: lzma.compress(model), "net/card.md": b"# net\n\nA card of 0.5 \xc2\xb1 0.1\n"}),
+             (packed, "net/card.md"), from_zoo),
     ]  # fmt: skip
 
 
