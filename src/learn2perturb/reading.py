@@ -6,10 +6,8 @@ Nothing that a file can hold ends in anything but a value or the error that the 
 from __future__ import annotations
 
 import json
-import lzma
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +93,9 @@ def unpacked(path: Path) -> Iterator[Path]:
     if path.suffix != PACKED:
         yield path
         return
+    import lzma  # with tempfile 3 ms of a verb's --help, which unpacks nothing
+    import tempfile
+
     reader = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MOST_MEMORY)
     content = reader.decompress(read_bytes(path, MOST_UNPACKED), MOST_UNPACKED + 1)
     if len(content) > MOST_UNPACKED:
