@@ -29,7 +29,7 @@ def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
 
 def check_choice(name: str, value: Any, allowed: Sequence[str], *, optional: bool = False) -> None:
     """Raise ConfigError unless ``value`` is among ``allowed``, or None where it is ``optional``."""
-    if value not in allowed and not (value is None and optional):
+    if not (isinstance(value, str) and value in allowed) and not (value is None and optional):
         raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
 
 

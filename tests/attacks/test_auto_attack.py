@@ -100,7 +100,7 @@ def test_a_seed_makes_the_report_and_leaves_the_callers_generator_alone():
 
 
 def test_bad_settings_and_inputs():
-    with pytest.raises(ConfigError, match="version must be one of 'standard', 'rand', got 'plus'"):
+    with pytest.raises(ConfigError, match="version is 'plus'; allowed: standard, rand"):
         AutoAttack(version="plus")
     with pytest.raises(ConfigError, match="queries must be a whole number of at least 1, got 0"):
         AutoAttack(queries=0)

@@ -167,11 +167,11 @@ def test_low_precision_is_confirmed_in_full():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"norm": "linf"}, "norm must be one of 'l2', got 'linf'"),
-        ({"loss": "ce"}, "loss must be one of 'margin', got 'ce'"),
+        ({"norm": "linf"}, "norm is 'linf'; allowed: l2"),
+        ({"loss": "ce"}, "loss is 'ce'; allowed: margin"),
         ({"confidence": -1}, "confidence must be a number of at least 0, in logits, got -1"),
         ({"confidence": "1"}, "confidence must be a number"),
-        ({"keep": "best"}, "keep must be one of 'mean', 'single', got 'best'"),
+        ({"keep": "best"}, "keep is 'best'; allowed: mean, single"),
         ({"largest_c": 1e-6}, "largest_c=1e-06 is below initial_c=0.001; raise it"),
         ({"steps": 0}, "steps must be a whole number"),
         ({"lr": 0}, "lr must be finite and more than 0"),

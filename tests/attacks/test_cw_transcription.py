@@ -208,5 +208,5 @@ def test_settings_at_their_bounds():
     assert CW(lr=2.0).lr == 2  # no pixel scale
     with pytest.raises(ConfigError, match="abort_early must be True or False, got 0"):
         CW(abort_early=0)
-    with pytest.raises(ConfigError, match="keep must be one of 'mean', 'single', got 'best'"):
+    with pytest.raises(ConfigError, match="keep is 'best'; allowed: mean, single"):
         CW(keep="best")

@@ -135,9 +135,9 @@ def test_what_low_precision_alone_takes_for_broken_is_not_kept_as_such():
     ("settings", "message"),
     [
         ({"eps": 8 / 255}, "eps of a few-pixel attack is a number of pixels, 1, 2, 3, ..., got 0.031"),
-        ({"norm": "linf"}, "norm must be one of 'l0', got 'linf'"),
+        ({"norm": "linf"}, "norm is 'linf'; allowed: l0"),
         ({"population": 3}, "population must be at least 4, got 3"),
-        ({"strategy": "best2bin"}, "strategy must be one of 'best1bin', 'rand1', got 'best2bin'"),
+        ({"strategy": "best2bin"}, "strategy is 'best2bin'; allowed: best1bin, rand1"),
         ({"generations": 0}, "generations must be a whole number"),
         ({"chunk": 0}, "chunk must be a whole number"),
     ],

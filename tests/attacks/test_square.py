@@ -109,7 +109,7 @@ def test_a_lucky_score_is_forgotten():
     [
         ({"queries": 0}, "queries must be a whole number of at least 1, got 0"),
         ({"p_init": 0}, r"p_init must be a share of the pixels in \(0, 1\], got 0; 0.8 is usual"),
-        ({"loss": "dlr"}, "loss must be one of 'margin', 'ce', got 'dlr'"),
+        ({"loss": "dlr"}, "loss is 'dlr'; allowed: margin, ce"),
         ({"rescale": 1}, "rescale must be True or False, got 1"),
     ],
 )

@@ -79,7 +79,7 @@ def test_usable_in_evaluate_and_records_name_the_source():
         ({}, "attack must be a white-box attack such as PGD.*got None"),
         ({"attack": PGD()}, "source must be a model to craft images on, got None"),
         ({"attack": PGD(), "source": 3}, "source must be a model to craft images on, got 3"),
-        ({"attack": FewPixel(), "source": Linear(SHAPE)}, "attack must be one of norm linf or l2, got norm 'l0'"),
+        ({"attack": FewPixel(), "source": Linear(SHAPE)}, "attack must be of norm linf or l2, got norm 'l0'"),
         ({"attack": CW(), "source": Linear(SHAPE)}, "eps must be finite"),
     ],
 )

@@ -191,7 +191,7 @@ def test_every_preset_of_pgd_holds_its_draws_if_asked_and_others_say_that_they_c
 
 @pytest.mark.parametrize("wrong", [{"average": "logit"}, {"draws": "hold"}])
 def test_another_average_or_way_to_draw_is_refused(wrong):
-    with pytest.raises(ConfigError, match="must be one of|allowed"):
+    with pytest.raises(ConfigError, match="allowed"):
         presets.preset("eot-pgd20", eot=3, **wrong)
 
 

@@ -20,12 +20,11 @@ from learn2perturb.attacks.probing import apart, passes_differ
 from learn2perturb.attacks.query import Model, Query
 from learn2perturb.attacks.runs import best_of, per_image
 from learn2perturb.attacks.square import Square
-from learn2perturb.checks import check_count
+from learn2perturb.checks import check_choice, check_count
 from learn2perturb.engine import execution
 from learn2perturb.engine.answers import logits_of
 from learn2perturb.engine.modes import in_mode, own_modes
 from learn2perturb.engine.random import derive_seed, isolated_rng, seed_everything
-from learn2perturb.errors import ConfigError
 
 VERSIONS = ("standard", "rand")
 
@@ -58,8 +57,7 @@ class AutoAttack(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.version not in VERSIONS:
-            raise ConfigError(f"version must be one of {', '.join(map(repr, VERSIONS))}, got {self.version!r}")
+        check_choice("version", self.version, VERSIONS)
         for name in ("steps", "targets", "queries", "draws"):
             check_count(name, getattr(self, name))
 

@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self, final
+from typing import ClassVar, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from learn2perturb.attacks.inputs import TOLERANCE, check_images
 from learn2perturb.attacks.losses import LOSSES
 from learn2perturb.attacks.query import Model, Query
 from learn2perturb.brief import brief
-from learn2perturb.checks import check_count, check_size
+from learn2perturb.checks import check_choice, check_count, check_size
 from learn2perturb.engine import execution
 from learn2perturb.engine.answers import check_weights, fitting
 from learn2perturb.engine.modes import in_mode, one_image_explained, own_modes
@@ -130,11 +130,11 @@ class Attack(ABC):
     losses: ClassVar[tuple[str, ...]] = tuple(LOSSES)
 
     def __post_init__(self) -> None:
-        _check_choice("norm", self.norm, self.norms)
+        check_choice("norm", self.norm, self.norms)
         if self.eps is LINF_EPS:  # nobody gave one
             usual_eps(self.norm)
-        _check_choice("loss", self.loss, self.losses)
-        _check_choice("eot_average", self.eot_average, AVERAGES)
+        check_choice("loss", self.loss, self.losses)
+        check_choice("eot_average", self.eot_average, AVERAGES)
         unbounded = self.minimum_norm and self.eps == math.inf
         if not unbounded:
             check_size("eps", self.eps, norm=self.norm, zero=True)
@@ -287,8 +287,3 @@ def _prepared(model: Model, mode: Mode, x: Tensor) -> Iterator[None]:
 def _plain(tensor: Tensor) -> Tensor:
     """Return the tensor without graph, and as one that autograd may save if it was made in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-def _check_choice(name: str, value: Any, allowed: Any) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -14,7 +14,7 @@ from learn2perturb.attacks.base import Attack
 from learn2perturb.attacks.losses import margin
 from learn2perturb.attacks.query import Query
 from learn2perturb.attacks.runs import per_image
-from learn2perturb.checks import check_count, check_flag, check_size
+from learn2perturb.checks import check_choice, check_count, check_flag, check_size
 from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError
 
@@ -89,8 +89,7 @@ class CW(Attack):
         if self.largest_c < self.initial_c:
             raise ConfigError(f"largest_c={self.largest_c!r} is below initial_c={self.initial_c!r}; raise it")
         check_flag("abort_early", self.abort_early)
-        if self.keep not in KEPT:
-            raise ConfigError(f"keep must be one of {', '.join(map(repr, KEPT))}, got {self.keep!r}")
+        check_choice("keep", self.keep, KEPT)
 
     @property
     def drops(self) -> bool:

@@ -14,7 +14,7 @@ from learn2perturb.attacks.gradients import Average, values_of
 from learn2perturb.attacks.losses import LOSSES
 from learn2perturb.attacks.probing import apart
 from learn2perturb.attacks.query import Query
-from learn2perturb.checks import check_count
+from learn2perturb.checks import check_choice, check_count
 from learn2perturb.engine import execution, windows
 from learn2perturb.errors import ConfigError, InputError
 
@@ -98,8 +98,7 @@ class FewPixel(Attack):
         if self.population < 4:  # a trial is made of three other members
             raise ConfigError(f"population must be at least 4, got {self.population}; the paper has 400")
         check_count("generations", self.generations)
-        if self.strategy not in STRATEGIES:
-            raise ConfigError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {self.strategy!r}")
+        check_choice("strategy", self.strategy, STRATEGIES)
         if self.chunk is not None:
             check_count("chunk", self.chunk)
 

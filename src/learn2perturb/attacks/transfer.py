@@ -56,7 +56,7 @@ class Transfer(Attack):
         for name in ("norm", "loss", "targeted"):
             self._set(name, getattr(self.attack, name))
         if self.norm not in self.norms:
-            raise ConfigError(f"attack must be one of norm {' or '.join(self.norms)}, got norm {self.norm!r}")
+            raise ConfigError(f"attack must be of norm {' or '.join(self.norms)}, got norm {self.norm!r}")
         super().__post_init__()
 
     def _set(self, name: str, value: Any) -> None:
