@@ -13,7 +13,7 @@ from learn2perturb.evaluation.predictors import Predictor
 from learn2perturb.registry import ATTACKS
 from tests import shapes
 
-X, Y = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])
+X, Y = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2])
 # Short: what is tried is what goes in and out, not how well it searches.
 SHORT = {
     "pgd": {"steps": 1, "eot": 2}, "fgsm": {}, "apgd": {"steps": 2}, "cw": {"steps": 2, "search_steps": 1},

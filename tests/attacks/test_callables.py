@@ -15,8 +15,9 @@ from learn2perturb.evaluation import Predictor
 from learn2perturb.registry import ATTACKS
 from tests.attacks.test_attacks import SIZES, every_attack, small
 
-X, Y = torch.rand(6, 3, 4, 4), torch.arange(6) % 5
-DIGITS = torch.rand(8, 1, 8, 8), torch.arange(8) % 5
+GENERATOR = torch.Generator().manual_seed(0)
+X, Y = torch.rand(6, 3, 4, 4, generator=GENERATOR), torch.arange(6) % 5
+DIGITS = torch.rand(8, 1, 8, 8, generator=GENERATOR), torch.arange(8) % 5
 
 
 def mlp(shape: tuple[int, int, int] = (3, 4, 4)) -> nn.Sequential:
@@ -97,6 +98,8 @@ def test_a_masked_class_changes_no_attack_on_the_others(name, norm):
     without = lambda x: network(x)[:, [0, 1, 4]]  # noqa: E731
     masked = lambda x: network(x).masked_fill(torch.tensor([False, False, True, True, False]), -torch.inf)  # noqa: E731
     y = without(X).argmax(dim=1)
+    if name == "surrogate":
+        pytest.skip("a substitute with five outputs starts from other weights than one with three")
     settings = {} if name in ("fab", "apgd_t", "autoattack", "autoattack_rand") else {"loss": "margin"}
     attack = small(name, norm, seed=0, **settings)
     one, other = attack.run(without, X, y), attack.run(masked, X, torch.tensor([0, 1, 4])[y])

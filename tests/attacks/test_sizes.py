@@ -18,7 +18,7 @@ from learn2perturb.errors import ConfigError
 from learn2perturb.presets import PRESETS, preset
 from learn2perturb.registry import ATTACKS
 
-DATA = torch.rand(4, 1, 8, 8), torch.arange(4)
+DATA = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4)
 MAKERS = {
     "PGD": lambda eps, step, norm="linf": PGD(eps, step, norm=norm),
     "TRADES": lambda eps, step, norm="linf": TradesAdversary(eps, step_size=step, norm=norm),

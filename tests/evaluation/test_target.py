@@ -21,7 +21,7 @@ from learn2perturb.evaluation.target import Target
 from tests.problems import Linear
 from tests.test_configs import TINY
 
-X, Y = torch.rand(8, 1, 4, 4), torch.tensor([0, 1] * 4)
+X, Y = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1] * 4)
 
 
 def hash_of_all() -> str:

@@ -12,7 +12,7 @@ from learn2perturb.engine.frozen import left_in_eval, train_but
 from learn2perturb.errors import ConfigError, InputError, SiteError
 from learn2perturb.training import TrainConfig, train
 
-X, Y = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+X, Y = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
 
 
 def config(**settings):
