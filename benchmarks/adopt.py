@@ -18,7 +18,8 @@ from learn2perturb.experiments.ledger import Ledger
 from learn2perturb.experiments.store import MODEL, Finished, Store, run_address
 from learn2perturb.experiments.study_file import read_study
 from learn2perturb.experiments.tasks import data_address
-from learn2perturb.runs.checkpoint import checkpoints, read_model
+from learn2perturb.runs.checkpoint import read_model
+from learn2perturb.runs.files import checkpoints
 from learn2perturb.training import TrainConfig, read_config, read_metrics
 
 

@@ -33,7 +33,8 @@ from learn2perturb.evaluation.result import CLEAN
 from learn2perturb.records import atomic_write, make_folder, to_json
 from learn2perturb.registry import DEFENSES, MODELS
 from learn2perturb.runs.checkpoint import read_model, sealed
-from learn2perturb.runs.loading import load, locate
+from learn2perturb.runs.files import locate
+from learn2perturb.runs.loading import load
 from learn2perturb.terminal import markdown_row
 from learn2perturb.training import read_metrics
 

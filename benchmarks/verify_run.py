@@ -18,7 +18,7 @@ import learn2perturb as l2p
 from learn2perturb.attacks.gradients import input_gradient
 from learn2perturb.attacks.losses import LOSSES
 from learn2perturb.runs.checkpoint import read_model
-from learn2perturb.runs.loading import locate
+from learn2perturb.runs.files import locate
 from learn2perturb.training import read_metrics
 
 EOT = (1, 2, 4, 8, 16)

@@ -147,7 +147,7 @@ def test_declared_parts_train_and_attack_and_are_in_the_records(own, monkeypatch
 def _header(run: pathlib.Path) -> str:
     from safetensors import safe_open
 
-    from learn2perturb.runs.loading import locate
+    from learn2perturb.runs.files import locate
 
     with safe_open(str(locate(run)), framework="pt") as file:
         return file.metadata()["learn2perturb"]

@@ -15,7 +15,7 @@ from learn2perturb.experiments.study_file import read_study
 from learn2perturb.experiments.tasks import attack_of, threat_of
 from learn2perturb.registry import ATTACKS
 from learn2perturb.runs.checkpoint import read_model
-from learn2perturb.runs.loading import locate
+from learn2perturb.runs.files import locate
 
 TRAIN = ["train", "--model", "digits_cnn", "--dataset", "digits", "--recipe", "fast", "--epochs", "1", "--limit", "16",
          "--monitor", "0", "--tensorboard", "false", "--attack-steps", "1", "--defense", "pgd_at"]  # fmt: skip

@@ -16,7 +16,7 @@ from learn2perturb.noise import fixed_noise
 from learn2perturb.registry import DEFENSES
 from learn2perturb.runs import load
 from learn2perturb.runs.checkpoint import read_model
-from learn2perturb.runs.loading import locate
+from learn2perturb.runs.files import locate
 from learn2perturb.training import TrainConfig, train
 from learn2perturb.training.config import RECIPES
 

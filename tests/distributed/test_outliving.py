@@ -19,7 +19,8 @@ from learn2perturb.engine import ranks
 from learn2perturb.engine.ranks import joined
 from learn2perturb.errors import ElsewhereError, InputError, TrainingError
 from learn2perturb.registry import DEFENSES
-from learn2perturb.runs.checkpoint import checkpoints, read_model, read_resume
+from learn2perturb.runs.checkpoint import read_model, read_resume
+from learn2perturb.runs.files import checkpoints
 from learn2perturb.training import read_metrics, train
 from tests.distributed.processes import ended, free_port, outcome, started, together
 from tests.distributed.test_as_one import DIGITS, check_alike, config, network, trained

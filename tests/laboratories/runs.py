@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from learn2perturb.cli.main import main
-from learn2perturb.runs.checkpoint import MODEL, checkpoints, read_model, read_resume
+from learn2perturb.runs.checkpoint import read_model, read_resume
+from learn2perturb.runs.files import MODEL, checkpoints
 
 # What the clock decides, and what says where and when something was done.
 TIMED = frozenset({

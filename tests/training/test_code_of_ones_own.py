@@ -151,7 +151,7 @@ def test_a_training_goes_on_with_the_same_code_only(kind, written, tmp_path):
 
 def _header(run):
     from learn2perturb.runs.checkpoint import read_model
-    from learn2perturb.runs.loading import locate
+    from learn2perturb.runs.files import locate
 
     return read_model(locate(str(run)))[1]
 

@@ -14,7 +14,8 @@ from learn2perturb.engine.identity import fingerprint_of_weights
 from learn2perturb.errors import CheckpointError, ConfigError, UnknownNameError
 from learn2perturb.experiments.store import run_address
 from learn2perturb.models import build_model
-from learn2perturb.runs.checkpoint import MODEL, checkpoints, read_model, read_resume
+from learn2perturb.runs.checkpoint import read_model, read_resume
+from learn2perturb.runs.files import MODEL, checkpoints
 from learn2perturb.training import TrainConfig, train
 from learn2perturb.training.metrics import Totals
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from learn2perturb.errors import Interrupted
-from learn2perturb.runs.checkpoint import checkpoints
+from learn2perturb.runs.files import checkpoints
 from learn2perturb.training import TrainConfig, state, train
 from learn2perturb.training.interrupt import SIGNALS, Interrupt
 

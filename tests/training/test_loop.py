@@ -16,7 +16,7 @@ from learn2perturb.errors import CheckpointError, ConfigError, InputError, NonFi
 from learn2perturb.models import build_model
 from learn2perturb.noise import fixed_noise, noise_modules, noise_sites
 from learn2perturb.runs import load
-from learn2perturb.runs.checkpoint import MODEL, checkpoints
+from learn2perturb.runs.files import MODEL, checkpoints
 from learn2perturb.training import TrainConfig, train
 
 

@@ -10,6 +10,7 @@ import pytest
 import learn2perturb as l2p
 from learn2perturb.errors import CheckpointError
 from learn2perturb.noise import named_noise
+from learn2perturb.runs.files import fingerprint_of_file, locate
 from learn2perturb.runs.noise_maps import FILE, MOST_SIDE, MOST_STRIP, NoiseMap, NoiseMaps
 
 
@@ -38,10 +39,12 @@ def test_a_map_has_the_numbers_of_the_scale(shape, size, averaged):
         assert found.values[0][0] == pytest.approx(scale[:, :3, :3].mean(), rel=1e-4)
 
 
-def test_a_training_leaves_the_maps_of_the_network_it_leaves(tmp_path):
+@pytest.mark.parametrize("average", [None, 0.9])
+def test_a_training_leaves_the_maps_of_the_network_it_leaves(average, tmp_path):
     config = l2p.TrainConfig(
-        defense="learn2perturb", model="digits_cnn", dataset="digits", recipe="fast", epochs=1, limit=16, batch_size=8
-    )
+        defense="learn2perturb", model="digits_cnn", dataset="digits", recipe="fast", epochs=1, limit=16, batch_size=8,
+        weight_average=average,
+    )  # fmt: skip
     run = l2p.train(config, out=tmp_path / "run", progress=False)
     kept = {one.site: one for one in NoiseMaps.load(tmp_path / "run" / FILE).sites}
     learned = {site: module.scale()[1] for site, module in named_noise(run.model) if module.noise_parameters()}
@@ -49,6 +52,7 @@ def test_a_training_leaves_the_maps_of_the_network_it_leaves(tmp_path):
     for site, scale in learned.items():
         assert kept[site].shape == tuple(scale.shape)
         assert kept[site].mean == pytest.approx(scale.mean().item(), rel=1e-4)
+    assert NoiseMaps.load(tmp_path / "run" / FILE).weights == fingerprint_of_file(locate(tmp_path / "run"))
     before = (tmp_path / "run" / FILE).read_bytes()
     (tmp_path / "run" / FILE).unlink()
     l2p.train(config, out=tmp_path / "run", progress=False)

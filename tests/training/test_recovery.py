@@ -9,7 +9,8 @@ import torch
 
 from learn2perturb.errors import CheckpointError
 from learn2perturb.runs import load
-from learn2perturb.runs.checkpoint import checkpoints, read_model, read_resume
+from learn2perturb.runs.checkpoint import read_model, read_resume
+from learn2perturb.runs.files import checkpoints
 from learn2perturb.training import train
 from tests.training.test_resume import small, snapshot, state_of
 

@@ -18,7 +18,8 @@ from learn2perturb.engine import compiling, execution
 from learn2perturb.engine.execution import has_native_bfloat16
 from learn2perturb.models import build_model
 from learn2perturb.runs import load
-from learn2perturb.runs.checkpoint import checkpoints, read_model, read_resume
+from learn2perturb.runs.checkpoint import read_model, read_resume
+from learn2perturb.runs.files import checkpoints
 from learn2perturb.training import TrainConfig, read_metrics, train
 
 FAST = "fast" if has_native_bfloat16(torch.device("cpu")) else "fast32"

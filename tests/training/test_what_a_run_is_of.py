@@ -17,15 +17,8 @@ from learn2perturb.defenses.objectives import Losses
 from learn2perturb.engine.identity import fingerprint_of_weights
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.runs import load, lock
-from learn2perturb.runs.checkpoint import (
-    MODEL,
-    RESUME,
-    checkpoints,
-    read_model,
-    read_resume,
-    resume_bytes,
-    sealed,
-)
+from learn2perturb.runs.checkpoint import read_model, read_resume, resume_bytes, sealed
+from learn2perturb.runs.files import MODEL, RESUME, checkpoints
 from learn2perturb.training import TrainConfig, read_metrics, train
 from learn2perturb.training.alternating import Iteration
 from learn2perturb.training.metrics import Totals, noise_report, parse_metrics

@@ -104,17 +104,25 @@ def _keep(found: Saved, out: str | None) -> None:
 
 
 def _evaluation(path: str) -> Evaluation:
-    """Read a record, or the only evaluation of a run folder."""
+    """Read a record, or the only evaluation of the weights of a run folder."""
     from learn2perturb.evaluation import Evaluation
+    from learn2perturb.runs.files import Weights
 
     if not Path(path).is_dir():
         return Evaluation.load(path)
     found: dict[Path, Evaluation] = {}
+    left_out = ""
+    weights = Weights(path)
     for file in sorted(records_of(path).glob("*.json")):
         with contextlib.suppress(CheckpointError):  # other records lie there, too
-            found[file] = Evaluation.load(file)
+            record = Evaluation.load(file)
+            reason = weights.misfit(record.metadata)
+            if reason is None:
+                found[file] = record
+            else:
+                left_out = f" but {file}, and {reason}"
     if not found:
-        raise ConfigError(f"{path} holds no evaluation; run: learn2perturb evaluate {path}")
+        raise ConfigError(f"{path} holds no evaluation{left_out}; run: learn2perturb evaluate {path}")
     if len(found) > 1:
         raise ConfigError(f"{path} holds {len(found)} evaluations; give one: {', '.join(map(str, found))}")
     return next(iter(found.values()))

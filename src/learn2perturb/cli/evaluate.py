@@ -126,7 +126,7 @@ def _each(arguments: argparse.Namespace) -> list[argparse.Namespace]:
         raise ConfigError(f"--{own} is of one network, and {len(runs)} are named; evaluate them one by one")
     each = [argparse.Namespace(**vars(arguments) | {"run": one}) for one in runs]
     if len(each) > 1:
-        from learn2perturb.runs.loading import locate
+        from learn2perturb.runs.files import locate
 
         for one in each:
             settled = argparse.Namespace(**vars(one))

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _named(arguments, formats)
 
     from learn2perturb.runs.checkpoint import read_model
-    from learn2perturb.runs.loading import locate
+    from learn2perturb.runs.files import locate
 
     header = read_model(locate(arguments.run))[1]
     name = name_of(arguments.run)
@@ -188,7 +188,8 @@ def _state(source: str, *, without_noise: bool) -> bytes:
     from safetensors.torch import save
 
     from learn2perturb.runs.checkpoint import read_model, sealed
-    from learn2perturb.runs.loading import load, locate
+    from learn2perturb.runs.files import locate
+    from learn2perturb.runs.loading import load
 
     state, header = read_model(locate(source))
     if without_noise and header.get("noise"):
@@ -206,7 +207,8 @@ def _weights(source: str, *, without_noise: bool) -> dict[str, bool]:
     """Return hash of the weights -> whether the noise is on in rows that are of the exported network."""
     from learn2perturb.engine.identity import fingerprint_of_state, fingerprint_of_weights
     from learn2perturb.runs.checkpoint import read_model
-    from learn2perturb.runs.loading import load, locate
+    from learn2perturb.runs.files import locate
+    from learn2perturb.runs.loading import load
 
     state, header = read_model(locate(source))
     own = fingerprint_of_state(state)

@@ -134,7 +134,7 @@ def read_run(run: str) -> tuple[dict[str, Any], dict[str, Any]]:
         CheckpointError: there is no such run, or it is damaged.
     """
     from learn2perturb.runs.checkpoint import read_model
-    from learn2perturb.runs.loading import locate
+    from learn2perturb.runs.files import locate
 
     header = read_model(locate(run))[1]
     return header, settings_of(header, run)

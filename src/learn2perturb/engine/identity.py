@@ -9,8 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-# 64 bits: short enough for a file name, and two records that are compared by hand still differ visibly.
-_DIGEST_BYTES = 8
+from learn2perturb.digests import BYTES, digest
 
 
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -18,12 +17,12 @@ def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
 
     Strides and devices do not count: a network laid out as channels_last has the fingerprint it had before.
     """
-    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for name, tensor in named:
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}\x1f{values.dtype}\x1f{tuple(values.shape)}\x1e".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    on_cpu = ((name, tensor.detach().cpu().contiguous()) for name, tensor in named)
+    return digest((name, str(one.dtype), tuple(one.shape), _bytes(one)) for name, one in on_cpu)
+
+
+def _bytes(values: Tensor) -> Any:
+    return values.reshape(-1).view(torch.uint8).numpy().data
 
 
 def fingerprint_of_weights(network: nn.Module) -> str:
@@ -47,17 +46,17 @@ class ImagesFingerprint:
 
     def __init__(self) -> None:
         self.count = 0
-        self._images, self._labels = (hashlib.blake2b(digest_size=_DIGEST_BYTES) for _ in range(2))
+        self._images, self._labels = (hashlib.blake2b(digest_size=BYTES) for _ in range(2))
 
     def add(self, images: Tensor, labels: Tensor) -> None:
         """Take a batch (N, C, H, W) with its labels (N,)."""
         self.count += len(labels)
         for image in images.detach().cpu().contiguous():
             self._images.update(f"{image.dtype}\x1f{tuple(image.shape)}\x1e".encode())
-            self._images.update(image.reshape(-1).view(torch.uint8).numpy().data)
+            self._images.update(_bytes(image))
         self._labels.update(labels.detach().cpu().long().contiguous().numpy().data)
 
     def hexdigest(self) -> str:
         """Return 16 hexadecimal digits for all that was taken."""
         both = self._images.digest() + self._labels.digest()
-        return hashlib.blake2b(both, digest_size=_DIGEST_BYTES).hexdigest()
+        return hashlib.blake2b(both, digest_size=BYTES).hexdigest()

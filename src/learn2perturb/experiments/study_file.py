@@ -264,7 +264,7 @@ def _said_by(weights: str, at: str) -> dict[str, Any]:
     """Return the labels of a trained network that its file says: of which defense, network, data and seed it is."""
     from learn2perturb.noise import noise_modules
     from learn2perturb.runs.checkpoint import read_model
-    from learn2perturb.runs.loading import locate
+    from learn2perturb.runs.files import locate
 
     if is_factory(weights):
         model: Any = made_by(weights)

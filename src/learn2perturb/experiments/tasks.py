@@ -40,8 +40,9 @@ from learn2perturb.naming import is_factory, made_by
 from learn2perturb.noise import NoiseFree, is_stochastic, noise_spec
 from learn2perturb.plugins import import_all
 from learn2perturb.records import Saved, plain
-from learn2perturb.runs.checkpoint import MODEL, checkpoints, read_model
-from learn2perturb.runs.loading import load, locate
+from learn2perturb.runs.checkpoint import read_model
+from learn2perturb.runs.files import MODEL, checkpoints, locate
+from learn2perturb.runs.loading import load
 from learn2perturb.runs.trained import (
     check_images,
     images_of,

@@ -75,7 +75,7 @@ def contents(material: Material, claim: str | None) -> Content:
         title=", ".join(of_studies or models or dict.fromkeys(view.title for view in material.views)),
         claim=claimed,
         verdict=verdict,
-        evidence=tuple(line for line in evidence if line.strip()),
+        evidence=tuple(line for line in (*evidence, *material.strangers) if line.strip()),
         commands=tuple(_commands(material)),
         views=tuple(studies.sections(material.views)),
         rows=tuple(rows),
@@ -208,7 +208,11 @@ def _trained(training: Training, index: int, maps: Sequence[Chart]) -> Section:
     sites = 0 if training.noise is None else len(training.noise.sites)
     if len(maps) < sites:
         sentences.append(f"The noise is shown at {len(maps)} of {sites} sites: the page has no more room.")
-    if training.noise is None and drawn["noise"] is not None:
+    if training.noise_misfit is not None:
+        sentences.append(
+            f"noise.json, the maps of the noise, is left out: {training.noise_misfit}. A training writes it at its end."
+        )
+    elif training.noise is None and drawn["noise"] is not None:
         sentences.append(
             "Maps of the noise are missing: this run has no noise.json; the command that trained it, run again, "
             "writes it beside the checkpoints."

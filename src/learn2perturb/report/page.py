@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -28,17 +29,21 @@ def report(
     """Write a page of records and run folders to ``out``, and return its path.
 
     Args:
-        sources: records of evaluate, diagnose and certify (JSON), and run folders.
+        sources: records of evaluate, diagnose and certify (JSON), and run folders. A record in a folder whose weights
+            are others than it is of is left out, with a warning; given itself, it is shown.
         out: the HTML file.
         claim: what is claimed, such as ``"51 % under pgd20"``; a diagnosis that was made of one brings its own.
         figures: a folder for the charts as SVG, PDF and PNG, one and two columns wide.
 
     Raises:
         ConfigError: there is nothing to show, or the claim does not go with the records.
-        CheckpointError: a record is damaged, or the page cannot be written.
+        CheckpointError: a record is damaged, all are of other weights than lie there, or the page cannot be written.
     """
     folder = None if figures is None else check_folder(figures)
-    found = contents(gather(sources), claim)
+    material = gather(sources)
+    for sentence in material.strangers:
+        warnings.warn(sentence, stacklevel=2)
+    found = contents(material, claim)
     text = rendered(found)
     if len(text.encode()) > MOST_BYTES:
         raise ConfigError(

@@ -17,6 +17,7 @@ from learn2perturb.evaluation.attacked import beside
 from learn2perturb.experiments.folder import CONTENTS, StudyFolder
 from learn2perturb.experiments.view import View
 from learn2perturb.reading import MOST_RECORD, MOST_SETTINGS, parse_json, parse_yaml, read_bytes, reading
+from learn2perturb.runs.files import Weights
 from learn2perturb.runs.noise_maps import FILE as NOISE_MAPS
 from learn2perturb.runs.noise_maps import NoiseMaps
 
@@ -30,12 +31,13 @@ _MOST = 1e300
 @final
 @dataclass(frozen=True)
 class Training:
-    """A run folder: its settings, a dictionary for each epoch, and maps of its noise, where it has them."""
+    """A run folder: its settings, a dictionary for each epoch, and maps of its noise or why they are not its own."""
 
     name: str
     config: dict[str, Any]
     epochs: tuple[dict[str, Any], ...]
     noise: NoiseMaps | None = None
+    noise_misfit: str | None = None
 
 
 @final
@@ -51,6 +53,7 @@ class Material:
         lost: records and run folders that a study was made of, and that are no longer where it says.
         images: path of a record -> the attacked images that are kept beside it.
         misfits: sentences on images that are not of the record that they lie beside.
+        strangers: sentences on records that are of other weights than those of the folder that they lie in.
     """
 
     evaluations: list[tuple[str, Evaluation]] = field(default_factory=list)
@@ -62,6 +65,7 @@ class Material:
     lost: list[str] = field(default_factory=list)
     images: dict[str, AttackedImages] = field(default_factory=dict)
     misfits: list[str] = field(default_factory=list)
+    strangers: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.evaluations or self.diagnoses or self.certifications or self.trainings or self.views)
@@ -76,7 +80,7 @@ def gather(sources: Iterable[str | os.PathLike[str]]) -> Material:
 
     Raises:
         ConfigError: there is no such file, or nothing to show.
-        CheckpointError: a record is damaged, or of a kind that has no page.
+        CheckpointError: a record is damaged, or of a kind that has no page, or all are of other weights than lie there.
     """
     found = Material()
     for source in (Path(zoo.path_of(os.fspath(one))) for one in sources):
@@ -92,6 +96,8 @@ def gather(sources: Iterable[str | os.PathLike[str]]) -> Material:
                 "or a .json file"
             )
     if not found:
+        if found.strangers:
+            raise CheckpointError(" ".join(found.strangers))
         raise ConfigError(
             "there is nothing to show; give folders of runs or studies, or records of evaluate, diagnose and certify"
         )
@@ -120,18 +126,20 @@ def _gather_study(folder: Path, found: Material) -> None:
 def _gather_run(folder: Path, found: Material) -> None:
     """Add a run folder, or a folder of records and views."""
     settings, metrics = folder / "config.yaml", folder / "metrics.jsonl"
+    weights = Weights(folder)
     if settings.is_file():
         with reading(f"{settings} cannot be read", "restore it from a copy", CheckpointError):
             config = parse_yaml(read_bytes(settings, MOST_SETTINGS).decode())
         maps = folder / NOISE_MAPS
         noise = NoiseMaps.load(maps) if maps.is_file() else None
+        reason = None if noise is None else weights.misfit({"weights": noise.weights})
         settled = config if isinstance(config, dict) else {}
-        found.trainings.append(Training(folder.name, settled, _epochs(metrics), noise))
-    records = sorted({*folder.glob("*.json"), *folder.glob("evaluation/*.json")})
-    for path in records:
+        noise = noise if reason is None else None
+        found.trainings.append(Training(folder.name, settled, _epochs(metrics), noise, reason))
+    for path in sorted({*folder.glob("*.json"), *folder.glob("evaluation/*.json")}):
         said = _format(path)
         if said in _KINDS:
-            _add(path, said, found)
+            _add(path, said, found, weights)
 
 
 def _epochs(path: Path) -> tuple[dict[str, Any], ...]:
@@ -166,14 +174,20 @@ def _format(path: Path) -> str:
     return str(value.get("format", "")) if isinstance(value, dict) else ""
 
 
-def _add(path: Path, said: str, found: Material) -> None:
-    """Add the record at ``path``, which says that its format is ``said``."""
+def _add(path: Path, said: str, found: Material, weights: Weights | None = None) -> None:
+    """Add the record at ``path``, which says that its format is ``said``, unless it is of other ``weights``."""
     if said not in _KINDS:
         raise CheckpointError(
             f"{path} is a {said or 'file of another kind'}, must be a record of evaluate, diagnose or certify, or a "
             "view of a study"
         )
     record = _KINDS[said].load(path)
+    reason = weights.misfit(record.metadata) if weights is not None and not isinstance(record, View) else None
+    if reason is not None:
+        found.strangers.append(
+            f"{path} is left out: {reason}. Run its command again for the weights here, or give the record itself."
+        )
+        return
     add_record(str(path), record, found)
     if isinstance(record, Evaluation):
         _add_images(path, record, found)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from learn2perturb.lazy import lazily
 
 if TYPE_CHECKING:
-    from learn2perturb.runs.loading import load, locate
+    from learn2perturb.runs.files import locate
+    from learn2perturb.runs.loading import load
 
 __all__ = ["load", "locate"]
 
-__getattr__ = lazily(__name__, dict.fromkeys(__all__, "loading"))
+__getattr__ = lazily(__name__, {"load": "loading", "locate": "files"})

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,12 @@ from learn2perturb.engine.identity import fingerprint
 from learn2perturb.errors import CheckpointError
 from learn2perturb.noise import named_noise, noise_spec
 from learn2perturb.plugins import PARTS
-from learn2perturb.reading import PACKED, check_regular, parse_json, read_bytes, reading, unpacked
+from learn2perturb.reading import check_regular, parse_json, read_bytes, reading, unpacked
 from learn2perturb.records import is_alive, make_folder
 from learn2perturb.runs import extra
+from learn2perturb.runs.files import EXTRA, FOLDER, HEADER, MODEL, RESUME, checkpoints
 
-FOLDER, MODEL, RESUME = "checkpoints", "model.safetensors", "resume.pt"
-MODEL_FILES = (MODEL, MODEL + PACKED)  # what the weights of a folder may be called
-FINGERPRINT, EXTRA = "fingerprint", "extra_state"  # entries of the header
+FINGERPRINT = "fingerprint"  # an entry of the header
 MOST_TENSORS = 100_000
 # What a header may hold: the type of each entry that is there.
 _HEADER: dict[str, type] = {
@@ -46,7 +44,6 @@ _RESUMED: dict[str, Any] = {
     "epoch": int, "batch": int, "stage": int, "batches": int, "gear": str, "optimizers": dict, "totals": dict,
     "seconds": (int, float), "metrics_bytes": int,
 }  # fmt: skip
-_STEP = re.compile(r"\d{10,}")
 
 
 class DamagedError(CheckpointError):
@@ -83,7 +80,7 @@ def sealed(state: dict[str, Any], header: dict[str, Any], **others: str) -> byte
     header = json.loads(json.dumps({**header, **({EXTRA: rest} if rest else {})}))
     header.pop(FINGERPRINT, None)
     header[FINGERPRINT] = _fingerprint(tensors, header)
-    return save(tensors, metadata={**others, "learn2perturb": json.dumps(header)})
+    return save(tensors, metadata={**others, HEADER: json.dumps(header)})
 
 
 def _fingerprint(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
@@ -103,7 +100,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     with reading(f"{path} is no readable safetensors file", "use another checkpoint", DamagedError):
         check_regular(path)
         with unpacked(path) as plain, safe_open(str(plain), framework="pt") as file:
-            text = (file.metadata() or {}).get("learn2perturb")
+            text = (file.metadata() or {}).get(HEADER)
             names = file.keys()
             if len(names) > MOST_TENSORS:
                 raise ValueError(f"it has {len(names):,} tensors, and {MOST_TENSORS:,} are the most")
@@ -199,16 +196,6 @@ def _clear(folder: Path) -> None:
         owner = stale.name.split(".")[-2]
         if owner.isdigit() and (int(owner) == os.getpid() or not is_alive(int(owner))):
             shutil.rmtree(stale, ignore_errors=True)
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoints of a run folder, oldest first: folders named by a step, copies and backups left out."""
-    try:
-        folders = [path for path in (Path(run) / FOLDER).iterdir() if _STEP.fullmatch(path.name)]
-    except OSError:
-        return []
-    found = [path for path in folders if (path / MODEL).is_file() and (path / RESUME).is_file()]
-    return sorted(found, key=lambda path: int(path.name))
 
 
 def resume_bytes(state: dict[str, Any]) -> bytes:

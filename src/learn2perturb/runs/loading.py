@@ -20,50 +20,8 @@ from learn2perturb.noise.inject import take_out
 from learn2perturb.plugins import PARTS
 from learn2perturb.reading import MOST_SETTINGS, parse_json, read_bytes, reading
 from learn2perturb.registry import MODELS, NOISES
-from learn2perturb.runs.checkpoint import FOLDER, MODEL, MODEL_FILES, check_noise, checkpoints, read_model
-
-_PLACES = f"a run folder, a .safetensors file, {zoo.PREFIX}NAME, or {HUB}owner/name"
-
-
-def _from_hub(name: str, filename: str = MODEL) -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError:
-        raise MissingDependencyError("the hub needs huggingface_hub: pip install 'learn2perturb[hub]'") from None
-    try:
-        return Path(hf_hub_download(repo_id=name, filename=filename))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{HUB}{name} cannot be fetched ({reason}); check the name and the network") from None
-
-
-def locate(source: str | os.PathLike[str]) -> Path:
-    """Return the safetensors file that ``source`` stands for.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if not isinstance(source, (str, os.PathLike)):
-        raise CheckpointError(f"{source!r} is no path; give {_PLACES}")
-    text = os.fspath(source)
-    if text.startswith(HUB):
-        return _from_hub(text.removeprefix(HUB))
-    if text.startswith(zoo.PREFIX):
-        return zoo.weights(text.removeprefix(zoo.PREFIX))
-    path = Path(text)
-    if path.is_dir():
-        found = checkpoints(path)
-        if found:
-            return found[-1] / MODEL
-        for name in MODEL_FILES:
-            if (path / name).exists():
-                return path / name
-        raise CheckpointError(f"{path} holds no checkpoint; give a run folder that has trained, or a .safetensors file")
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give {_PLACES}")
-    return path
-
+from learn2perturb.runs.checkpoint import check_noise, read_model
+from learn2perturb.runs.files import FOLDER, MODEL, from_hub, locate
 
 def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
     """Return the network of a run folder, a ``.safetensors`` file, ``zoo:NAME`` or ``hf-hub:owner/name``.
@@ -143,7 +101,7 @@ def _of_timm(source: str) -> nn.Module:
     Raises:
         CheckpointError: the repository is of another library.
     """
-    path = _from_hub(source.removeprefix(HUB), "config.json")
+    path = from_hub(source.removeprefix(HUB), "config.json")
     fix = f"give a function that builds it: --model module:function --weights {MODEL}"
     with reading(f"{source} says not of which network it is", fix, CheckpointError):
         config = parse_json(read_bytes(path, MOST_SETTINGS))

@@ -59,18 +59,19 @@ class NoiseMap:
 @final
 @dataclass(frozen=True)
 class NoiseMaps(Saved):
-    """The maps of all sites of a trained network."""
+    """The maps of all sites of a trained network, and the fingerprint of its weights; files of before have none."""
 
     FORMAT: ClassVar[str] = "learn2perturb.noise"
     VERSION: ClassVar[int] = 1
 
     sites: tuple[NoiseMap, ...]
+    weights: str | None = None
 
     @classmethod
-    def of(cls, scales: Mapping[str, Values]) -> NoiseMaps:
-        """Return the maps of ``symbol/site`` -> scale."""
+    def of(cls, scales: Mapping[str, Values], weights: str | None = None) -> NoiseMaps:
+        """Return the maps of ``symbol/site`` -> scale, in a network of these ``weights``."""
         named = ((*name.partition("/"), scale) for name, scale in scales.items() if scale.size)
-        return cls(tuple(NoiseMap.of(symbol, site, scale) for symbol, _, site, scale in named))
+        return cls(tuple(NoiseMap.of(symbol, site, scale) for symbol, _, site, scale in named), weights)
 
     def _check(self) -> None:
         for one in self.sites:

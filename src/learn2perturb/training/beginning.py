@@ -17,7 +17,8 @@ from learn2perturb.noise import noise_modules, remove_noise
 from learn2perturb.noise.sites import matches
 from learn2perturb.reading import SAFETENSORS
 from learn2perturb.runs.checkpoint import read_model
-from learn2perturb.runs.loading import load, locate
+from learn2perturb.runs.files import locate
+from learn2perturb.runs.loading import load
 
 
 def begin_from(network: nn.Module, source: str) -> tuple[Fit, Mapping[str, Tensor]]:

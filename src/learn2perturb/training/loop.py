@@ -31,7 +31,7 @@ from learn2perturb.errors import ConfigError, Interrupted, MissingDependencyErro
 from learn2perturb.progress import Reporter
 from learn2perturb.records import clear_temporaries, make_folder
 from learn2perturb.runs import lock
-from learn2perturb.runs.checkpoint import checkpoints
+from learn2perturb.runs.files import checkpoints
 from learn2perturb.runs.noise_maps import FILE as NOISE_MAPS
 from learn2perturb.runs.noise_maps import NoiseMaps
 from learn2perturb.training.config import TrainConfig
@@ -133,7 +133,10 @@ def _write_noise_maps(training: Training) -> None:
     """Write the scale of the noise, place by place, of the network as it is to be used: a page shows it."""
     scales = noise_values(training.model)
     if training.out is not None and scales:
-        NoiseMaps.of({name: value.numpy() for name, value in scales.items()}).save(training.out / NOISE_MAPS)
+        maps = NoiseMaps.of(
+            {name: value.numpy() for name, value in scales.items()}, fingerprint_of_weights(training.model)
+        )
+        maps.save(training.out / NOISE_MAPS)
 
 
 def _check_alike(training: Training) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from learn2perturb.defenses import Stage
 from learn2perturb.errors import CheckpointError, ConfigError
-from learn2perturb.runs.checkpoint import MODEL, DamagedError, read_model, read_resume, set_aside
+from learn2perturb.runs.checkpoint import DamagedError, read_model, read_resume, set_aside
+from learn2perturb.runs.files import MODEL
 from learn2perturb.training.folder import METRICS
 from learn2perturb.training.metrics import parse_metrics
 

@@ -47,14 +47,10 @@ from learn2perturb.noise import noise_modules
 from learn2perturb.plugins import codes_of
 from learn2perturb.progress import Reporter
 from learn2perturb.registry import DEFENSES
-from learn2perturb.runs.checkpoint import FOLDER as CHECKPOINTS
-from learn2perturb.runs.checkpoint import (
-    check_noise,
-    checkpoints,
-    model_bytes,
-    write_checkpoint,
-)
+from learn2perturb.runs.checkpoint import check_noise, model_bytes, write_checkpoint
 from learn2perturb.runs.extra import check_extra_state
+from learn2perturb.runs.files import FOLDER as CHECKPOINTS
+from learn2perturb.runs.files import checkpoints
 from learn2perturb.training.alternating import Iteration, Optimizers, iterate
 from learn2perturb.training.average import WeightAverage
 from learn2perturb.training.beginning import begin_from, freeze, take_noise

@@ -11,7 +11,8 @@ from learn2perturb.defenses.mart import margin_loss
 from learn2perturb.errors import CheckpointError, ConfigError
 from learn2perturb.models import build_model
 from learn2perturb.runs import load
-from learn2perturb.runs.checkpoint import checkpoints, read_resume
+from learn2perturb.runs.checkpoint import read_resume
+from learn2perturb.runs.files import checkpoints
 from learn2perturb.training import TrainConfig, train
 from tests.defenses.test_trades import EPS, STEP, STEPS, ByHand, check_equal, network, real_steps, settings
 
