@@ -21,13 +21,15 @@ def images(whole="test"):
 
 
 @pytest.mark.parametrize(("trained", "found"), [
-    (None, None), ((7, "w"), 7), ((0, "w"), 0), ((7, "other"), None), ((None, "w"), None),
+    (None, {}), ((7, "w", "w"), {"step": 7}), ((0, "w", "w"), {"step": 0}), ((7, "other", "f"), {}),
+    ((None, "w", "w"), {}), ((None, "w", "f"), {"file": "f"}), ((7, "w", "f"), {"step": 7, "file": "f"}),
 ])  # fmt: skip
-def test_the_step_is_that_of_weights_that_have_not_changed_since(trained, found):
+def test_step_and_file_are_those_of_weights_that_have_not_changed_since(trained, found):
     network = nn.Linear(2, 2)
     if trained is not None:
         network.trained = trained
-    assert origin(network, images(), None, weights="w", seen=SEEN).get("step") == found
+    said = origin(network, images(), None, weights="w", seen=SEEN)
+    assert {key: said[key] for key in ("step", "file") if key in said} == found
 
 
 @pytest.mark.parametrize(("data", "count", "name", "split"), [

@@ -10,7 +10,7 @@ import pytest
 import learn2perturb as l2p
 from learn2perturb.errors import CheckpointError
 from learn2perturb.noise import named_noise
-from learn2perturb.runs.files import fingerprint_of_file, locate
+from learn2perturb.runs.files import locate, look
 from learn2perturb.runs.noise_maps import FILE, MOST_SIDE, MOST_STRIP, NoiseMap, NoiseMaps
 
 
@@ -52,7 +52,7 @@ def test_a_training_leaves_the_maps_of_the_network_it_leaves(average, tmp_path):
     for site, scale in learned.items():
         assert kept[site].shape == tuple(scale.shape)
         assert kept[site].mean == pytest.approx(scale.mean().item(), rel=1e-4)
-    assert NoiseMaps.load(tmp_path / "run" / FILE).weights == fingerprint_of_file(locate(tmp_path / "run"))
+    assert NoiseMaps.load(tmp_path / "run" / FILE).weights == look(locate(tmp_path / "run")).fingerprint
     before = (tmp_path / "run" / FILE).read_bytes()
     (tmp_path / "run" / FILE).unlink()
     l2p.train(config, out=tmp_path / "run", progress=False)

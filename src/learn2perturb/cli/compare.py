@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,7 +112,7 @@ def _evaluation(path: str) -> Evaluation:
     if not Path(path).is_dir():
         return Evaluation.load(path)
     found: dict[Path, Evaluation] = {}
-    left_out = ""
+    left_out = []
     weights = Weights(path)
     for file in sorted(records_of(path).glob("*.json")):
         with contextlib.suppress(CheckpointError):  # other records lie there, too
@@ -120,9 +121,14 @@ def _evaluation(path: str) -> Evaluation:
             if reason is None:
                 found[file] = record
             else:
-                left_out = f" but {file}, and {reason}"
+                left_out.append(f"{file} is left out: {reason}")
     if not found:
-        raise ConfigError(f"{path} holds no evaluation{left_out}; run: learn2perturb evaluate {path}")
+        of = " of its weights" if left_out else ""
+        raise ConfigError(
+            "; ".join([f"{path} holds no evaluation{of}", *left_out, f"run: learn2perturb evaluate {path}"])
+        )
+    if weights.fault is not None:
+        warnings.warn(f"nobody can tell whether records in {path} are of its weights: {weights.fault}", stacklevel=2)
     if len(found) > 1:
         raise ConfigError(f"{path} holds {len(found)} evaluations; give one: {', '.join(map(str, found))}")
     return next(iter(found.values()))

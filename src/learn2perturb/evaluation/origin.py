@@ -78,6 +78,8 @@ def origin(
         # All images of a split, or None: a part of one, or images of the user's own.
         "split": data.whole if isinstance(data, ImageData) and seen.count == len(data) else None,
     }
-    step, trained = getattr(model, "trained", (None, None))
-    # Weights that have changed since they were loaded are of no step that is known.
-    return found | ({"step": step} if step is not None and trained == weights else {})
+    step, trained, file = getattr(model, "trained", (None, None, None))
+    # Weights that have changed since they were loaded are of no step that is known, and of no file.
+    if weights is None or trained != weights:
+        return found
+    return found | ({} if step is None else {"step": step}) | ({} if file == weights else {"file": file})

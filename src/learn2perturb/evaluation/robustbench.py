@@ -64,7 +64,7 @@ class _Threat:
 
     def _to_record(self, evaluation: Evaluation, row: Row) -> list[str]:
         metadata, found = evaluation.metadata, []
-        weights = metadata.get("weights")
+        weights = metadata.get("file") or metadata.get("weights")
         if weights is None:
             found.append("its record holds no hash of the weights (of an older version): evaluate again")
         elif weights not in self.weights:

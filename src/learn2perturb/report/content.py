@@ -84,9 +84,7 @@ def contents(material: Material, claim: str | None) -> Content:
 
 
 def _records(material: Material) -> list[Any]:
-    return [
-        record for kind in (material.evaluations, material.diagnoses, material.certifications) for _, record in kind
-    ]
+    return [record for _, record in material.records]
 
 
 def _percent(value: float) -> str:

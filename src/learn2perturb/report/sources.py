@@ -53,7 +53,8 @@ class Material:
         lost: records and run folders that a study was made of, and that are no longer where it says.
         images: path of a record -> the attacked images that are kept beside it.
         misfits: sentences on images that are not of the record that they lie beside.
-        strangers: sentences on records that are of other weights than those of the folder that they lie in.
+        strangers: sentences on records and settings that are of other weights than those of the folder that they lie
+            in, or of weights that nobody can read.
     """
 
     evaluations: list[tuple[str, Evaluation]] = field(default_factory=list)
@@ -66,6 +67,11 @@ class Material:
     images: dict[str, AttackedImages] = field(default_factory=dict)
     misfits: list[str] = field(default_factory=list)
     strangers: list[str] = field(default_factory=list)
+
+    @property
+    def records(self) -> list[tuple[str, Evaluation | Diagnosis | Certification]]:
+        """All records, each with the path that it was read from."""
+        return [*self.evaluations, *self.diagnoses, *self.certifications]
 
     def __bool__(self) -> bool:
         return bool(self.evaluations or self.diagnoses or self.certifications or self.trainings or self.views)
@@ -126,7 +132,7 @@ def _gather_study(folder: Path, found: Material) -> None:
 def _gather_run(folder: Path, found: Material) -> None:
     """Add a run folder, or a folder of records and views."""
     settings, metrics = folder / "config.yaml", folder / "metrics.jsonl"
-    weights = Weights(folder)
+    weights = Weights(folder.parent if folder.name == "evaluation" else folder)
     if settings.is_file():
         with reading(f"{settings} cannot be read", "restore it from a copy", CheckpointError):
             config = parse_yaml(read_bytes(settings, MOST_SETTINGS).decode())
@@ -134,12 +140,18 @@ def _gather_run(folder: Path, found: Material) -> None:
         noise = NoiseMaps.load(maps) if maps.is_file() else None
         reason = None if noise is None else weights.misfit({"weights": noise.weights})
         settled = config if isinstance(config, dict) else {}
+        other = weights.stranger_to(settled)
+        if other is not None:
+            found.strangers.append(f"{settings} and the curves of its training are of another network: {other}.")
         noise = noise if reason is None else None
         found.trainings.append(Training(folder.name, settled, _epochs(metrics), noise, reason))
+    known = {Path(path).resolve() for path, _ in found.records}
     for path in sorted({*folder.glob("*.json"), *folder.glob("evaluation/*.json")}):
         said = _format(path)
-        if said in _KINDS:
+        if said in _KINDS and path.resolve() not in known:
             _add(path, said, found, weights)
+    if weights.fault is not None:
+        found.strangers.append(f"Nobody can tell whether the records in {folder} are of its weights: {weights.fault}.")
 
 
 def _epochs(path: Path) -> tuple[dict[str, Any], ...]:

@@ -26,10 +26,9 @@ from learn2perturb.plugins import PARTS
 from learn2perturb.reading import check_regular, parse_json, read_bytes, reading, unpacked
 from learn2perturb.records import is_alive, make_folder
 from learn2perturb.runs import extra
-from learn2perturb.runs.files import EXTRA, FOLDER, HEADER, MODEL, RESUME, checkpoints
+from learn2perturb.runs.files import EXTRA, FOLDER, HEADER, MODEL, MOST_TENSORS, RESUME, checkpoints
 
 FINGERPRINT = "fingerprint"  # an entry of the header
-MOST_TENSORS = 100_000
 # What a header may hold: the type of each entry that is there.
 _HEADER: dict[str, type] = {
     "version": int, "registered_name": str, "build_arguments": dict, "noise": list, "config": dict,

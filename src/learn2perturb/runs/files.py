@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
@@ -13,17 +15,21 @@ from learn2perturb import zoo
 from learn2perturb.digests import digest
 from learn2perturb.errors import CheckpointError, MissingDependencyError
 from learn2perturb.naming import HUB
-from learn2perturb.reading import PACKED, parse_json, reading, unpacked
+from learn2perturb.reading import PACKED, check_regular, parse_json, reading, unpacked
 
 FOLDER, MODEL, RESUME = "checkpoints", "model.safetensors", "resume.pt"
 MODEL_FILES = (MODEL, MODEL + PACKED)  # what the weights of a folder may be called
 HEADER, EXTRA = "learn2perturb", "extra_state"  # the entry of a file's metadata that is ours, and one within it
 PLACES = f"a run folder, a .safetensors file, {zoo.PREFIX}NAME, or {HUB}owner/name"
+MOST_TENSORS = 100_000  # of a file
+_OWN = "__metadata__"  # the entry of safetensors among the tensors of a file
+_SAME = ("defense", "model", "dataset", "seed")  # settings that no longer training of a run changes
 _STEP = re.compile(r"\d{10,}")
 # Types of tensors as safetensors writes them -> as torch does, and fingerprints with it.
-_TYPES = {
+TYPES = {
     "BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "I8": "int8", "I16": "int16",
-    "I32": "int32", "I64": "int64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F16": "float16",
+    "I32": "int32", "I64": "int64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F16": "float16",
     "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
 }  # fmt: skip
 
@@ -84,57 +90,108 @@ def from_hub(name: str, filename: str = MODEL) -> Path:
         raise CheckpointError(f"{HUB}{name} cannot be fetched ({reason}); check the name and the network") from None
 
 
-def fingerprint_of_file(path: Path) -> str | None:
-    """Return what :func:`~learn2perturb.engine.identity.fingerprint_of_weights` says of the network in a file of ours.
+@final
+@dataclass(frozen=True)
+class Found:
+    """What a file of weights says of itself: its fingerprint, None where nobody can tell, and its header."""
 
-    None for a file that is none of ours, whose tensors may have other names and types than those of the network.
+    fingerprint: str | None
+    header: Mapping[str, Any]
+
+
+def look(path: Path) -> Found:
+    """Return what a safetensors file says of the network in it; one tensor at a time is in memory.
+
+    The fingerprint is what :func:`~learn2perturb.engine.identity.fingerprint_of_weights` gives for the network; there
+    is none of a file that is not ours, whose tensors may be called otherwise, or with types that torch does not have.
 
     Raises:
         CheckpointError: it is no readable safetensors file.
     """
-    import safetensors
+    from safetensors import safe_open
 
     with reading(f"{path} is no readable safetensors file", "use another checkpoint", CheckpointError):
+        check_regular(path)
         with unpacked(path) as plain:
-            with safetensors.safe_open(str(plain), framework="numpy") as file:
+            with safe_open(str(plain), framework="numpy") as file:  # which refuses what is damaged
                 text = (file.metadata() or {}).get(HEADER)
-            if text is None:
-                return None
-            tensors = dict(safetensors.deserialize(plain.read_bytes()))
+                if len(file.keys()) > MOST_TENSORS:
+                    raise ValueError(f"it has more than {MOST_TENSORS:,} tensors")
+            header = {} if text is None else parse_json(text)
+            extra = header.get(EXTRA) or {} if isinstance(header, dict) else None
+            if not isinstance(extra, dict):
+                raise ValueError("its header is no object")
+            return Found(None if text is None else _fingerprint(plain, extra), header)
+
+
+def _fingerprint(path: Path, extra: Mapping[str, Any]) -> str | None:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        tensors = json.loads(file.read(size))
+
+        def content(name: str) -> bytes:
+            start, end = tensors[name]["data_offsets"]
+            file.seek(8 + size + start)
+            return file.read(end - start)
+
         # What a module keeps beside its tensors is no weight, nor are the tensors in it (see runs.extra).
-        beside = tuple(f"{name}#" for name in parse_json(text).get(EXTRA) or ())
+        names = sorted(name for name in tensors if name != _OWN and name.rpartition("#")[0] not in extra)
+        if any(tensors[name]["dtype"] not in TYPES for name in names):
+            return None
         return digest(
-            (name, f"torch.{_TYPES[one['dtype']]}", tuple(one["shape"]), one["data"])
-            for name, one in sorted(tensors.items())
-            if not name.startswith(beside)
+            (name, f"torch.{TYPES[tensors[name]['dtype']]}", tuple(tensors[name]["shape"]), content(name))
+            for name in names
         )
 
 
 @final
 class Weights:
-    """The weights of a run folder, which records that lie in it are held against; read once, for the first of them."""
+    """The weights of a run folder, which what lies beside them is held against; read once, when first asked for."""
 
     def __init__(self, run: str | os.PathLike[str]) -> None:
         self.run = Path(run)
 
     def misfit(self, metadata: Mapping[str, Any]) -> str | None:
-        """Return why a record of these ``metadata`` is not known to be of the weights in this folder; None where it is.
+        """Return why a record of these ``metadata`` is of other weights than lie here.
 
-        Where nobody can tell there is nothing to say: no weights lie here, or none of ours, or the record names none.
+        None where it is of these or nobody can tell: no weights lie here, none that can be read (see ``fault``), none
+        of ours, or the record names none.
         """
-        weights = metadata.get("weights")
-        if weights is None:
+        weights, own = metadata.get("weights"), self._found.fingerprint
+        if weights is None or own is None or own in (weights, metadata.get("file")):
             return None
-        try:
-            own = self._fingerprint
-        except CheckpointError as error:
-            return f"the weights here cannot be read, so nobody knows whether it is of them: {error}"
-        return None if own in (None, weights) else f"it is of other weights ({weights}) than lie here ({own})"
+        return f"it is of other weights ({weights}) than lie here ({own})"
+
+    def stranger_to(self, config: Mapping[str, Any]) -> str | None:
+        """Return why settings are of another training than the weights here, None where they are of it or may be."""
+        trained = self._found.header.get("config")
+        for key in _SAME:
+            own = trained.get(key) if isinstance(trained, dict) else None
+            if own is not None and key in config and config[key] != own:
+                return f"its {key} is {config[key]!r}, and the weights here were trained with {own!r}"
+        return None
+
+    @property
+    def fault(self) -> str | None:
+        """Why the weights that lie here cannot be read; None where they can, or where there are none."""
+        return self._looked[1]
+
+    @property
+    def _found(self) -> Found:
+        return self._looked[0]
 
     @cached_property
-    def _fingerprint(self) -> str | None:
-        try:
-            path = locate(self.run)
-        except CheckpointError:
-            return None
-        return fingerprint_of_file(path)
+    def _looked(self) -> tuple[Found, str | None]:
+        fault = None
+        for _ in range(2):  # a training may drop the checkpoint that was its last a moment ago
+            try:
+                path = locate(self.run)
+            except CheckpointError:
+                return Found(None, {}), None
+            try:
+                return look(path), None
+            except CheckpointError as error:
+                fault = str(error)
+                if path.exists():
+                    break
+        return Found(None, {}), fault

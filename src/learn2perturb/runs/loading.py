@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from learn2perturb import zoo
-from learn2perturb.engine.identity import fingerprint_of_weights
+from learn2perturb.engine.identity import fingerprint_of_state
 from learn2perturb.errors import CheckpointError, MissingDependencyError
 from learn2perturb.models import build_model
 from learn2perturb.models.weights import fit_weights
@@ -22,6 +22,7 @@ from learn2perturb.reading import MOST_SETTINGS, parse_json, read_bytes, reading
 from learn2perturb.registry import MODELS, NOISES
 from learn2perturb.runs.checkpoint import check_noise, read_model
 from learn2perturb.runs.files import FOLDER, MODEL, from_hub, locate
+
 
 def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
     """Return the network of a run folder, a ``.safetensors`` file, ``zoo:NAME`` or ``hf-hub:owner/name``.
@@ -43,7 +44,7 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     if not header and (model is not None or str(source).startswith(HUB)):
         model = _of_timm(str(source)) if model is None else model
         fit_weights(model, state, str(path))
-        model.trained = (None, fingerprint_of_weights(model))  # type: ignore[assignment]
+        _remember(model, state, None)
         return model.eval()
     if model is None:
         if not header:
@@ -71,9 +72,16 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
             take_out(model)
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} does not fit: {reason}; give the network it was trained with") from None
-    # For records: which step these weights are of, as long as they stay as they are.
-    model.trained = (_step(path, header), fingerprint_of_weights(model))  # type: ignore[assignment]
+    _remember(model, state, _step(path, header))
     return model.eval()
+
+
+def _remember(model: nn.Module, state: dict[str, Any], step: int | None) -> None:
+    """Let records say which step and which file these weights are of, as long as they stay as they are."""
+    own = model.state_dict()
+    cast = any(isinstance(value, Tensor) and value.dtype != own[key].dtype for key, value in state.items() if key in own)
+    weights = fingerprint_of_state(own)
+    model.trained = (step, weights, fingerprint_of_state(state) if cast else weights)  # type: ignore[assignment]
 
 
 def _check_parts(path: Path, header: dict[str, Any]) -> None:
