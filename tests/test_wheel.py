@@ -55,7 +55,7 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(wheel):
     wanted = {"py.typed", "training/recipes/paper.yaml", "experiments/studies/table1.yaml"}
     assert {f"learn2perturb/{name}" for name in wanted} <= set(names)
     for name in zoo.names():
-        parts = {f"learn2perturb/zoo/{name}/{part}" for part in ("model.safetensors", "card.md", "config.yaml")}
+        parts = {f"learn2perturb/zoo/{name}/{part}" for part in (zoo.WEIGHTS, "card.md", "config.yaml")}
         assert parts <= set(names)
         assert any(part.startswith(f"learn2perturb/zoo/{name}/evaluation/") for part in names)
     sources = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "learn2perturb").rglob("*.py")}
