@@ -59,20 +59,27 @@ class _Parts:
         """Return the features after a function of single places."""
         return _Parts(function(self.base), self.owner, self.top, self.left, function(self.values))
 
-    def read(self, rows: Tensor, columns: Tensor, padding: Sequence[int] = (0, 0)) -> Tensor:
-        """Return (M, C, h, w): of each example the ``rows`` (M, h) and ``columns`` (M, w), zeros in the padding."""
+    def read(self, top: Tensor, left: Tensor, size: Sequence[int], padding: Sequence[int] = (0, 0)) -> Tensor:
+        """Return (M, C, *size): of each example what begins at row ``top``, column ``left`` (M,), zeros in the padding.
+
+        What the windows reach beyond that is read along and cut off.
+        """
+        (above, below), (before, after) = (
+            _beyond(own - first, inner, outer)
+            for own, first, inner, outer in zip(
+                (self.top, self.left), (top, left), self.values.shape[2:], size, strict=True
+            )
+        )
         vertical, horizontal = padding
-        bases = F.pad(_last(self.base), (0, 0, horizontal, horizontal, vertical, vertical))
-        size, (height, width) = bases.shape[:3].numel(), self.values.shape[2:]
-        pool = torch.cat([bases.flatten(0, 2), _last(self.values).flatten(0, 2)])
-        across, down = rows - self.top[:, None], columns - self.left[:, None]
-        inside = ((across >= 0) & (across < height))[:, :, None] & ((down >= 0) & (down < width))[:, None]
-        before = (self.owner * bases.shape[1] + vertical)[:, None] + rows
-        of_base = (before * bases.shape[2] + horizontal)[:, :, None] + columns[:, None]
-        first = size + torch.arange(len(rows), device=rows.device)[:, None] * height * width
-        of_window = (first + across * width)[:, :, None] + down[:, None]
-        found = pool.index_select(0, torch.where(inside, of_window, of_base).flatten())
-        return found.view(len(rows), rows.shape[1], columns.shape[1], -1).permute(0, 3, 1, 2)
+        edges = (0, 0, horizontal + before, horizontal + after, vertical + above, vertical + below)
+        bases = F.pad(_last(self.base), edges)
+        height, width = size[0] + above + below, size[1] + before + after
+        rows = (self.owner * bases.shape[1] + top + vertical)[:, None] + torch.arange(height, device=top.device)
+        runs = rows * bases.shape[2] + (left + horizontal)[:, None]
+        found = _runs(bases, width).index_select(0, runs.flatten()).view(bases.dtype)
+        found = found.view(len(top), height, width, -1)
+        _place(self.values, found, self.top - top + above, self.left - left + before)
+        return found[:, above : above + size[0], before : before + size[1]].permute(0, 3, 1, 2)
 
     def widened(self, other: _Parts) -> _Parts | None:
         """Return the same features with the windows of ``other``, or None where these do not hold all that differs."""
@@ -80,18 +87,13 @@ class _Parts:
             size, own = other.values.shape[dim], self.values.shape[dim]
             if not bool(((first <= second) & (second + own <= first + size)).all()):
                 return None
-        height, width = other.values.shape[2:]
-        rows, columns = _range(other.top, height), _range(other.left, width)
-        return _Parts(self.base, self.owner, other.top, other.left, self.read(rows, columns))
+        values = self.read(other.top, other.left, other.values.shape[2:])
+        return _Parts(self.base, self.owner, other.top, other.left, values)
 
     def whole(self) -> Tensor:
         """Return the whole batch (M, C, H, W)."""
-        count, channels, height, width = self.shape
         batch = _last(self.base).index_select(0, self.owner)
-        rows, columns = _range(self.top, self.values.shape[2]), _range(self.left, self.values.shape[3])
-        rows = rows + height * torch.arange(count, device=rows.device)[:, None]
-        places = (rows * width)[:, :, None] + columns[:, None]
-        batch.view(-1, channels).index_copy_(0, places.flatten(), _last(self.values).reshape(-1, channels))
+        _place(self.values, batch, self.top, self.left)
         return batch.permute(0, 3, 1, 2)
 
 
@@ -211,9 +213,33 @@ def _last(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).contiguous()
 
 
-def _range(start: Tensor, size: int) -> Tensor:
-    """Return (M, size) numbers from ``start`` (M,) on."""
-    return start[:, None] + torch.arange(size, device=start.device)
+def _beyond(start: Tensor, inner: int, outer: int) -> tuple[int, int]:
+    """Return how far ``inner`` places from ``start`` (M,) on reach beyond ``outer`` places from 0 on, at either end."""
+    lowest, highest = (int(one) for one in start.aminmax())
+    return max(-lowest, 0), max(highest + inner - outer, 0)
+
+
+def _runs(features: Tensor, length: int) -> Tensor:
+    """Return a view of features (..., H, W, C), dense in memory: each row is one of all runs of ``length`` places.
+
+    Runs are copied whole, 16 bytes at a time where that is possible: single places, or single numbers, take thrice as
+    long. The runs overlap.
+    """
+    flat, size = features.view(-1), features.shape[-1]
+    units = 16 // features.element_size()
+    if size % units == 0 and not torch.is_grad_enabled():  # a view in another type has no gradient
+        flat, size = flat.view(torch.complex128), size // units
+    return flat.as_strided((len(flat) // size - length + 1, length * size), (size, 1))
+
+
+def _place(values: Tensor, features: Tensor, top: Tensor, left: Tensor) -> None:
+    """Write windows (M, C, h, w) into dense features (M, H, W, C), each from its row and column (M,) on."""
+    height, width = values.shape[2:]
+    down = torch.arange(height, device=top.device)
+    rows = (torch.arange(len(top), device=top.device) * features.shape[1] + top)[:, None] + down
+    runs = rows * features.shape[2] + left[:, None]
+    windows = _runs(_last(values), width)[::width]
+    _runs(features, width).index_copy_(0, runs.flatten(), windows)
 
 
 # -- functions that keep to the windows: of parts and other arguments to parts, None where they do not ----------------
@@ -296,12 +322,10 @@ def _convolved(func: Callable[..., Tensor], args: list[Any], kwargs: dict[str, A
     ]
     if _is_large(places):
         return None
-    needed = [
-        _range(place.first * step - pad, (place.count - 1) * step + far + 1)
-        for place, step, pad, far in zip(places, stride, padding, reach, strict=True)
-    ]
+    top, left = (place.first * step - pad for place, step, pad in zip(places, stride, padding, strict=True))
+    needed = [(place.count - 1) * step + far + 1 for place, step, far in zip(places, stride, reach, strict=True)]
     rest = {name: given[name] for name in ("weight", "bias", "stride", "dilation", "groups")}
-    values = func(parts.read(needed[0], needed[1], padding), **rest)
+    values = func(parts.read(top, left, needed, padding), **rest)
     base = func(parts.base, padding=padding, **rest)
     return _Parts(base, parts.owner, places[0].first, places[1].first, values)
 
@@ -320,8 +344,10 @@ def _sliced(func: Callable[..., Tensor], args: list[Any], kwargs: dict[str, Any]
     ]
     if _is_large(places):
         return None
-    rows, columns = (_range(place.first, place.count) * step for place, step in zip(places, steps[2:], strict=True))
-    return _Parts(parts.base[index], parts.owner, places[0].first, places[1].first, parts.read(rows, columns))
+    top, left = (place.first * step for place, step in zip(places, steps[2:], strict=True))
+    needed = [(place.count - 1) * step + 1 for place, step in zip(places, steps[2:], strict=True)]
+    values = parts.read(top, left, needed)[index]
+    return _Parts(parts.base[index], parts.owner, places[0].first, places[1].first, values)
 
 
 def _padded(func: Callable[..., Tensor], args: list[Any], kwargs: dict[str, Any]) -> _Parts | None:
