@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.hooks import RemovableHandle
 
-from learn2perturb.engine import execution
-from learn2perturb.engine.folding import folded
+from learn2perturb.engine import execution, folding
+from learn2perturb.engine.folding import folded, input_only, rectified
 from learn2perturb.models import build_model
 from learn2perturb.noise import fixed_noise, perturb
 
@@ -201,3 +205,90 @@ def test_only_attacks_in_eval_mode_in_a_mode_that_folds_are_folded():
     for mode, in_eval, wanted in ((execution.FAST, True, 1), (execution.FAST, False, 0), (execution.PLAIN, True, 0)):
         with execution.running(mode), execution.attacking(network, x, in_eval) as count:
             assert count == wanted
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Return the list that every convolution which rectifies by itself is put on."""
+    calls = []
+    real = folding._rectified
+    monkeypatch.setattr(folding, "_rectified", lambda conv, *rest: calls.append(conv) or real(conv, *rest))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["digits_cnn", "resnet20", "resnet18", "resnext29_2x64d"])
+def test_folded_convolutions_rectify_by_themselves_where_no_gradient_is_wanted(name, dtype, joined):
+    torch.manual_seed(0)
+    network = lived_in(build_model(name)).to(memory_format=torch.channels_last)
+    x = torch.rand(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    low = dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+        with folded(network, x):
+            with torch.enable_grad():
+                apart = network(x)
+            assert not joined  # with a gradient: as written
+            with torch.no_grad():
+                found = network(x)
+        wanted = torch.no_grad()(network)(x)
+    rectified = [conv for conv in network.modules() if isinstance(conv, nn.Conv2d) and conv in joined]
+    assert len(rectified) == len(joined) >= {"digits_cnn": 5}.get(name, 17)
+    assert found.dtype == apart.dtype
+    for other in (apart, wanted):
+        torch.testing.assert_close(
+            found, other.detach(), rtol=0, atol=(0.02 if low else 1e-5) * float(wanted.abs().max())
+        )
+
+
+class Rectified(nn.Module):
+    """``relu(norm(conv(x)) + x)``, as the package's networks say it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rectified(self.conv, self.norm, x, lambda: x)
+
+
+def hooked(network: Rectified) -> list[Callable[[], RemovableHandle]]:
+    return [
+        lambda: network.norm.register_forward_hook(lambda module, args, output: output + 1),
+        lambda: network.conv.register_forward_pre_hook(input_only(lambda module, args: (args[0] * 2,))),
+        lambda: register_module_forward_hook(
+            lambda module, args, output: output * 2 if module is network.norm else None
+        ),
+    ]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_hooks_look_between_the_convolution_and_the_activation(number, joined):
+    torch.manual_seed(0)
+    network, x = lived_in(Rectified()), torch.randn(2, 3, 8, 8)
+    given = x.clone()
+    handle = hooked(network)[number]()
+    try:
+        with torch.no_grad():
+            wanted = network(x)
+            with folded(network, x):
+                found = network(x)
+    finally:
+        handle.remove()
+    assert not joined
+    torch.testing.assert_close(found, wanted)
+    with torch.no_grad(), folded(network, x):
+        bare = network(x)
+    assert len(joined) == 1 and not torch.allclose(bare, wanted)
+    assert torch.equal(x, given)  # what is added stays as it is
+
+
+def test_a_norm_that_is_not_folded_normalises(joined):
+    torch.manual_seed(0)
+    network, x = lived_in(Rectified()), torch.randn(2, 3, 8, 8)
+    network.norm.train()
+    with torch.no_grad():
+        wanted = copy.deepcopy(network)(x)
+        with folded(network, x) as pairs:
+            assert pairs == 0
+            torch.testing.assert_close(network(x), wanted)
+    assert not joined

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from learn2perturb.engine import execution, windows
+from learn2perturb.engine import execution, folding, windows
 from learn2perturb.engine.windows import Windowed
 from learn2perturb.models import build_model
 from learn2perturb.models.blocks import PadShortcut
@@ -31,6 +31,10 @@ def pair(channels: int = 3, size: int = 20, window: tuple[int, int] = (1, 1)) ->
     for example, (first, second) in enumerate(zip(top, left, strict=True)):
         whole[example, :, first : first + window[0], second : second + window[1]] = values[example]
     return Windowed(base, owner, top, left, values), whole
+
+
+def parts_of(x: Windowed) -> tuple[Tensor, ...]:
+    return x._parts.base, x._parts.owner, x._parts.top, x._parts.left, x._parts.values
 
 
 def is_in_windows(x: Tensor) -> bool:
@@ -192,6 +196,36 @@ def test_a_layer_computes_no_more_than_the_windows_reach():
     with torch.no_grad():
         network.double()(x)
     assert sizes == [*((size, size) for size in (3, 5, 7, 9, 11, 13, 15, 9, 11)), *[None] * 10]
+
+
+def test_a_folded_network_keeps_to_the_windows(monkeypatch):
+    """Convolutions that rectify by themselves take whole batches: the last nine of ResNet-20."""
+    network = lived_in(build_model("resnet20"))
+    x, whole = pair(size=32)
+    rectified, real = [], folding._rectified
+    monkeypatch.setattr(folding, "_rectified", lambda conv, x, *rest: rectified.append(type(x)) or real(conv, x, *rest))
+    x = Windowed(*(part.float() if part.is_floating_point() else part for part in parts_of(x)))
+    with torch.no_grad(), folding.folded(network, whole.float()):
+        found = network(x)
+    assert rectified == [Tensor] * 9
+    torch.testing.assert_close(found, network(whole.float()).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_pass_through_windows():
+    x, whole = pair(channels=2)
+    base, owner, top, left, values = parts_of(x)
+    base.requires_grad_()
+    values.requires_grad_()
+    whole.requires_grad_()
+    layer = nn.Conv2d(2, 2, 3, padding=1).double()
+    weights = torch.rand(EXAMPLES, 2, 20, 20, dtype=torch.float64)
+    wanted = torch.autograd.grad((layer(whole) * weights).sum(), whole)[0]
+    (layer(Windowed(base, owner, top, left, values)).whole() * weights).sum().backward()
+    mask = torch.zeros_like(wanted)
+    for example, (first, second) in enumerate(zip(top, left, strict=True)):
+        mask[example, :, first, second] = 1
+    torch.testing.assert_close(values.grad, (wanted * mask).sum(dim=(2, 3), keepdim=True))
+    torch.testing.assert_close(base.grad, (wanted * (1 - mask)).view(BASES, -1, *base.shape[1:]).sum(dim=1))
 
 
 def test_windows_serve_networks_in_modes_that_ask_for_them():

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
@@ -163,6 +164,48 @@ def is_folded(layer: nn.Module) -> bool:
     forward = layer.__dict__.get("forward")
     kept = _forwards.get(layer) if isinstance(layer, nn.Conv2d) else _identity
     return forward is not None and forward is kept
+
+
+def rectified(conv: nn.Module, norm: nn.Module, x: Tensor, added: Callable[[], Tensor] | None = None) -> Tensor:
+    """Return ``relu(norm(conv(x)) + added())``.
+
+    Where the two are folded on a CPU, no gradient is wanted and no hook looks between, it is one pass over the features
+    in place of up to three: a tenth of the time of a pass through ResNet-V1(20).
+    """
+    if isinstance(conv, nn.Conv2d) and not torch.compiler.is_compiling() and _in_one_pass(conv, norm, x):
+        return _rectified(conv, x, None if added is None else added())
+    out: Tensor = norm(conv(x))
+    # Nothing in place: a hook on the norm may hand out, or keep, the tensor that is added to.
+    return F.relu(out if added is None else out + added())
+
+
+def _in_one_pass(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> bool:
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and is_folded(conv)  # and so is the norm after it
+        and not (conv._forward_pre_hooks or norm._forward_hooks or _has_any_global_hook())
+        and torch.backends.mkldnn.is_available()
+        and _computing_type(x) in (torch.float32, torch.bfloat16)
+    )
+
+
+def _computing_type(x: Tensor) -> torch.dtype:
+    """Return the type that convolutions of ``x``, on a CPU, are computed in."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _rectified(conv: nn.Conv2d, x: Tensor, added: Tensor | None) -> Tensor:
+    """Return the rectified output of a folded convolution, by oneDNN, whose convolutions can do that by themselves."""
+    how = _forwards[conv].keywords
+    dtype = _computing_type(x)
+    x, weight, bias = x.to(dtype), how["weight"].to(dtype), how["bias"].to(dtype)
+    settings = (how["padding"], how["stride"], how["dilation"], how["groups"])
+    if added is None:
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *settings, "relu", [], "")
+    own = (x, added.to(dtype), weight, bias)
+    return torch.ops.mkldnn._convolution_pointwise.binary(*own, *settings, "add", 1.0, "relu", [], "")
 
 
 def pairs(network: nn.Module, x: Tensor) -> list[Pair]:

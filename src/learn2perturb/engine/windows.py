@@ -73,12 +73,9 @@ class _Parts:
         vertical, horizontal = padding
         edges = (0, 0, horizontal + before, horizontal + after, vertical + above, vertical + below)
         bases = F.pad(_last(self.base), edges)
-        height, width = size[0] + above + below, size[1] + before + after
-        rows = (self.owner * bases.shape[1] + top + vertical)[:, None] + torch.arange(height, device=top.device)
-        runs = rows * bases.shape[2] + (left + horizontal)[:, None]
-        found = _runs(bases, width).index_select(0, runs.flatten()).view(bases.dtype)
-        found = found.view(len(top), height, width, -1)
-        _place(self.values, found, self.top - top + above, self.left - left + before)
+        padded = (size[0] + above + below, size[1] + before + after)
+        found = _gather(bases, self.owner, top + vertical, left + horizontal, padded)
+        _scatter(self.values, found, self.top - top + above, self.left - left + before)
         return found[:, above : above + size[0], before : before + size[1]].permute(0, 3, 1, 2)
 
     def widened(self, other: _Parts) -> _Parts | None:
@@ -93,7 +90,7 @@ class _Parts:
     def whole(self) -> Tensor:
         """Return the whole batch (M, C, H, W)."""
         batch = _last(self.base).index_select(0, self.owner)
-        _place(self.values, batch, self.top, self.left)
+        _scatter(self.values, batch, self.top, self.left)
         return batch.permute(0, 3, 1, 2)
 
 
@@ -219,27 +216,47 @@ def _beyond(start: Tensor, inner: int, outer: int) -> tuple[int, int]:
     return max(-lowest, 0), max(highest + inner - outer, 0)
 
 
-def _runs(features: Tensor, length: int) -> Tensor:
-    """Return a view of features (..., H, W, C), dense in memory: each row is one of all runs of ``length`` places.
+def _gather(features: Tensor, example: Tensor, top: Tensor, left: Tensor, size: Sequence[int]) -> Tensor:
+    """Return (M, *size, C): what each ``example`` (M,) of dense features has from its row and column (M,) on."""
+    length = _run_length(size[1])
+    found = _runs(features, length).index_select(0, _first_places(features, example, top, left, size))
+    found = found if found.dtype == features.dtype else found.view(features.dtype)  # a view by type has no gradient
+    return found.view(len(example), *size, -1)
 
-    Runs are copied whole, 16 bytes at a time where that is possible: single places, or single numbers, take thrice as
-    long. The runs overlap.
+
+def _scatter(values: Tensor, features: Tensor, top: Tensor, left: Tensor) -> None:
+    """Write windows (M, C, h, w) into dense features (M, H, W, C), each from its row and column (M,) on."""
+    size, example = values.shape[2:], torch.arange(len(features), device=top.device)
+    length = _run_length(size[1])
+    runs = _runs(_last(values), length)[::length]
+    _runs(features, length).index_copy_(0, _first_places(features, example, top, left, size), runs)
+
+
+def _run_length(width: int) -> int:
+    """Return how many places in a row are copied at once: with a gradient one, since torch's of overlaps is wrong."""
+    return 1 if torch.is_grad_enabled() else width
+
+
+def _runs(features: Tensor, length: int) -> Tensor:
+    """Return a view of dense features (N, H, W, C): each row is one of all runs of ``length`` places, which overlap.
+
+    16 bytes are a number of it where that is possible: single places, or numbers, take thrice as long to copy.
     """
     flat, size = features.view(-1), features.shape[-1]
     units = 16 // features.element_size()
-    if size % units == 0 and not torch.is_grad_enabled():  # a view in another type has no gradient
+    if size % units == 0 and not torch.is_grad_enabled():
         flat, size = flat.view(torch.complex128), size // units
+    if length == 1:
+        return flat.view(-1, size)
     return flat.as_strided((len(flat) // size - length + 1, length * size), (size, 1))
 
 
-def _place(values: Tensor, features: Tensor, top: Tensor, left: Tensor) -> None:
-    """Write windows (M, C, h, w) into dense features (M, H, W, C), each from its row and column (M,) on."""
-    height, width = values.shape[2:]
-    down = torch.arange(height, device=top.device)
-    rows = (torch.arange(len(top), device=top.device) * features.shape[1] + top)[:, None] + down
-    runs = rows * features.shape[2] + left[:, None]
-    windows = _runs(_last(values), width)[::width]
-    _runs(features, width).index_copy_(0, runs.flatten(), windows)
+def _first_places(features: Tensor, example: Tensor, top: Tensor, left: Tensor, size: Sequence[int]) -> Tensor:
+    """Return where the runs of windows (M, *size) begin, as numbers of places in dense features (N, H, W, C)."""
+    down = torch.arange(size[0], device=top.device)
+    across = torch.arange(0, size[1], _run_length(size[1]), device=top.device)
+    rows = (example * features.shape[1] + top)[:, None] + down
+    return ((rows * features.shape[2] + left[:, None])[:, :, None] + across).flatten()
 
 
 # -- functions that keep to the windows: of parts and other arguments to parts, None where they do not ----------------
