@@ -209,35 +209,40 @@ def test_only_attacks_in_eval_mode_in_a_mode_that_folds_are_folded():
 
 @pytest.fixture
 def joined(monkeypatch):
-    """Return the list that every convolution which rectifies by itself is put on."""
-    calls = []
-    real = folding._rectified
-    monkeypatch.setattr(folding, "_rectified", lambda conv, *rest: calls.append(conv) or real(conv, *rest))
-    return calls
+    """Return the list that the weights of every convolution which rectifies by itself are put on."""
+    weights = []
+    real = folding._Rectified.apply
+    monkeypatch.setattr(folding._Rectified, "apply", lambda *given: weights.append(given[2]) or real(*given))
+    return weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["digits_cnn", "resnet20", "resnet18", "resnext29_2x64d"])
-def test_folded_convolutions_rectify_by_themselves_where_no_gradient_is_wanted(name, dtype, joined):
+def test_folded_convolutions_rectify_by_themselves(name, dtype, joined):
     torch.manual_seed(0)
     network = lived_in(build_model(name)).to(memory_format=torch.channels_last)
-    x = torch.rand(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    x = torch.rand(2, 3, 32, 32).to(memory_format=torch.channels_last).requires_grad_()
+    layers = sum(isinstance(module, nn.Conv2d) for module in network.modules())
+    shortcuts = sum(isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) for module in network.modules())
     low = dtype == torch.bfloat16
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
-        with folded(network, x):
-            with torch.enable_grad():
-                apart = network(x)
-            assert not joined  # with a gradient: as written
-            with torch.no_grad():
-                found = network(x)
-        wanted = torch.no_grad()(network)(x)
-    rectified = [conv for conv in network.modules() if isinstance(conv, nn.Conv2d) and conv in joined]
-    assert len(rectified) == len(joined) >= {"digits_cnn": 5}.get(name, 17)
-    assert found.dtype == apart.dtype
-    for other in (apart, wanted):
-        torch.testing.assert_close(
-            found, other.detach(), rtol=0, atol=(0.02 if low else 1e-5) * float(wanted.abs().max())
-        )
+
+    def answer() -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+            logits = network(x)
+        return logits, torch.autograd.grad(logits.float().logsumexp(dim=1).sum(), x)[0]
+
+    logits, gradient = answer()
+    assert not joined
+    with folded(network, x.detach()):
+        found, slope = answer()
+        count = len(joined)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+            torch.testing.assert_close(network(x), found, rtol=0, atol=0)
+    assert len(joined) == 2 * count and layers - shortcuts <= count <= layers
+    assert found.dtype == logits.dtype and slope.dtype == gradient.dtype
+    torch.testing.assert_close(found, logits, rtol=0, atol=(0.02 if low else 1e-5) * float(logits.detach().abs().max()))
+    # In bfloat16 either is 0.2 of its length from that of float64; in float32 a sign of a feature may differ.
+    assert (slope - gradient).norm() <= (0.4 if low else 2e-3) * gradient.norm()
 
 
 class Rectified(nn.Module):
@@ -253,6 +258,8 @@ class Rectified(nn.Module):
 
 def hooked(network: Rectified) -> list[Callable[[], RemovableHandle]]:
     return [
+        lambda: network.norm.register_full_backward_hook(lambda module, of_input, of_output: (of_input[0] * 2,)),
+        lambda: network.conv.register_full_backward_pre_hook(lambda module, of_output: (of_output[0] * 3,)),
         lambda: network.norm.register_forward_hook(lambda module, args, output: output + 1),
         lambda: network.conv.register_forward_pre_hook(input_only(lambda module, args: (args[0] * 2,))),
         lambda: register_module_forward_hook(
@@ -261,25 +268,42 @@ def hooked(network: Rectified) -> list[Callable[[], RemovableHandle]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(5))
 def test_hooks_look_between_the_convolution_and_the_activation(number, joined):
     torch.manual_seed(0)
-    network, x = lived_in(Rectified()), torch.randn(2, 3, 8, 8)
-    given = x.clone()
+    network, x = lived_in(Rectified()), torch.randn(2, 3, 8, 8, requires_grad=True)
+    given = x.detach().clone()
+
+    def answer() -> tuple[Tensor, Tensor]:
+        out = network(x)
+        return out.detach(), torch.autograd.grad(out.square().sum(), x)[0]
+
     handle = hooked(network)[number]()
     try:
-        with torch.no_grad():
-            wanted = network(x)
-            with folded(network, x):
-                found = network(x)
+        wanted = answer()
+        with folded(network, given):
+            torch.testing.assert_close(answer(), wanted)
     finally:
         handle.remove()
     assert not joined
-    torch.testing.assert_close(found, wanted)
-    with torch.no_grad(), folded(network, x):
-        bare = network(x)
-    assert len(joined) == 1 and not torch.allclose(bare, wanted)
+    with folded(network, given):
+        bare = answer()
+    assert len(joined) == 1 and not torch.allclose(bare[1], wanted[1])
+    torch.testing.assert_close(bare, answer())
     assert torch.equal(x, given)  # what is added stays as it is
+
+
+def test_a_gradient_of_a_gradient_passes_through_both_ways():
+    torch.manual_seed(0)
+    network, x = lived_in(Rectified()), torch.randn(2, 3, 8, 8, requires_grad=True)
+
+    def penalty() -> Tensor:
+        (slope,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), x)[0]
+
+    with folded(network, x.detach()):
+        found = penalty()
+    torch.testing.assert_close(found, penalty())
 
 
 def test_a_norm_that_is_not_folded_normalises(joined):

@@ -202,8 +202,8 @@ def test_a_folded_network_keeps_to_the_windows(monkeypatch):
     """Convolutions that rectify by themselves take whole batches: the last nine of ResNet-20."""
     network = lived_in(build_model("resnet20"))
     x, whole = pair(size=32)
-    rectified, real = [], folding._rectified
-    monkeypatch.setattr(folding, "_rectified", lambda conv, x, *rest: rectified.append(type(x)) or real(conv, x, *rest))
+    rectified, real = [], folding._Rectified.apply
+    monkeypatch.setattr(folding._Rectified, "apply", lambda x, *rest: rectified.append(type(x)) or real(x, *rest))
     x = Windowed(*(part.float() if part.is_floating_point() else part for part in parts_of(x)))
     with torch.no_grad(), folding.folded(network, whole.float()):
         found = network(x)
