@@ -293,6 +293,25 @@ def test_hooks_look_between_the_convolution_and_the_activation(number, joined):
     assert torch.equal(x, given)  # what is added stays as it is
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_have_moved_are_those_of_the_next_folded_passes(dtype, joined):
+    torch.manual_seed(0)
+    network, x = lived_in(Rectified()), torch.randn(2, 3, 8, 8)
+
+    def folded_answer() -> Tensor:
+        with folded(network, x), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, dtype == torch.bfloat16):
+            return network(x).float()
+
+    before = folded_answer()
+    with torch.no_grad():
+        network.conv.weight.add_(0.1)
+        network.norm.running_mean.add_(1.0)
+        wanted = network(x)
+    found = folded_answer()
+    assert len(joined) == 2
+    assert (before - wanted).norm() > 0.1 * wanted.norm() > 10 * (found - wanted).norm()
+
+
 def test_a_gradient_of_a_gradient_passes_through_both_ways():
     torch.manual_seed(0)
     network, x = lived_in(Rectified()), torch.randn(2, 3, 8, 8, requires_grad=True)

@@ -31,6 +31,8 @@ _plans: weakref.WeakKeyDictionary[nn.Module, list[Pair]] = weakref.WeakKeyDictio
 # What folded convolutions answer with: made once and filled anew in every context, because compiled code knows them by
 # identity and would be compiled again for new ones.
 _forwards: weakref.WeakKeyDictionary[nn.Conv2d, functools.partial[Tensor]] = weakref.WeakKeyDictionary()
+# Weight and bias of these in the types that passes have asked for since.
+_converted: weakref.WeakKeyDictionary[nn.Conv2d, dict[torch.dtype, tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
 
 
 @final
@@ -134,6 +136,9 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 def _constant_forward(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> functools.partial[Tensor]:
     """Return the folded forward of ``conv``: the object of the last time, filled anew, where it fits."""
     weight, bias = _fold(conv, norm)
+    # As all features of the modes that fold are laid out; else every pass lays the weights out anew.
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    _converted.pop(conv, None)
     kept = _forwards.get(conv)
     new = {"weight": weight, "bias": bias}
     if kept is not None and all(_alike(kept.keywords[name], tensor) for name, tensor in new.items()):
@@ -174,9 +179,12 @@ def rectified(conv: nn.Module, norm: nn.Module, x: Tensor, added: Callable[[], T
     """
     if isinstance(conv, nn.Conv2d) and not torch.compiler.is_compiling() and _in_one_pass(conv, norm, x):
         dtype, how = _computing_type(x), _forwards[conv].keywords
-        tensors = (x, None if added is None else added(), how["weight"], how["bias"])
+        weights = _converted.setdefault(conv, {})
+        if dtype not in weights:
+            weights[dtype] = (how["weight"].to(dtype), how["bias"].to(dtype))
         settings = [how[name] for name in ("padding", "stride", "dilation", "groups")]
-        found: Tensor = _Rectified.apply(*(one if one is None else one.to(dtype) for one in tensors), settings)
+        beside = None if added is None else added().to(dtype)
+        found: Tensor = _Rectified.apply(x.to(dtype), beside, *weights[dtype], settings)
         return found
     out: Tensor = norm(conv(x))
     # Nothing in place: a hook on the norm may hand out, or keep, the tensor that is added to.
