@@ -16,7 +16,6 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
@@ -27,12 +26,13 @@ from learn2perturb.engine.weights import maker
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 Hook = TypeVar("Hook", bound=Callable[..., object])
 
-_plans: weakref.WeakKeyDictionary[nn.Module, list[Pair]] = weakref.WeakKeyDictionary()
+# With the modules of the network as it was traced: of another one, one with a layer replaced, nothing is known.
+_plans: weakref.WeakKeyDictionary[nn.Module, tuple[list[weakref.ref[nn.Module]], list[Pair]]] = (
+    weakref.WeakKeyDictionary()
+)
 # What folded convolutions answer with: made once and filled anew in every context, because compiled code knows them by
 # identity and would be compiled again for new ones.
 _forwards: weakref.WeakKeyDictionary[nn.Conv2d, functools.partial[Tensor]] = weakref.WeakKeyDictionary()
-# Weight and bias of these in the types that passes have asked for since.
-_converted: weakref.WeakKeyDictionary[nn.Conv2d, dict[torch.dtype, tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
 
 
 @final
@@ -136,17 +136,18 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 def _constant_forward(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> functools.partial[Tensor]:
     """Return the folded forward of ``conv``: the object of the last time, filled anew, where it fits."""
     weight, bias = _fold(conv, norm)
-    # As all features of the modes that fold are laid out; else every pass lays the weights out anew.
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    _converted.pop(conv, None)
     kept = _forwards.get(conv)
     new = {"weight": weight, "bias": bias}
-    if kept is not None and all(_alike(kept.keywords[name], tensor) for name, tensor in new.items()):
+    # It holds no reference to the layer, which would keep it alive.
+    shape = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
+    if (
+        kept is not None
+        and all(_alike(kept.keywords[name], tensor) for name, tensor in new.items())
+        and all(kept.keywords[name] == value for name, value in shape.items())
+    ):
         for name, tensor in new.items():
             kept.keywords[name].copy_(tensor)
         return kept
-    # It holds no reference to the layer, which would keep it alive.
-    shape = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
     _forwards[conv] = functools.partial(F.conv2d, **new, **shape)
     return _forwards[conv]
 
@@ -171,80 +172,19 @@ def is_folded(layer: nn.Module) -> bool:
     return forward is not None and forward is kept
 
 
-def rectified(conv: nn.Module, norm: nn.Module, x: Tensor, added: Callable[[], Tensor] | None = None) -> Tensor:
-    """Return ``relu(norm(conv(x)) + added())``.
-
-    Where the two are folded on a CPU and no hook looks between, it is one pass over the features in place of up to
-    three: a tenth of the time of a forward pass through ResNet-V1(20).
-    """
-    if isinstance(conv, nn.Conv2d) and not torch.compiler.is_compiling() and _in_one_pass(conv, norm, x):
-        dtype, how = _computing_type(x), _forwards[conv].keywords
-        weights = _converted.setdefault(conv, {})
-        if dtype not in weights:
-            weights[dtype] = (how["weight"].to(dtype), how["bias"].to(dtype))
-        settings = [how[name] for name in ("padding", "stride", "dilation", "groups")]
-        beside = None if added is None else added().to(dtype)
-        found: Tensor = _Rectified.apply(x.to(dtype), beside, *weights[dtype], settings)
-        return found
-    out: Tensor = norm(conv(x))
-    # Nothing in place: a hook on the norm may hand out, or keep, the tensor that is added to.
-    return F.relu(out if added is None else out + added())
-
-
-def _in_one_pass(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> bool:
-    hooks = (conv._forward_pre_hooks, norm._forward_hooks)
-    backwards = (hooks for layer in (conv, norm) for hooks in (layer._backward_hooks, layer._backward_pre_hooks))
-    return (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and is_folded(conv)  # and so is the norm after it
-        and not (any(hooks) or any(backwards) or _has_any_global_hook())
-        and torch.backends.mkldnn.is_available()
-        and _computing_type(x) in (torch.float32, torch.bfloat16)
-    )
-
-
-def _computing_type(x: Tensor) -> torch.dtype:
-    """Return the type that convolutions of ``x``, on a CPU, are computed in."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-
-
-@final
-class _Rectified(torch.autograd.Function):
-    """``relu(conv(x) + added)`` by oneDNN, whose convolutions can do that by themselves; weights are constants."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, settings: list[Any]) -> Tensor:
-        ops = torch.ops.mkldnn._convolution_pointwise
-        if added is None:
-            out: Tensor = ops(x, weight, bias, *settings, "relu", [], "")
-        else:
-            out = ops.binary(x, added, weight, bias, *settings, "add", 1.0, "relu", [], "")
-        ctx.save_for_backward(x, weight, out)
-        ctx.settings = settings
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, out = ctx.saved_tensors
-        padding, stride, dilation, groups = ctx.settings
-        passed = torch.ops.aten.threshold_backward(gradients[0], out, 0.0)
-        how = (stride, padding, dilation, False, [0, 0], groups, [ctx.needs_input_grad[0], False, False])
-        of_x = torch.ops.aten.convolution_backward(passed, x, weight, None, *how)[0]
-        return of_x, passed if ctx.needs_input_grad[1] else None, None, None, None
-
-
 def pairs(network: nn.Module, x: Tensor) -> list[Pair]:
     """Return the pairs of ``network`` that can be folded, traced once with images like ``x`` and remembered.
 
     ``network`` must be in eval mode. A network that cannot be traced has none.
     """
-    if network not in _plans:
+    modules, (traced, found) = list(network.modules()), _plans.get(network, ([], []))
+    if len(traced) != len(modules) or any(kept() is not module for kept, module in zip(traced, modules, strict=True)):
         try:
-            _plans[network] = _trace(network, x[:1])
+            found = _trace(network, x[:1])
         except Exception:
             return []
-    return _plans[network]
+        _plans[network] = ([weakref.ref(module) for module in modules], found)
+    return found
 
 
 @contextlib.contextmanager

@@ -206,8 +206,9 @@ def _needs_no_values(func: Any) -> bool:
 
 
 def _last(features: Tensor) -> Tensor:
-    """Return features (N, C, H, W) as (N, H, W, C), in that order in memory."""
-    return features.permute(0, 2, 3, 1).contiguous()
+    """Return features (N, C, H, W) as (N, H, W, C), in that order in memory, from a multiple of 16 numbers on."""
+    found = features.permute(0, 2, 3, 1).contiguous()
+    return found.clone() if found.storage_offset() % 16 else found
 
 
 def _beyond(start: Tensor, inner: int, outer: int) -> tuple[int, int]:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learn2perturb.engine.by_row import exact_by_row
-from learn2perturb.engine.folding import rectified
 from learn2perturb.errors import ConfigError
 
 
@@ -69,8 +68,10 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, inputs, H, W) to (N, outputs, ceil(H / stride), ceil(W / stride))."""
-        out = rectified(self.conv1, self.bn1, x)
-        return rectified(self.conv2, self.bn2, out, lambda: self.shortcut(x))
+        out = F.relu(self.bn1(self.conv1(x)))
+        # Nothing in place: a hook on bn2 may hand out, or keep, the tensor that is added here.
+        out = self.bn2(self.conv2(out)) + self.shortcut(x)
+        return F.relu(out)
 
 
 def pad_block(inputs: int, outputs: int, stride: int) -> BasicBlock:

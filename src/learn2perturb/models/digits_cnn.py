@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, final
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learn2perturb.engine.by_row import exact_by_row
-from learn2perturb.engine.folding import rectified
 from learn2perturb.models.blocks import (
     checked_shape,
     conv3x3,
@@ -36,7 +36,7 @@ class DigitsCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W) in [0, 1] to logits (N, num_classes)."""
-        out = rectified(self.conv1, self.bn1, self.normalize(x))
+        out = F.relu(self.bn1(self.conv1(self.normalize(x))))
         return self.fc(pool_and_flatten(self.block2(self.block1(out))))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, final
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learn2perturb.engine.by_row import exact_by_row
-from learn2perturb.engine.folding import rectified
 from learn2perturb.errors import ConfigError
 from learn2perturb.models.blocks import (
     checked_shape,
@@ -40,7 +40,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W) in [0, 1] to logits (N, num_classes)."""
-        out = rectified(self.conv1, self.bn1, self.normalize(x))
+        out = F.relu(self.bn1(self.conv1(self.normalize(x))))
         out = self.layer3(self.layer2(self.layer1(out)))
         return self.fc(pool_and_flatten(out))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, final
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learn2perturb.engine.by_row import exact_by_row
-from learn2perturb.engine.folding import rectified
 from learn2perturb.models.blocks import checked_shape, conv_shortcut, initialize_convolutions, pool_and_flatten
 from learn2perturb.models.normalize import normalization_layer
 
@@ -34,9 +34,9 @@ class GroupedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, inputs, H, W) to (N, 2 * width, ceil(H / stride), ceil(W / stride))."""
-        out = rectified(self.conv1, self.bn1, x)
-        out = rectified(self.conv2, self.bn2, out)
-        return rectified(self.conv3, self.bn3, out, lambda: self.shortcut(x))
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
 
 
 @final
@@ -58,7 +58,7 @@ class ResNeXt(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W) in [0, 1] to logits (N, num_classes)."""
-        out = rectified(self.conv1, self.bn1, self.normalize(x))
+        out = F.relu(self.bn1(self.conv1(self.normalize(x))))
         out = self.layer3(self.layer2(self.layer1(out)))
         return self.fc(pool_and_flatten(out))
 
