@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from learn2perturb.attacks import APGD, BPDA, CW, FGSM, PGD, Square, bpda
+from learn2perturb.engine import execution
 from learn2perturb.errors import ConfigError, InputError
 from tests.problems import Linear, NoisyLinear
 
@@ -246,3 +247,38 @@ def test_a_refusal_says_whose_shape_is_another(surrogate, whose):
     with bpda(model, "0", surrogate), pytest.raises(InputError) as caught:
         model(torch.rand(2, *SHAPE))
     assert f"answers with (2, 5, 4, 4) where {whose} gives {shape}; give bpda() a surrogate" in str(caught.value)
+
+
+class Stage(nn.Module):
+    """A convolution, and a norm inside another module."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.after, self.fc = (
+            nn.Conv2d(3, 4, 3),
+            nn.Sequential(nn.BatchNorm2d(4), nn.Tanh()),
+            nn.Linear(4, 3),
+        )
+
+    def forward(self, x):
+        return self.fc(self.after(self.conv(x)).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("modules", ["after", "after.0", "other"])
+def test_a_norm_between_is_not_folded_away(modules):
+    """In fast modes the convolution would answer for the norm, whose gradient is the one to replace."""
+    torch.manual_seed(0)
+    model = Stage().eval()
+    model.after[0].running_var.fill_(0.01)
+    model.after[0].weight.data.copy_(torch.tensor([4.0, -1.0, 0.1, -2.0]))
+    model.other = nn.Identity()
+    x, y = torch.rand(8, 3, 4, 4), torch.randint(3, (8,))
+    attack = BPDA(attack=FGSM(0.1), modules=modules)
+    wanted = attack(model, x, y)
+    for _ in range(2):
+        with execution.running(execution.FAST32):
+            found = attack(model, x, y)
+        torch.testing.assert_close(found, wanted)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    # What the convolution alone would have been given, had the norm's part of the gradient stayed in it.
+    assert modules == "other" or not torch.allclose(FGSM(0.1)(model, x, y), wanted)

@@ -209,7 +209,17 @@ def other_dilation(network: nn.Module) -> None:
     network.layer1[0].conv1.dilation, network.layer1[0].conv1.padding = (2, 2), (2, 2)
 
 
-@pytest.mark.parametrize("change", [other_norm, other_convolution, no_norm, something_between, other_dilation])
+def hook_on_a_container(network: nn.Module) -> None:
+    block = network.layer1[0]
+    block.conv1 = nn.Sequential(block.conv1)
+    with torch.no_grad(), folded(network, torch.rand(2, 3, 32, 32)):
+        pass  # a trace without the hook
+    block.conv1.register_forward_hook(lambda module, args, output: output + 1)
+
+
+@pytest.mark.parametrize(
+    "change", [hook_on_a_container, other_norm, other_convolution, no_norm, something_between, other_dilation]
+)
 def test_a_network_that_was_changed_is_folded_as_it_is_now(change):
     torch.manual_seed(0)
     network, x = lived_in(build_model("resnet20")), torch.rand(2, 3, 32, 32)

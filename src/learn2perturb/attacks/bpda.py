@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from learn2perturb.attacks.base import Attack
 from learn2perturb.attacks.query import Query
+from learn2perturb.engine import folding
 from learn2perturb.errors import ConfigError, InputError
 
 Backward = Callable[[Tensor], Tensor]
@@ -43,12 +44,14 @@ def bpda(
     if surrogate is not None and not callable(surrogate):
         raise ConfigError(f"surrogate is a {type(surrogate).__name__}, must be callable; None is the identity")
     handles = []
-    for name, module in submodules_of(model, modules).items():
+    found = submodules_of(model, modules)
+    for name, module in found.items():
         kept: list[Tensor] = []
         handles.append(module.register_forward_pre_hook(_keeping(kept, name)))
         handles.append(module.register_forward_hook(_replacing(kept, name, surrogate)))
     try:
-        yield model
+        with folding.unfolded(model, found.values()):
+            yield model
     finally:
         for handle in handles:
             handle.remove()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, final
 
 import torch
@@ -25,11 +25,11 @@ from learn2perturb.engine.weights import maker
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 Hook = TypeVar("Hook", bound=Callable[..., object])
+# The modules of a network, and the numbers of the hooks of each, which are not given twice.
+_Structure = list[tuple[weakref.ref[nn.Module], tuple[int, ...]]]
 
-# With the modules of the network as it was traced: of another one, one with a layer replaced, nothing is known.
-_plans: weakref.WeakKeyDictionary[nn.Module, tuple[list[weakref.ref[nn.Module]], list[Pair]]] = (
-    weakref.WeakKeyDictionary()
-)
+# What was traced, with what it was traced of: of a network with another layer or hook nothing is known.
+_plans: weakref.WeakKeyDictionary[nn.Module, tuple[_Structure, list[Pair]]] = weakref.WeakKeyDictionary()
 # What folded convolutions answer with: made once and filled anew in every context, because compiled code knows them by
 # identity and would be compiled again for new ones.
 _forwards: weakref.WeakKeyDictionary[nn.Conv2d, functools.partial[Tensor]] = weakref.WeakKeyDictionary()
@@ -177,14 +177,42 @@ def pairs(network: nn.Module, x: Tensor) -> list[Pair]:
 
     ``network`` must be in eval mode. A network that cannot be traced has none.
     """
-    modules, (traced, found) = list(network.modules()), _plans.get(network, ([], []))
-    if len(traced) != len(modules) or any(kept() is not module for kept, module in zip(traced, modules, strict=True)):
+    structure = _structure(network)
+    traced, found = _plans.get(network, ([], []))
+    if structure != traced:
         try:
             found = _trace(network, x[:1])
         except Exception:
             return []
-        _plans[network] = ([weakref.ref(module) for module in modules], found)
+        _plans[network] = (structure, found)
     return found
+
+
+def _structure(network: nn.Module) -> _Structure:
+    return [(weakref.ref(module), (*module._forward_pre_hooks, *module._forward_hooks)) for module in network.modules()]
+
+
+@contextlib.contextmanager
+def unfolded(network: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Run the body, inside that of :func:`folded`, with nothing folded where a layer in ``modules`` is.
+
+    For hooks that come late and look between the two layers.
+    """
+    inside = {layer for module in modules for layer in module.modules()}
+    held = {layer: layer.__dict__["forward"] for layer in network.modules() if _answers_folded(layer)}
+    held = held if inside & held.keys() else {}
+    try:
+        for layer in held:
+            del layer.forward
+        yield
+    finally:
+        for layer, forward in held.items():
+            layer.forward = forward
+
+
+def _answers_folded(layer: nn.Module) -> bool:
+    forward = layer.__dict__.get("forward")
+    return forward is _identity or getattr(forward, "func", None) is _noisy_forward or is_folded(layer)
 
 
 @contextlib.contextmanager
