@@ -254,11 +254,9 @@ class Stage(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.after, self.fc = (
-            nn.Conv2d(3, 4, 3),
-            nn.Sequential(nn.BatchNorm2d(4), nn.Tanh()),
-            nn.Linear(4, 3),
-        )
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.after = nn.Sequential(nn.BatchNorm2d(4), nn.Tanh())
+        self.fc = nn.Linear(4, 3)
 
     def forward(self, x):
         return self.fc(self.after(self.conv(x)).mean(dim=(2, 3)))

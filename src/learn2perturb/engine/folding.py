@@ -211,8 +211,7 @@ def unfolded(network: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]
 
 
 def _answers_folded(layer: nn.Module) -> bool:
-    forward = layer.__dict__.get("forward")
-    return forward is _identity or getattr(forward, "func", None) is _noisy_forward or is_folded(layer)
+    return is_folded(layer) or getattr(layer.__dict__.get("forward"), "func", None) is _noisy_forward
 
 
 @contextlib.contextmanager
